@@ -1,0 +1,108 @@
+"""The nouns of the pipeline. Frozen: each field has one writer, named beside it, and nothing is changed afterwards.
+
+pairs -> `Example` -> sentences with scores -> `MaskedSample` -> `Rollout` -> tensors of one optimiser step (`Batch`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of a caption whose truth is known. Written by the source of the pair (the drawn world).
+
+    `start` and `end` are character offsets into the caption, end exclusive. `kind` is one of "object", "colour",
+    "count", "position", "relation", or "plain". `needs_image` is true when the other words of the caption do not
+    determine this one, so that only the image can.
+    """
+
+    start: int
+    end: int
+    kind: str
+    needs_image: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image-caption pair. `id` is unique within its source; `words` is empty where no truth is known."""
+
+    id: str
+    caption: str
+    words: tuple[Word, ...] = ()
+
+
+class PairSource(Protocol):
+    """Where pairs come from: the drawn world, or a reader of real files. Deterministic by index, safe to reopen."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def image(self, example_id: str) -> Image.Image:
+        """The RGB image of an example, decoded on demand."""
+        ...
+
+
+@dataclass(frozen=True)
+class SentenceScore:
+    """How much one sentence leans on the image (`mmrpt.masking.score`); MMRPT's D_vis. One line of scores.jsonl."""
+
+    example_id: str
+    sentence: int
+    start: int
+    end: int
+    score: float
+    token_spans: tuple[tuple[int, int], ...]  # character offsets in the caption, one per token of the sentence
+    token_masses: tuple[float, ...]  # visual mass of each of those tokens, layers averaged
+    needs_image: bool | None = None  # truth, where the source knows it
+
+
+@dataclass(frozen=True)
+class MaskedSample:
+    """A caption with one span replaced by the mask token (`mmrpt.masking.build`). One line of masked.jsonl."""
+
+    id: str
+    example_id: str
+    masked_caption: str
+    answer: str
+    start: int  # of the span in the caption, characters
+    end: int
+    sentence: int
+    sentence_score: float
+    span_mass: float
+    kind: str = ""  # truth, where the source knows it
+    needs_image: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion of a masked sample (`mmrpt.rollout.generate`)."""
+
+    sample_id: str
+    group: int  # index of the prompt in its step; rollouts of one prompt share it
+    completion: str
+    token_ids: tuple[int, ...]  # the response, end-of-turn token included when it was reached
+    finished: bool  # ended by itself rather than by the length limit
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one forward pass, padded on the right. R rollouts, T tokens, P images.
+
+    Images are stored once each; `image_index` says which one a row shows, so that a group's vision tower runs once.
+    """
+
+    input_ids: torch.Tensor  # (R, T) int64
+    attention_mask: torch.Tensor  # (R, T) int64
+    response_mask: torch.Tensor  # (R, T) bool, true at tokens the policy generated
+    pixel_values: torch.Tensor  # (P * patches, C * temporal * patch * patch) float32, as the processor gives it
+    image_grid_thw: torch.Tensor  # (P, 3) int64
+    image_index: torch.Tensor  # (R,) int64 into P
