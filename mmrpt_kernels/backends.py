@@ -1,0 +1,155 @@
+"""Which backend serves which call, and why: one table.
+
+The order of choice is: `backend=` of the call, then `use_backend(...)`, then the environment variable
+MMRPT_KERNELS_BACKEND, then the first row of TABLE that serves the call. Nothing falls back in silence: a backend that
+was asked for and cannot serve raises BackendError. `python -m mmrpt_kernels.backends` prints the table. Compiled graphs
+guard on `use_backend`, not on the environment: set the variable before the first compiled call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["BACKENDS", "TABLE", "BackendError", "Row", "print_table", "select", "table", "use_backend"]
+
+BACKENDS = ("cuda", "triton", "portable", "reference")
+OPERATORS = ("attention", "visual_mass", "logprobs", "policy_loss", "token_loss", "divergence", "perception")
+ENV_VARIABLE = "MMRPT_KERNELS_BACKEND"
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class BackendError(ValueError):
+    """A backend was asked for that cannot serve the call; the message names the reason and the backends that can."""
+
+
+class Row(NamedTuple):
+    """One backend of one operator. Rows of an operator stand in order of preference: the fastest first."""
+
+    op: str
+    backend: str
+    devices: tuple[str, ...]  # device types; () = any
+    dtypes: tuple[torch.dtype, ...]
+    lacks: tuple[str, ...]  # traits of a call it does not serve, e.g. "packed"
+    why: str  # what it is good for
+
+
+TABLE: list[Row] = []
+for _op in OPERATORS:
+    TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
+    TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))
+del _op
+
+# A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
+_override: str | None = None
+
+
+def _refusal(row: Row, device: torch.device, dtype: torch.dtype, traits: frozenset[str]) -> str | None:
+    """Why `row` cannot serve the call, or None when it can."""
+    if row.devices and device.type not in row.devices:
+        return f"it runs on {', '.join(row.devices)}, the tensors are on {device.type}"
+    if dtype not in row.dtypes:
+        return f"it takes {', '.join(str(d) for d in row.dtypes)}, the tensors are {dtype}"
+    missing = [trait for trait in row.lacks if trait in traits]
+    if missing:
+        return f"it does not support: {', '.join(missing)}"
+    return None
+
+
+def _check_name(name: str, origin: str) -> None:
+    if name not in BACKENDS:
+        raise BackendError(f"{origin}: got {name!r}, expected one of {', '.join(BACKENDS)}; choose one, or None")
+
+
+def _asked_for(requested: str | None) -> tuple[str | None, str]:
+    """The backend somebody asked for, if any, and where they asked."""
+    if requested is not None:
+        return requested, "backend"
+    if _override is not None:
+        return _override, "use_backend"
+    return os.environ.get(ENV_VARIABLE) or None, ENV_VARIABLE
+
+
+def select(
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    traits: frozenset[str] = frozenset(),
+) -> str:
+    """The backend that serves a call: "cuda", "triton", "portable" or "reference".
+
+    Args:
+        op: a word of OPERATORS.
+        device, dtype: of the call's main tensors.
+        requested: the call's `backend=` argument.
+        traits: what else the call needs, in words that rows may list under `lacks`.
+
+    Raises:
+        BackendError: the backend asked for does not exist for this operator or cannot serve the call, or none can.
+    """
+    asked, origin = _asked_for(requested)
+    if asked is not None:
+        _check_name(asked, origin)
+    able = []
+    reason = f"{op} has no such backend"
+    for row in TABLE:
+        if row.op != op:
+            continue
+        refusal = _refusal(row, device, dtype, traits)
+        if refusal is None:
+            if asked is None or row.backend == asked:
+                return row.backend
+            able.append(row.backend)
+        elif row.backend == asked:
+            reason = refusal
+    if asked is None:
+        raise BackendError(f"{op}: no backend serves {dtype} on {device.type} with {sorted(traits)}; see print_table()")
+    raise BackendError(
+        f"{op}: {origin} asks for {asked!r}, which cannot serve this call: {reason}; "
+        f"use one of {', '.join(able) or 'none'}, or leave the choice to the table"
+    )
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Calls inside the `with` block use backend `name` unless they ask for another one; None lifts an outer choice.
+
+    The choice is process-wide: threads share it. Raises BackendError for an unknown name.
+    """
+    global _override
+    if name is not None:
+        _check_name(name, "use_backend")
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def table() -> str:
+    """TABLE as text, one line a row, in the order of choice."""
+    head = ("operator", "backend", "devices", "dtypes", "does not serve", "what it is")
+    lines = [head]
+    for row in TABLE:
+        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+        lines.append(
+            (row.op, row.backend, " ".join(row.devices) or "any", dtypes, ", ".join(row.lacks) or "-", row.why)
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def print_table() -> None:
+    """Print `table()`."""
+    print(table())
+
+
+if __name__ == "__main__":
+    print_table()

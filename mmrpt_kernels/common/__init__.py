@@ -1,0 +1,1 @@
+"""Pieces that two or more operators share: argument checks, the lm head, autocast."""

@@ -1,0 +1,173 @@
+"""The lm head as logprobs, policy_loss and divergence share it: options, projection, chunk sizes.
+
+One order of operations, everywhere:
+
+    raw  = hidden @ weight.T + bias                            (N, V)
+    s    = logit_scale * raw
+    s    = softcap * tanh(s / softcap)        if softcap > 0
+    z    = s / temperature
+
+Log-probabilities are log_softmax(z). This is the order of models with a final soft cap (Gemma) that are sampled at a
+temperature: the cap belongs to the model, the temperature to the sampler.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mmrpt_kernels.common import checks
+
+__all__ = [
+    "HeadOptions",
+    "check_head",
+    "chunk_rows",
+    "project",
+    "project_backward_hidden",
+    "project_backward_weight",
+    "statistics_dtype",
+    "transform_backward",
+    "transform_logits",
+]
+
+# One float32 chunk of logits. 32 MiB is 256 rows of a 32,000-word vocabulary: long enough for the matrix product to run
+# at full speed on a CPU, short enough that the softmax passes over it stay near the cache.
+CHUNK_BYTES = 32 * 2**20
+MIN_CHUNK_ROWS = 16
+# Vocabulary rows of a half-precision weight that are widened to float32 at a time.
+WIDEN_ROWS = 8192
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class HeadOptions(NamedTuple):
+    """What happens between the raw logits and the softmax; the defaults change nothing."""
+
+    temperature: float = 1.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+
+
+def check_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: HeadOptions, chunk_size: int | None
+) -> None:
+    """Door check of the arguments every head operator takes. Raises ValueError.
+
+    Args:
+        hidden: (..., H) float.
+        weight: (V, H) float.
+        bias: (V,) float or None.
+    """
+    checks.check(
+        isinstance(hidden, torch.Tensor) and hidden.dim() >= 1,
+        "hidden: got something without a last dimension, expected a tensor (..., H); pass the last hidden states",
+    )
+    checks.check_shape("weight", weight, (None, hidden.shape[-1]), "(V, H): the lm head, H as in hidden")
+    checks.check(
+        weight.shape[0] >= 1, "weight: got an empty vocabulary, expected (V, H) with V >= 1; pass the lm head's weight"
+    )
+    checks.check_dtype("hidden", hidden, FLOAT_DTYPES)
+    checks.check_dtype("weight", weight, FLOAT_DTYPES)
+    if bias is not None:
+        checks.check_shape("bias", bias, (weight.shape[0],), "(V,): one value per word")
+        checks.check_dtype("bias", bias, FLOAT_DTYPES)
+    checks.check_same_device(hidden=hidden, weight=weight, bias=bias)
+    checks.check_range("temperature", options.temperature, 0.0, None, low_open=True)
+    checks.check_range("softcap", options.softcap, 0.0, None)
+    checks.check(
+        options.logit_scale != 0.0 and options.logit_scale == options.logit_scale,
+        f"logit_scale: got {options.logit_scale}, expected a number other than 0; 1.0 leaves the logits as they are",
+    )
+    if chunk_size is not None:
+        checks.check_range("chunk_size", chunk_size, 1, None)
+
+
+def statistics_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 when any tensor is float64, else float32: the dtype of statistics and of gradient accumulators."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def chunk_rows(num_rows: int, vocab: int, chunk_size: int | None, dtype: torch.dtype) -> int:
+    """Rows of logits to hold at once: `chunk_size` where given, else what fits CHUNK_BYTES in the statistics dtype."""
+    if chunk_size is None:
+        itemsize = 8 if dtype == torch.float64 else 4
+        chunk_size = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab * itemsize))
+    return max(1, min(chunk_size, num_rows))
+
+
+def transform_logits(raw: torch.Tensor, options: HeadOptions, *, inplace: bool = False) -> torch.Tensor:
+    """z = softcap(logit_scale * raw) / temperature, shape and dtype of `raw`; may return `raw` itself.
+
+    `inplace=True` overwrites `raw` (for chunks outside autograd); otherwise differentiable by autograd.
+    """
+    temperature, softcap, logit_scale = options
+    if softcap > 0.0:
+        if inplace:
+            return raw.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
+        return torch.tanh(raw * (logit_scale / softcap)) * (softcap / temperature)
+    factor = logit_scale / temperature
+    if factor == 1.0:
+        return raw
+    return raw.mul_(factor) if inplace else raw * factor
+
+
+def transform_backward(
+    grad: torch.Tensor, transformed: torch.Tensor | None, options: HeadOptions, *, inplace: bool = False
+) -> torch.Tensor:
+    """d loss / d raw from d loss / d z.
+
+    Args:
+        grad: d loss / d z, the shape of the logits; overwritten with `inplace=True`.
+        transformed: z as `transform_logits` returned it; read only when softcap > 0 (tanh' = 1 - tanh^2), else None will do.
+    """
+    temperature, softcap, logit_scale = options
+    factor = logit_scale / temperature
+    if softcap > 0.0:
+        slope = (transformed * (temperature / softcap)).square_().neg_().add_(1.0).mul_(factor)
+        return grad.mul_(slope) if inplace else grad * slope
+    if factor == 1.0:
+        return grad
+    return grad.mul_(factor) if inplace else grad * factor
+
+
+def _vocab_blocks(weight: torch.Tensor, dtype: torch.dtype):
+    """(start, stop, rows of `weight` in `dtype`), widened block by block so that no second copy of the head exists."""
+    vocab = weight.shape[0]
+    step = vocab if weight.dtype == dtype else WIDEN_ROWS
+    for start in range(0, vocab, step):
+        stop = min(start + step, vocab)
+        yield start, stop, weight[start:stop].to(dtype)
+
+
+def project(hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Raw logits (n, V) of a chunk of rows in the statistics dtype, products accumulated there. Outside autograd.
+
+    Args:
+        hidden_rows: (n, H).
+        weight: (V, H), any float dtype; a half-precision weight is widened a block at a time.
+        bias: (V,) or None.
+    """
+    dtype = statistics_dtype(hidden_rows, weight, bias)
+    rows = hidden_rows.to(dtype)
+    if rows.is_cuda and hidden_rows.dtype == weight.dtype and dtype == torch.float32 != weight.dtype:
+        logits = torch.mm(hidden_rows, weight.t(), out_dtype=dtype)  # tensor cores; half products are exact in float32
+        return logits if bias is None else logits.add_(bias.to(dtype))
+    logits = rows.new_empty(rows.shape[0], weight.shape[0])
+    for start, stop, block in _vocab_blocks(weight, dtype):
+        torch.mm(rows, block.t(), out=logits[:, start:stop])
+    return logits if bias is None else logits.add_(bias.to(dtype))
+
+
+def project_backward_hidden(grad_raw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """d loss / d hidden (n, H) = grad_raw (n, V) @ weight (V, H), in the dtype of grad_raw. Outside autograd."""
+    out = grad_raw.new_zeros(grad_raw.shape[0], weight.shape[1])
+    for start, stop, block in _vocab_blocks(weight, grad_raw.dtype):
+        out.addmm_(grad_raw[:, start:stop], block)
+    return out
+
+
+def project_backward_weight(grad_raw: torch.Tensor, hidden_rows: torch.Tensor, into: torch.Tensor) -> None:
+    """into (V, H) += grad_raw (n, V).T @ hidden_rows (n, H); `into` is the accumulator in the dtype of grad_raw."""
+    into.addmm_(grad_raw.t(), hidden_rows.to(into.dtype))
