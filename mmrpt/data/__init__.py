@@ -1,0 +1,6 @@
+"""Pairs from files: readers of real data, JSON lines on disk, and the one rule of where sentences end."""
+
+from mmrpt.data.jsonl import JsonlWriter, read_jsonl, write_jsonl
+from mmrpt.data.sentences import sentence_spans
+
+__all__ = ["JsonlWriter", "read_jsonl", "sentence_spans", "write_jsonl"]

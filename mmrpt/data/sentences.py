@@ -1,0 +1,63 @@
+"""Where the sentences of a caption begin and end: one rule for drawn and real captions, plain enough to predict."""
+
+from __future__ import annotations
+
+import re
+
+# A full stop after one of these does not end a sentence. Lower case, without the stop.
+ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof st sr jr vs etc e.g i.e inc ltd co approx a.m p.m u.s u.k ca cf al".split()
+)
+# Never the last word of a sentence, so the stop after them is part of a name or of what follows.
+_NEVER_LAST = frozenset("mr mrs ms dr prof st e.g i.e approx ca cf vs".split())
+# Abbreviations only before a number ("no. 5"), ordinary words otherwise ("the answer is no.").
+_BEFORE_NUMBER = frozenset("no nos fig figs p pp vol".split())
+_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
+
+
+def sentence_spans(caption: str) -> tuple[tuple[int, int], ...]:
+    """Character spans (start, end), end exclusive, of the sentences of a caption, in order.
+
+    A sentence ends after ".", "!" or "?" (with closing quotes or brackets) that white space or the end of the text
+    follows; so decimals (3.5) never break. A full stop after a common abbreviation or a single initial does not break
+    unless what follows starts a sentence ("at 5 p.m. The dog"), and then only where the abbreviation can be last.
+    Spans hold no white space at either end, every character that is not white space lies in exactly one span, and a
+    text without any stop is one sentence.
+
+    >>> sentence_spans("a cat. it weighs 3.5 kg!")
+    ((0, 6), (7, 24))
+    """
+    spans = []
+    start = 0
+    for match in _END.finditer(caption):
+        if _breaks(caption, start, match):
+            _append(spans, caption, start, match.end())
+            start = match.end()
+    _append(spans, caption, start, len(caption))
+    return tuple(spans)
+
+
+def _append(spans: list[tuple[int, int]], caption: str, start: int, end: int) -> None:
+    text = caption[start:end]
+    stripped = text.strip()
+    if stripped:
+        begin = start + text.index(stripped[0])
+        spans.append((begin, begin + len(stripped)))
+
+
+def _breaks(caption: str, start: int, match: re.Match[str]) -> bool:
+    if match.group() != ".":
+        return True
+    words = caption[start : match.start()].split()
+    if not words:
+        return True
+    word = words[-1].lstrip("(\"'“‘[")
+    rest = caption[match.end() :].lstrip()
+    initial = len(word) == 1 and word.isalpha() and word.isupper() and word != "I"
+    if word.lower() in _BEFORE_NUMBER and rest[:1].isdigit():
+        return False
+    if initial or word.lower() in _NEVER_LAST:
+        return not rest
+    if word.lower() in ABBREVIATIONS:
+        return not rest or rest[0].isupper()
+    return True
