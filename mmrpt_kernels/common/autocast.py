@@ -23,7 +23,7 @@ def cast_for_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | Non
 
 
 def without_autocast(fn: Callable) -> Callable:
-    """Run `fn` with autocast off: a custom operator's body still sees the caller's autocast state, which would otherwise
+    """Run `fn` with autocast off: a custom operator's body still sees the caller's autocast state, which would
     cast its float32 products down."""
 
     @functools.wraps(fn)

@@ -120,7 +120,7 @@ def transform_backward(
 
     Args:
         grad: d loss / d z, the shape of the logits; overwritten with `inplace=True`.
-        transformed: z as `transform_logits` returned it; read only when softcap > 0 (tanh' = 1 - tanh^2), else None will do.
+        transformed: z as `transform_logits` returned it; read only when softcap > 0 (tanh' = 1 - tanh^2), else None.
     """
     temperature, softcap, logit_scale = options
     factor = logit_scale / temperature

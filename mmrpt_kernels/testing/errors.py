@@ -81,7 +81,8 @@ def assert_close_to_truth(
     )
     assert report.max_error <= limit, (
         f"{name}: max error {report.max_error:.3e} > {limit:.3e} = 2 * (eager {report.eager_max_error:.3e} "
-        f"+ eps {eps:.1e} * size {size:.3e}); relative RMS {report.rms_in_eps:.2f} eps, eager's {report.eager_rms_in_eps:.2f} eps"
+        f"+ eps {eps:.1e} * size {size:.3e}); relative RMS {report.rms_in_eps:.2f} eps, "
+        f"eager's {report.eager_rms_in_eps:.2f} eps"
     )
     return report
 

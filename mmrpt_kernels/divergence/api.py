@@ -1,0 +1,209 @@
+"""The public function: checks, dispatch, and the custom operator with its autograd formula."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mmrpt_kernels.backends import select
+from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
+from mmrpt_kernels.common.checks import check, check_dtype, check_same_device, check_shape
+from mmrpt_kernels.common.head import FLOAT_DTYPES, HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.divergence import portable, reference
+
+__all__ = ["KINDS", "TokenDivergence", "linear_token_divergence"]
+
+KINDS = ("kl", "reverse_kl", "js", "hellinger", "k3")
+
+
+class TokenDivergence(NamedTuple):
+    """Result of linear_token_divergence. All float32 (float64 for float64 inputs); log-probabilities in nats."""
+
+    divergence: torch.Tensor  # (...) for one kind, (..., K) for a tuple of K kinds; >= 0
+    logps_p: torch.Tensor | None  # (...), <= 0; None without targets; 0 where a target is negative (ignored)
+    logps_q: torch.Tensor | None
+    entropy_p: torch.Tensor  # (...), >= 0
+    entropy_q: torch.Tensor
+
+
+def linear_token_divergence(
+    hidden_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    targets: torch.Tensor | None = None,
+    kind: str | tuple[str, ...] = "kl",
+    weight_q: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> TokenDivergence:
+    """Divergence between two views' next-token distributions, per token, without (N, V) logits in memory.
+
+    With p = softmax(z_p), q = softmax(z_q), z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature:
+
+        "kl"          KL(p || q) = sum p log(p / q)
+        "reverse_kl"  KL(q || p)
+        "js"          Jensen-Shannon divergence, in [0, log 2]
+        "hellinger"   squared Hellinger distance 1 - sum sqrt(p q), in [0, 1]
+        "k3"          exp(d) - d - 1 with d = clamp(logq_t - logp_t, -20, 20), clamped to [0, 10], on targets t: an
+                      estimate of KL(p || q) when the targets were sampled from the p view. VPPO scores perception with
+                      p = the response given the image, q = given the perturbed image (arXiv 2510.09285 and its code).
+
+    Args:
+        hidden_p: (..., H) half, bfloat16, float32 or float64: the view that tokens were sampled from.
+        hidden_q: (..., H) the other view, same leading shape; with `weight_q` its last dimension may differ.
+        weight: (V, H) lm head of both views, or of p alone when `weight_q` is given.
+        targets: (...) int64, needed for "k3"; negative entries are ignored: log-probabilities and k3 are 0 there.
+        kind: one kind, or a tuple of kinds computed in one sweep, which adds a last dimension.
+        weight_q: (V, H_q) another head for q, e.g. a reference model's.
+        bias: (V,) added to both views' logits; -inf bans a word (0 log 0 counts as 0).
+        temperature, softcap, logit_scale: head options, see mmrpt_kernels.common.head.
+        chunk_size: rows of logits held at once; default from a memory budget. Never changes results beyond rounding.
+        backend: see mmrpt_kernels.backends.
+
+    Gradients flow to hidden_p, hidden_q, weight, weight_q and bias from every output, once (no double backward). To
+    hold the second view fixed pass hidden_q.detach() and weight_q=weight.detach(). Rows whose incoming gradients are
+    all exactly zero cost no work in the backward pass and cannot spread NaN.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, an unknown kind, "k3" without targets, targets outside the vocabulary (read
+            on CPU tensors outside torch.compile only).
+        BackendError: a backend was asked for that cannot serve the call.
+    """
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
+    _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size)
+    hidden_p, hidden_q, weight, weight_q, bias = cast_for_autocast(hidden_p, hidden_q, weight, weight_q, bias)
+    name = select("divergence", device=hidden_p.device, dtype=hidden_p.dtype, requested=backend)
+    lead = hidden_p.shape[:-1]
+    flat_p, flat_q = hidden_p.reshape(-1, hidden_p.shape[-1]), hidden_q.reshape(-1, hidden_q.shape[-1])
+    flat_targets = None if targets is None else targets.reshape(-1)
+    if name == "reference":
+        rows = reference.token_divergence(flat_p, flat_q, weight, weight_q, bias, flat_targets, kinds, options)
+    else:
+        rows = _operator(flat_p, flat_q, weight, weight_q, bias, flat_targets, ",".join(kinds), *options, chunk_size)
+    divergence, logps_p, logps_q, entropy_p, entropy_q = rows
+    divergence = divergence[:, 0].reshape(lead) if isinstance(kind, str) else divergence.reshape(*lead, len(kinds))
+    if targets is None:
+        logps_p = logps_q = None
+    else:
+        logps_p, logps_q = logps_p.reshape(lead), logps_q.reshape(lead)
+    return TokenDivergence(divergence, logps_p, logps_q, entropy_p.reshape(lead), entropy_q.reshape(lead))
+
+
+def _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size) -> None:
+    check_head(hidden_p, weight, bias, options, chunk_size)
+    last = hidden_p.shape[-1] if weight_q is None else None
+    check_shape("hidden_q", hidden_q, (*hidden_p.shape[:-1], last), "(..., H): as hidden_p, the second view")
+    check_dtype("hidden_q", hidden_q, FLOAT_DTYPES)
+    if weight_q is not None:
+        check_shape("weight_q", weight_q, (weight.shape[0], hidden_q.shape[-1]), "(V, H_q): a head for hidden_q")
+    for one in kinds:
+        check(one in KINDS, f"kind: got {one!r}, expected one or a tuple of {', '.join(KINDS)}; choose from these")
+    check(len(kinds) > 0, f"kind: got an empty tuple, expected at least one of {', '.join(KINDS)}; name one")
+    check_same_device(hidden_p=hidden_p, hidden_q=hidden_q, weight_q=weight_q, targets=targets)
+    if targets is None:
+        check(
+            "k3" not in kinds, 'kind: got "k3" without targets, expected targets (...) int64; pass the sampled tokens'
+        )
+        return
+    check_shape("targets", targets, tuple(hidden_p.shape[:-1]), "(...): one token id per row of hidden_p")
+    check_dtype("targets", targets, (torch.int64,))
+    if not torch.compiler.is_compiling() and targets.device.type == "cpu" and targets.numel():
+        top, vocab = int(targets.max()), weight.shape[0]
+        check(
+            top < vocab, f"targets: got id {top}, expected ids below the vocabulary size {vocab}; check the tokenizer"
+        )
+
+
+@torch.library.custom_op("mmrpt_kernels::linear_token_divergence", mutates_args=())
+@without_autocast
+def _operator(
+    hidden_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight: torch.Tensor,
+    weight_q: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor | None,
+    kinds: str,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    chunk_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = HeadOptions(temperature, softcap, logit_scale)
+    head = portable.Head(weight, weight if weight_q is None else weight_q, bias, options)
+    return portable.forward(hidden_p, hidden_q, head, targets, tuple(kinds.split(",")), chunk_size)
+
+
+@_operator.register_fake
+def _(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, temperature, softcap, logit_scale, chunk_size):
+    rows, dtype = hidden_p.shape[0], statistics_dtype(hidden_p, hidden_q, weight)
+    with_targets = 0 if targets is None else rows
+    divergence = hidden_p.new_empty(rows, len(kinds.split(",")), dtype=dtype)
+    sizes = (with_targets, with_targets, rows, rows)
+    return (divergence, *(hidden_p.new_empty(size, dtype=dtype) for size in sizes))
+
+
+@torch.library.custom_op("mmrpt_kernels::linear_token_divergence_backward", mutates_args=())
+@without_autocast
+def _operator_backward(
+    grad_divergence: torch.Tensor,
+    grad_logps_p: torch.Tensor,
+    grad_logps_q: torch.Tensor,
+    grad_entropy_p: torch.Tensor,
+    grad_entropy_q: torch.Tensor,
+    hidden_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight: torch.Tensor,
+    weight_q: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor | None,
+    kinds: str,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    chunk_size: int | None,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = HeadOptions(temperature, softcap, logit_scale)
+    head = portable.Head(weight, weight if weight_q is None else weight_q, bias, options)
+    on_targets = (None, None) if targets is None else (grad_logps_p, grad_logps_q)
+    grads = portable.RowGrads(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
+    made = portable.backward(
+        grads, hidden_p, hidden_q, head, weight_q is None, targets, tuple(kinds.split(",")), chunk_size, needs
+    )
+    sources = (hidden_p, hidden_q, weight, weight_q, bias)
+    return tuple(
+        hidden_p.new_empty(0) if grad is None else grad.to(source.dtype)
+        for grad, source in zip(made, sources, strict=True)
+    )
+
+
+@_operator_backward.register_fake
+def _(gd, glp, glq, gep, geq, hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, t, c, s, chunk_size, needs):
+    sources = (hidden_p, hidden_q, weight, weight_q, bias)
+    return tuple(
+        source.new_empty(source.shape) if need else hidden_p.new_empty(0)
+        for source, need in zip(sources, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.kinds, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, *grads):
+    needs = [bool(need) for need in ctx.needs_input_grad[:5]]
+    settings = (ctx.kinds, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size)
+    made = _operator_backward(*grads, *ctx.saved_tensors, *settings, needs)
+    return (*(grad if need else None for grad, need in zip(made, needs, strict=True)), *([None] * 6))
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
