@@ -1,0 +1,78 @@
+"""The public function `linear_logprobs`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mmrpt_kernels import backends
+from mmrpt_kernels.common import checks
+from mmrpt_kernels.common.autocast import cast_for_autocast
+from mmrpt_kernels.common.head import HeadOptions, check_head
+from mmrpt_kernels.logprobs import portable, reference
+
+__all__ = ["LogProbs", "linear_logprobs"]
+
+
+class LogProbs(NamedTuple):
+    """logps (...) <= 0 and entropy (...) in [0, log V] or None, natural log, float32 (float64 for float64 inputs)."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> LogProbs:
+    """Log-probabilities of target tokens, and entropies, from hidden states: the (N, V) logits never exist.
+
+        z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+        logp = log_softmax(z)[target]          entropy = -sum_v p_v log p_v,  p = softmax(z)
+
+    Both results are differentiable in hidden, weight and bias (once: a second derivative raises). The backward does no
+    work for rows whose incoming gradient is exactly zero, so filtering tokens pays off in any trainer, unmodified.
+
+    Args:
+        hidden: (..., H) half, bfloat16, float32 or float64.
+        weight: (V, H), the lm head.
+        targets: (...) int64; rows of `ignore_index` give logp 0, entropy 0, no gradient and no work.
+        bias: (V,) or None.
+        temperature: > 0, divides the logits.
+        softcap: >= 0, s -> softcap * tanh(s / softcap) before the temperature; 0 = none.
+        logit_scale: multiplies the raw logits.
+        return_entropy: also compute the entropy, about a tenth more work.
+        chunk_size: rows of logits held at once; None: what fits 32 MiB. Results do not depend on it beyond rounding.
+        backend: "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
+
+    Raises:
+        ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V).
+        BackendError: `backend` cannot serve the call.
+    """
+    options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
+    check_head(hidden, weight, bias, options, chunk_size)
+    checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
+    checks.check_dtype("targets", targets, (torch.int64,))
+    checks.check_same_device(hidden=hidden, targets=targets)
+    name = backends.select("logprobs", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    if name == "reference":
+        return LogProbs(
+            *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
+        )
+    flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
+    logps, entropy = portable.linear_logprobs(
+        flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, chunk_size
+    )
+    return LogProbs(logps.view(shape), entropy.view(shape) if return_entropy else None)

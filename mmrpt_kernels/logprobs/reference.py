@@ -1,0 +1,48 @@
+"""The definition of `linear_logprobs`: full logits, plain PyTorch, autograd. Slow, obvious, float64-capable."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
+
+__all__ = ["linear_logprobs"]
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: HeadOptions,
+    ignore_index: int,
+    return_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p(target) and entropy of every row, differentiable in hidden, weight and bias.
+
+        z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
+        logp = z_target - logsumexp(z)          entropy = -sum_v p_v log p_v,  p = softmax(z)
+
+    Args:
+        hidden: (..., H). weight: (V, H). targets: (...) int64. bias: (V,) or None.
+
+    Returns:
+        logps (...), entropy (...) or None, both float32 (float64 where an input is); 0 at rows of ignore_index, whose
+        hidden states are never looked at.
+    """
+    dtype = statistics_dtype(hidden, weight, bias)
+    wanted = targets != ignore_index
+    rows = torch.where(wanted[..., None], hidden.to(dtype), 0.0)
+    raw = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    log_probs = torch.log_softmax(transform_logits(raw, options), dim=-1)
+    chosen = log_probs.gather(-1, torch.where(wanted, targets, 0)[..., None]).squeeze(-1)
+    logps = torch.where(wanted, chosen, 0.0)
+    if not return_entropy:
+        return logps, None
+    # A word of probability 0 adds nothing (0 log 0 = 0): keep -inf out of the product.
+    summands = log_probs.exp() * log_probs.clamp_min(torch.finfo(dtype).min)
+    entropy = -summands.sum(-1).clamp(-math.log(weight.shape[0]), 0.0)
+    return logps, torch.where(wanted, entropy, 0.0)
