@@ -25,6 +25,8 @@ Call = Callable[[], Any]
 L2_FLUSH_BYTES = 256 * 2**20
 # A CPU sample shorter than this repeats the call: the clock's and the interpreter's own cost stays under a per cent.
 MIN_SAMPLE_SECONDS = 2e-3
+# The profiler that sees CPU memory greets on stderr at every start unless told not to.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 DISTRIBUTIONS = ("torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "verl")
 
 

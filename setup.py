@@ -1,0 +1,90 @@
+"""Builds the optional extension mmrpt_kernels._C from csrc/. All other settings are in pyproject.toml.
+
+MMRPT_BUILD_CSRC = auto (default): build what the machine can build; where that fails, warn and go on: without the
+                      extension everything works, on the portable and Triton backends.
+                   1: build it or fail
+                   0: do not try
+MMRPT_CUDA_ARCHITECTURES = compute capabilities for csrc/<op>/*.cu, e.g. "80;90a" (default "80;90"); needs nvcc.
+
+Neither torch nor its headers are used, so one build serves every torch release.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+MODE = os.environ.get("MMRPT_BUILD_CSRC", "auto")
+ARCHITECTURES = os.environ.get("MMRPT_CUDA_ARCHITECTURES", "80;90")
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: $CUDA_HOME first, then the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+class BuildExtension(build_ext):
+    """build_ext that compiles .cu sources with nvcc first. With ext.optional set, a failure is only a warning."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.cuda_sources:
+            self.add_cuda(ext)
+        super().build_extension(ext)
+
+    def add_cuda(self, ext: Extension) -> None:
+        """Compile ext.cuda_sources into objects and link them with the static CUDA runtime."""
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CompileError(f"{len(ext.cuda_sources)} CUDA sources but no nvcc: set CUDA_HOME or extend PATH")
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES.split(";")]
+        for source in ext.cuda_sources:
+            target = folder / (source.replace("/", "_") + ".o")
+            flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Icsrc", *codes]
+            if subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], cwd=ROOT).returncode != 0:
+                raise CompileError(f"nvcc could not compile {source}")
+            ext.extra_objects.append(str(target))
+        toolkit = Path(nvcc).resolve().parent.parent
+        ext.library_dirs += [str(path) for path in (toolkit / "lib64", toolkit / "lib") if path.is_dir()]
+        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        ext.define_macros.append(("MMRPT_CUDA_ARCHITECTURES", f'"{ARCHITECTURES}"'))
+
+
+def extensions() -> list[Extension]:
+    """The extension, or nothing when it is switched off or pybind11 is missing (in `auto` mode)."""
+    if MODE not in ("auto", "0", "1"):
+        raise SystemExit(f"MMRPT_BUILD_CSRC={MODE!r}: expected auto, 0 or 1")
+    if MODE == "0":
+        return []
+    try:
+        import pybind11
+    except ImportError:
+        if MODE == "1":
+            raise
+        print("warning: no pybind11: mmrpt_kernels._C is not built, the package works without it", file=sys.stderr)
+        return []
+    ext = Extension(
+        "mmrpt_kernels._C",
+        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        include_dirs=["csrc", pybind11.get_include()],
+        # No -ffast-math: rows with -inf logits and NaN must come out as in float64.
+        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
+        language="c++",
+        optional=MODE == "auto",
+    )
+    ext.cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
+    return [ext]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
