@@ -1,0 +1,274 @@
+"""The portable backend as custom operators: packed batches are walked sequence by sequence, each one dense.
+
+Memory is linear in T and S: tiles of scores are made, used and dropped, and the backward pass makes them again from the
+saved lse. On a CPU without a soft cap the products run in torch's fused attention (see engines.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mmrpt_kernels.attention.dense import Masks, attend, attend_backward, statistics_dtype
+from mmrpt_kernels.attention.engines import RowGradients
+from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.selected import selected_mass, selected_mass_backward
+from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.common.packing import Segment, read_segments
+
+__all__ = ["attention", "mass_from_lse"]
+
+
+def _segments(q: torch.Tensor, k: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None) -> list[Segment]:
+    return [] if cu_q is None else read_segments(cu_q, cu_k, q.shape[0], k.shape[0])
+
+
+@torch.library.custom_op("mmrpt_kernels::attention_with_mass", mutates_args=())
+@without_autocast
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+    block_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    if cu_seqlens_q is None:
+        return attend(q, k, v, key_weights, options, Masks(key_padding_mask, attn_mask), block_rows)
+    made = _attention_fake(q, k, v, key_weights)
+    for rows, keys in _segments(q, k, cu_seqlens_q, cu_seqlens_k):
+        part = attend(
+            q[None, rows], k[None, keys], v[None, keys], key_weights[None, keys], options, Masks(), block_rows
+        )
+        made[0][rows], made[1][:, rows], made[2][:, rows] = (x[0] for x in part)
+    return made
+
+
+@_attention.register_fake
+def _attention_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = q.shape[:-3] + (q.shape[-2], q.shape[-3])  # (B, Hq, T) or (Hq, sum T)
+    dtype = statistics_dtype(q)
+    return (
+        q.new_empty(q.shape[:-1] + v.shape[-1:]),
+        q.new_empty(rows + key_weights.shape[-1:], dtype=dtype),
+        q.new_empty(rows, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("mmrpt_kernels::attention_with_mass_backward", mutates_args=())
+@without_autocast
+def _attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    dout: torch.Tensor | None,
+    dmass: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    mass: torch.Tensor,
+    lse: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+    block_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    made = _attention_backward_fake(q, k, v, key_weights)
+    if cu_seqlens_q is None:
+        rows = RowGradients(dout, dmass, dlse, out, mass, lse)
+        masks = Masks(key_padding_mask, attn_mask)
+        _store(made, attend_backward(q, k, v, key_weights, rows, options, masks, block_rows))
+        return made
+    for rows, keys in _segments(q, k, cu_seqlens_q, cu_seqlens_k):
+        known = RowGradients(
+            None if dout is None else dout[None, rows],
+            *(None if x is None else x[None, :, rows] for x in (dmass, dlse)),
+            out[None, rows],
+            mass[None, :, rows],
+            lse[None, :, rows],
+        )
+        inputs = (q[None, rows], k[None, keys], v[None, keys], key_weights[None, keys])
+        part = attend_backward(*inputs, known, options, Masks(), block_rows)
+        targets = (made[0][rows], made[1][keys], made[2][keys], made[3][keys])
+        _store(targets, part)
+    return made
+
+
+def _store(targets, gradients) -> None:
+    """Write a dense batch's gradients where they belong; a gradient nobody computed is 0."""
+    for target, gradient in zip(targets, gradients, strict=True):
+        if gradient is None:
+            target.zero_()
+        else:
+            target.copy_(gradient.view(target.shape))
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, ...]:
+    dw = torch.empty_like(key_weights) if key_weights.is_floating_point() else q.new_empty(0)
+    contiguous = torch.contiguous_format
+    return (*(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)), dw)
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    q, k, v, key_weights, key_padding_mask, attn_mask, cu_q, cu_k, *settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, key_weights, *output, key_padding_mask, attn_mask, cu_q, cu_k)
+    ctx.settings = settings
+
+
+def _attention_autograd(ctx, dout, dmass, dlse):
+    q, k, v, key_weights, out, mass, lse, *masks = ctx.saved_tensors
+    nothing = (None,) * (len(masks) + len(ctx.settings))
+    if dout is None and dmass is None and dlse is None:
+        return None, None, None, None, *nothing
+    *grads, dw = _attention_backward(q, k, v, key_weights, dout, dmass, dlse, out, mass, lse, *masks, *ctx.settings)
+    return *grads, (dw if key_weights.is_floating_point() else None), *nothing
+
+
+_attention.register_autograd(_attention_autograd, setup_context=_save_attention)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_rows: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, mass (B, Hq, T, G), lse as `reference.attention`; block_rows: rows of a tile, 0 = choose."""
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    return _attention(q, k, v, key_weights, *masks, *options, block_rows)
+
+
+@torch.library.custom_op("mmrpt_kernels::visual_mass", mutates_args=())
+@without_autocast
+def _visual_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    query_mask: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+    block_rows: int,
+) -> torch.Tensor:
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    if cu_seqlens_q is None:
+        return selected_mass(q, k, lse, key_weights, query_mask, key_padding_mask, options, block_rows)
+    mass = _visual_mass_fake(q, k, lse, key_weights)
+    for rows, keys in _segments(q, k, cu_seqlens_q, cu_seqlens_k):
+        wanted = None if query_mask is None else query_mask[None, rows]
+        inputs = (q[None, rows], k[None, keys], lse[None, :, rows], key_weights[None, keys])
+        mass[:, rows] = selected_mass(*inputs, wanted, None, options, block_rows)[0]
+    return mass
+
+
+@_visual_mass.register_fake
+def _visual_mass_fake(q, k, lse, key_weights, *_) -> torch.Tensor:
+    return q.new_empty(tuple(lse.shape) + key_weights.shape[-1:], dtype=statistics_dtype(q))
+
+
+@torch.library.custom_op("mmrpt_kernels::visual_mass_backward", mutates_args=())
+@without_autocast
+def _visual_mass_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    dmass: torch.Tensor,
+    mass: torch.Tensor,
+    query_mask: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+    block_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    made = _visual_mass_backward_fake(q, k, lse, key_weights)
+    if cu_seqlens_q is None:
+        inputs = (q, k, lse, key_weights, dmass, mass, query_mask, key_padding_mask)
+        _store(made, selected_mass_backward(*inputs, options, block_rows))
+        return made
+    for rows, keys in _segments(q, k, cu_seqlens_q, cu_seqlens_k):
+        inputs = (q[None, rows], k[None, keys], lse[None, :, rows], key_weights[None, keys])
+        known = (
+            dmass[None, :, rows],
+            mass[None, :, rows],
+            None if query_mask is None else query_mask[None, rows],
+            None,
+        )
+        _store(
+            (made[0][rows], made[1][keys], made[2][keys]), selected_mass_backward(*inputs, *known, options, block_rows)
+        )
+    return made
+
+
+@_visual_mass_backward.register_fake
+def _visual_mass_backward_fake(q, k, lse, key_weights, *_) -> tuple[torch.Tensor, ...]:
+    dq, dk, _, dw = _attention_backward_fake(q, k, k, key_weights)
+    return dq, dk, dw
+
+
+def _save_visual_mass(ctx, inputs, output) -> None:
+    q, k, lse, key_weights, query_mask, key_padding_mask, cu_q, cu_k, *settings = inputs
+    ctx.save_for_backward(q, k, lse, key_weights, output, query_mask, key_padding_mask, cu_q, cu_k)
+    ctx.settings = settings
+
+
+def _visual_mass_autograd(ctx, dmass):
+    q, k, lse, key_weights, mass, *masks = ctx.saved_tensors
+    dq, dk, dw = _visual_mass_backward(q, k, lse, key_weights, dmass, mass, *masks, *ctx.settings)
+    nothing = (None,) * (len(masks) + len(ctx.settings))
+    return dq, dk, None, (dw if key_weights.is_floating_point() else None), *nothing
+
+
+_visual_mass.register_autograd(_visual_mass_autograd, setup_context=_save_visual_mass)
+
+
+def mass_from_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    query_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    block_rows: int = 0,
+) -> torch.Tensor:
+    """mass (B, Hq, T, G) as `reference.mass_from_lse`; block_rows: rows of a tile, 0 = choose."""
+    masks = (query_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
+    return _visual_mass(q, k, lse, key_weights, *masks, *options, block_rows)

@@ -1,0 +1,151 @@
+"""The definition of attention with visual mass in plain PyTorch: one (T, S) matrix of probabilities, float64.
+
+    s[t, j]     = softcap(scale * q_t . k_j)         softcap(x) = c tanh(x / c), or x without a cap
+    lse[t]      = log sum_{j allowed for t} exp s[t, j]
+    p[t, j]     = exp(s[t, j] - lse[t]),   0 where not allowed, 0 everywhere in a row that may attend to nothing
+    out[t]      = sum_j p[t, j] v_j
+    mass[t, g]  = sum_j p[t, j] w[j, g]
+
+Slow and obvious on purpose; gradients are autograd's. The tests' only truth.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mmrpt_kernels.attention.geometry import AttentionOptions
+
+__all__ = ["attention", "mass_from_lse"]
+
+
+def _band_mask(num_rows: int, num_keys: int, options: AttentionOptions, device: torch.device) -> torch.Tensor:
+    """(T, S) bool: what causality and the window allow, position by position."""
+    row = torch.arange(num_rows, device=device)[:, None] + (num_keys - num_rows)
+    key = torch.arange(num_keys, device=device)[None, :]
+    allowed = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device)
+    if options.window_left >= 0:
+        allowed = allowed & (key >= row - options.window_left)
+    if options.window_right >= 0:
+        allowed = allowed & (key <= row + options.window_right)
+    return allowed
+
+
+def _packed_mask(
+    num_rows: int, num_keys: int, cu_q: torch.Tensor, cu_k: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """(sum T, sum S) bool: same sequence, and allowed by the band of that sequence's own lengths."""
+    row = torch.arange(num_rows, device=cu_q.device)
+    key = torch.arange(num_keys, device=cu_q.device)
+    cu_q, cu_k = cu_q.long(), cu_k.long()
+    row_sequence = torch.searchsorted(cu_q, row, right=True) - 1
+    key_sequence = torch.searchsorted(cu_k, key, right=True) - 1
+    lengths_q, lengths_k = cu_q.diff(), cu_k.diff()
+    # Position of a row among its sequence's keys, bottom-right aligned.
+    row_position = row - cu_q[row_sequence] + (lengths_k - lengths_q)[row_sequence]
+    key_position = key - cu_k[key_sequence]
+    allowed = row_sequence[:, None] == key_sequence[None, :]
+    if options.window_left >= 0:
+        allowed = allowed & (key_position[None, :] >= row_position[:, None] - options.window_left)
+    if options.window_right >= 0:
+        allowed = allowed & (key_position[None, :] <= row_position[:, None] + options.window_right)
+    return allowed
+
+
+def _allowed(q, k, options, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k) -> torch.Tensor:
+    """(B or 1, 1, T, S) bool."""
+    if cu_seqlens_q is not None:
+        return _packed_mask(q.shape[1], k.shape[1], cu_seqlens_q, cu_seqlens_k, options)[None, None]
+    allowed = _band_mask(q.shape[1], k.shape[1], options, q.device)[None, None]
+    if key_padding_mask is not None:
+        allowed = allowed & key_padding_mask[:, None, None, :]
+    return allowed if attn_mask is None else allowed & attn_mask
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dtype: torch.dtype) -> torch.Tensor:
+    """(B, Hq, T, S): softcap(scale * q . k), query head h with key head h // (Hq / Hkv)."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = options.scale * torch.einsum("bthd,bshd->bhts", q.to(dtype), k.to(dtype))
+    return options.softcap * torch.tanh(scores / options.softcap) if options.softcap > 0 else scores
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32 (float64 for float64 q).
+
+    Args:
+        q, k, v: (B, T, Hq, D), (B, S, Hkv, D), (B, S, Hkv, Dv); packed: (sum T, Hq, D) and so on, with cu_seqlens.
+        key_weights: (B, S, G), packed (sum S, G), bool or float.
+        key_padding_mask: (B, S) bool or None.
+        attn_mask: (B or 1, 1, T, S) bool or None.
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int, or None.
+        dtype: of the computation; the tests' yardstick uses float32.
+    """
+    if cu_seqlens_q is not None:
+        q, k, v, key_weights = (x[None] for x in (q, k, v, key_weights))
+    allowed = _allowed(q, k, options, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    scores = _scores(q, k, options, dtype).masked_fill(~allowed, -torch.inf)
+    dead = ~allowed.any(-1, keepdim=True)
+    # A row of -inf has NaN gradients in softmax: give dead rows zeros to chew on, then blank them.
+    probs = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
+    lse = torch.logsumexp(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead[..., 0], -torch.inf)
+    v = v.to(dtype).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    out = torch.einsum("bhts,bshd->bthd", probs, v).to(q.dtype)
+    mass = torch.einsum("bhts,bsg->bhtg", probs, key_weights.to(dtype))
+    if not key_weights.is_floating_point():
+        mass = mass.clamp(0.0, 1.0)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    mass, lse = mass.to(wide), lse.to(wide)
+    return (out, mass, lse) if cu_seqlens_q is None else (out[0], mass[0], lse[0])
+
+
+def mass_from_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    query_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """mass (B, Hq, T, G) = sum_j exp(s[t, j] - lse[t]) w[j, g] from a given lse; shapes as in `attention`.
+
+    lse is a statistic of q and k, so the gradient in q and k counts its part: d lse / d s[t, j] = p[t, j]. lse itself
+    receives no gradient.
+
+    Args:
+        lse: (B, Hq, T), packed (Hq, sum T).
+        query_mask: (B, T), packed (sum T,), bool or None: rows wanted.
+    """
+    packed = cu_seqlens_q is not None
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if packed:
+        q, k, key_weights, lse = (x[None] for x in (q, k, key_weights, lse))
+        query_mask = None if query_mask is None else query_mask[None]
+    allowed = _allowed(q, k, options, key_padding_mask, None, cu_seqlens_q, cu_seqlens_k)
+    if query_mask is not None:
+        allowed = allowed & query_mask[:, None, :, None]
+    # Outside the mask a score may be NaN or exceed lse by far: blank it first, where NaN * 0 would spoil the gradient.
+    scores = _scores(q, k, options, dtype).masked_fill(~allowed, 0.0)
+    lse = lse.detach().to(dtype)[..., None].masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    probs = torch.exp((scores - lse).masked_fill(~allowed, -torch.inf))
+    live_part = (probs.detach() * (scores - scores.detach())).sum(-1, keepdim=True)  # zero; its gradient is d lse
+    probs = torch.exp((scores - lse - live_part).masked_fill(~allowed, -torch.inf))
+    mass = torch.einsum("bhts,bsg->bhtg", probs, key_weights.to(dtype))
+    if not key_weights.is_floating_point():
+        mass = mass.clamp(0.0, 1.0)
+    return (mass[0] if packed else mass).to(wide)
