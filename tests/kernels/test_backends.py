@@ -1,0 +1,107 @@
+"""The backend table: order of choice, refusals, overrides, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmrpt_kernels import backends
+from mmrpt_kernels.backends import BackendError, Row, select, table, use_backend
+
+CPU = torch.device("cpu")
+
+
+def choose(op="logprobs", device=CPU, dtype=torch.float32, **kwargs):
+    return select(op, device=device, dtype=dtype, **kwargs)
+
+
+@pytest.fixture
+def with_fast_row(monkeypatch):
+    """A table with one row ahead of the others that takes bfloat16 on a GPU and nothing packed."""
+    row = Row("logprobs", "triton", ("cuda",), (torch.bfloat16,), ("packed",), "for this test")
+    monkeypatch.setattr(backends, "TABLE", [row, *backends.TABLE])
+
+
+def test_every_operator_has_portable_and_reference():
+    for op in backends.OPERATORS:
+        assert choose(op) == "portable"
+        assert choose(op, requested="reference") == "reference"
+
+
+def test_the_first_row_that_serves_is_chosen(with_fast_row):
+    gpu = torch.device("cuda", 0)
+    assert choose(device=gpu, dtype=torch.bfloat16) == "triton"
+    assert choose(device=gpu, dtype=torch.float32) == "portable"
+    assert choose(device=gpu, dtype=torch.bfloat16, traits=frozenset({"packed"})) == "portable"
+    assert choose(dtype=torch.bfloat16) == "portable"
+
+
+@pytest.mark.parametrize(
+    "kwargs, reason",
+    [
+        ({"dtype": torch.bfloat16}, "runs on cuda"),
+        ({"device": torch.device("cuda", 0)}, "takes torch.bfloat16"),
+        ({"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "traits": frozenset({"packed"})}, "packed"),
+    ],
+)
+def test_a_backend_that_cannot_serve_says_why_and_who_can(with_fast_row, kwargs, reason):
+    with pytest.raises(BackendError) as error:
+        choose(requested="triton", **kwargs)
+    for word in ("logprobs", "'triton'", reason, "portable, reference"):
+        assert word in str(error.value)
+
+
+def test_unknown_names_and_missing_backends_raise(monkeypatch):
+    with pytest.raises(BackendError, match="expected one of cuda, triton, portable, reference"):
+        choose(requested="fast")
+    with pytest.raises(BackendError, match="has no such backend"):
+        choose("perception", requested="cuda")
+    with pytest.raises(BackendError, match="use_backend: got 'fast'"), use_backend("fast"):
+        pass
+    monkeypatch.setenv(backends.ENV_VARIABLE, "fast")
+    with pytest.raises(BackendError, match=backends.ENV_VARIABLE):
+        choose()
+
+
+def test_no_backend_at_all_raises():
+    with pytest.raises(BackendError, match="no backend serves torch.int32"):
+        choose(dtype=torch.int32)
+
+
+def test_call_beats_context_beats_environment_beats_table(monkeypatch):
+    monkeypatch.setenv(backends.ENV_VARIABLE, "reference")
+    assert choose() == "reference"
+    with use_backend("portable"):
+        assert choose() == "portable"
+        assert choose(requested="reference") == "reference"
+        with use_backend(None):
+            assert choose() == "reference"
+        assert choose() == "portable"
+    assert choose() == "reference"
+    monkeypatch.setenv(backends.ENV_VARIABLE, "")
+    assert choose() == "portable"
+
+
+def test_use_backend_is_undone_by_an_exception():
+    with pytest.raises(RuntimeError), use_backend("reference"):
+        raise RuntimeError
+    assert choose() == "portable"
+
+
+def test_select_is_traced_and_guarded_on_the_context(fresh_compiler):
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        return x + (1 if select("logprobs", device=x.device, dtype=x.dtype) == "portable" else 2)
+
+    x = torch.zeros(1)
+    assert step(x) == 1
+    with use_backend("reference"):
+        assert step(x) == 2
+    assert step(x) == 1
+
+
+def test_the_table_prints_every_row(capsys):
+    backends.print_table()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == table().splitlines() and len(printed) == len(backends.TABLE) + 1
+    assert printed[0].split()[:2] == ["operator", "backend"]

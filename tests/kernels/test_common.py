@@ -1,0 +1,212 @@
+"""The shared pieces: argument checks, the lm head, autocast, and the error rule itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmrpt_kernels.common import checks, head
+from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
+from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.testing import (
+    ATTENTION_CASES,
+    HEAD_CASES,
+    assert_close_to_truth,
+    attention_inputs,
+    head_inputs,
+    poisoned_memory,
+)
+
+OPTIONS = (HeadOptions(), HeadOptions(0.7), HeadOptions(1.3, 5.0, -1.7), HeadOptions(softcap=30.0))
+
+
+class TestChecks:
+    """Each message says what was got, what was expected and how to mend it."""
+
+    @pytest.mark.parametrize(
+        "call, words",
+        [
+            (
+                lambda: checks.check_shape("q", torch.zeros(2, 3), (2, None, 4), "(B, T, H)"),
+                ("(2, 3)", "(2, any, 4)", "reshape"),
+            ),
+            (lambda: checks.check_shape("q", torch.zeros(2, 3), (2, 4), "(B, T)"), ("(2, 3)", "(2, 4)")),
+            (lambda: checks.check_shape("q", [1.0], (1,), "(N,)"), ("list", "torch.Tensor")),
+            (
+                lambda: checks.check_dtype("q", torch.zeros(1, dtype=torch.int32), (torch.float32, torch.float64)),
+                ("torch.int32", "torch.float32, torch.float64", "q.to("),
+            ),
+            (
+                lambda: checks.check_same_device(a=torch.zeros(1), b=None, c=torch.zeros(1, device="meta")),
+                ("c:", "meta", "cpu", "a.device"),
+            ),
+            (lambda: checks.check_range("k", 0.0, 0.0, 1.0, low_open=True), ("0.0", "(0.0, 1.0]")),
+            (lambda: checks.check_range("k", float("nan"), None, 1.0), ("nan", "(-inf, 1.0]")),
+            (lambda: checks.check_range("k", -1, 0, None), ("-1", "[0, inf)")),
+        ],
+    )
+    def test_refusal(self, call, words):
+        with pytest.raises(ValueError) as error:
+            call()
+        for word in words:
+            assert word in str(error.value)
+
+    def test_acceptance(self):
+        checks.check_shape("q", torch.zeros(2, 3), (None, 3), "(B, T)")
+        checks.check_dtype("q", torch.zeros(1), (torch.float32,))
+        checks.check_same_device(a=None, b=torch.zeros(1), c=torch.zeros(2))
+        checks.check_range("k", 1.0, 0.0, 1.0)
+
+    @pytest.mark.parametrize(
+        "change, word",
+        [
+            ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden"),
+            ({"weight": torch.zeros(5, 3)}, "weight"),
+            ({"weight": torch.zeros(0, 4)}, "vocabulary"),
+            ({"bias": torch.zeros(4)}, "bias"),
+            ({"options": HeadOptions(temperature=0.0)}, "temperature"),
+            ({"options": HeadOptions(softcap=-1.0)}, "softcap"),
+            ({"options": HeadOptions(logit_scale=0.0)}, "logit_scale"),
+            ({"chunk_size": 0}, "chunk_size"),
+        ],
+    )
+    def test_head_arguments(self, change, word):
+        good = {
+            "hidden": torch.zeros(3, 4),
+            "weight": torch.zeros(5, 4),
+            "bias": None,
+            "options": HeadOptions(),
+            "chunk_size": None,
+        }
+        head.check_head(**good)
+        with pytest.raises(ValueError, match=word):
+            head.check_head(**(good | change))
+
+
+class TestHead:
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_transform_is_the_documented_equation_and_its_derivative(self, options):
+        raw = (10 * torch.randn(7, 5, dtype=torch.float64)).requires_grad_()
+        scaled = options.logit_scale * raw
+        capped = options.softcap * torch.tanh(scaled / options.softcap) if options.softcap else scaled
+        expected = capped / options.temperature
+        z = head.transform_logits(raw, options)
+        torch.testing.assert_close(z, expected)
+        grad = torch.randn_like(raw)
+        (truth,) = torch.autograd.grad(expected, raw, grad)
+        torch.testing.assert_close(head.transform_backward(grad, z.detach(), options), truth)
+        torch.testing.assert_close(head.transform_backward(grad.clone(), z.detach(), options, inplace=True), truth)
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_in_place_is_the_same(self, options):
+        raw = torch.randn(7, 5)
+        expected = head.transform_logits(raw, options)
+        torch.testing.assert_close(head.transform_logits(raw.clone(), options, inplace=True), expected)
+
+    def test_chunk_rows(self):
+        assert head.chunk_rows(1000, 50, 7, torch.float32) == 7
+        assert head.chunk_rows(5, 50, 7, torch.float32) == 5
+        assert head.chunk_rows(0, 50, None, torch.float32) == 1
+        wide = head.chunk_rows(10**6, 100_000, None, torch.bfloat16)
+        assert wide >= head.MIN_CHUNK_ROWS and wide * 100_000 * 4 <= head.CHUNK_BYTES
+        assert head.chunk_rows(10**6, 100_000, None, torch.float64) <= wide
+        assert head.chunk_rows(10**6, 8, None, torch.float32) == head.MAX_CHUNK_ROWS
+        assert head.chunk_rows(10**6, 10**9, None, torch.float32) == head.MIN_CHUNK_ROWS
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("vocab", [1, 33, head.WIDEN_ROWS + 5])
+    def test_projection_and_its_gradients(self, dtype, vocab):
+        made = head_inputs(HEAD_CASES[0]._replace(rows=9, vocab=vocab, bias=True), dtype=dtype)
+        hidden, weight, bias = made["hidden"], made["weight"], made["bias"]
+        stat = head.statistics_dtype(hidden)
+        tolerance = {"rtol": 1e-5, "atol": 1e-4} if stat == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+        with poisoned_memory():
+            raw = head.project(hidden, weight, bias)
+            grad = torch.randn(9, vocab, dtype=stat)
+            to_hidden = head.project_backward_hidden(grad, weight)
+        into = torch.ones(vocab, 8, dtype=stat)
+        head.project_backward_weight(grad, hidden, into)
+        h, w, g = hidden.double(), weight.double(), grad.double()
+        torch.testing.assert_close(raw.double(), h @ w.T + bias.double(), **tolerance)
+        torch.testing.assert_close(to_hidden.double(), g @ w, **tolerance)
+        torch.testing.assert_close(into.double(), 1 + g.T @ h, **tolerance)
+
+
+class TestAutocast:
+    def test_casts_as_linear_does_and_leaves_float64_alone(self):
+        x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, dtype=torch.float64)
+        assert cast_for_autocast(x, None, y) == (x, None, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a, none, b = cast_for_autocast(x, None, y)
+        assert a.dtype == torch.bfloat16 and none is None and b is y
+        a.float().sum().backward()
+        assert torch.equal(x.grad, torch.ones(2, 3))
+
+    def test_without_autocast_runs_products_as_written(self):
+        product = without_autocast(lambda a, b: a @ b)
+        a, b = torch.randn(3, 4), torch.randn(4, 5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (a @ b).dtype == torch.bfloat16
+            assert product(a, b).dtype == torch.float32
+
+
+class TestErrorRule:
+    """The rule must fail where it should."""
+
+    truth = torch.linspace(-3, 5, 101, dtype=torch.float64)
+    eager = truth.to(torch.bfloat16)
+
+    def test_accepts_the_yardstick_and_the_truth(self):
+        report = assert_close_to_truth(self.eager, self.eager, self.truth)
+        assert report.max_error == report.eager_max_error and 0 < report.rms_in_eps < 1
+        assert assert_close_to_truth(self.truth.float(), self.eager, self.truth).rms_in_eps < 1e-3
+
+    def test_refuses_too_large_an_error(self):
+        eps = torch.finfo(torch.bfloat16).eps
+        with pytest.raises(AssertionError, match="max error"):
+            assert_close_to_truth(self.truth + 5 * 5 * eps, self.eager, self.truth)
+        with pytest.raises(AssertionError, match="max error"):  # a bfloat16 error where float32 was asked for
+            assert_close_to_truth(self.eager, self.truth.float(), self.truth)
+
+    def test_refuses_a_broken_yardstick(self):
+        with pytest.raises(AssertionError, match="broken yardstick"):
+            assert_close_to_truth(self.truth, self.truth.float() + 1, self.truth)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_refuses_special_values_in_other_places(self, value):
+        actual, truth = self.truth.clone(), self.truth.clone()
+        actual[3] = value
+        with pytest.raises(AssertionError, match="1 places"):
+            assert_close_to_truth(actual, self.eager, truth)
+        truth[3] = value
+        assert_close_to_truth(actual, self.eager, truth)
+
+    def test_refuses_a_wrong_shape_and_a_float32_truth(self):
+        with pytest.raises(AssertionError, match="shape"):
+            assert_close_to_truth(self.truth[:3], self.eager, self.truth)
+        with pytest.raises(AssertionError, match="float64"):
+            assert_close_to_truth(self.truth, self.eager, self.truth.float())
+
+    def test_floor_admits_the_rounding_of_a_difference(self):
+        actual = torch.full((4,), 1e-6)
+        truth = torch.zeros(4, dtype=torch.float64)
+        eager = torch.zeros(4)
+        with pytest.raises(AssertionError, match="max error"):
+            assert_close_to_truth(actual, eager, truth)
+        assert_close_to_truth(actual, eager, truth, floor=10.0)
+
+    def test_poisoned_memory_is_poisoned_and_ends(self):
+        with poisoned_memory():
+            assert torch.empty(100).isnan().all() and torch.ones(3).new_empty(4).isnan().all()
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_cases_are_named_once_and_deterministic():
+    for cases, make in ((HEAD_CASES, head_inputs), (ATTENTION_CASES, attention_inputs)):
+        assert len({case.name for case in cases}) == len(cases)
+        first, second = make(cases[1], seed=3), make(cases[1], seed=3)
+        for name, tensor in first.items():
+            assert second[name] is None if tensor is None else torch.equal(tensor, second[name]), name
+    case = next(case for case in ATTENTION_CASES if case.padding == "left")
+    mask = attention_inputs(case)["key_padding_mask"]
+    assert mask[:, -1].all() and mask.sum(-1).unique().numel() > 1
