@@ -1,0 +1,315 @@
+"""The settings: one frozen dataclass per stage, read from YAML and dotted overrides, unknown keys refused.
+
+`load_settings("run.yaml", ["rl.steps=50", "rollout.group_size=4"])` gives a checked `Settings`; `save_settings` writes
+the resolved ones beside the run, and reading that file back gives the same `Settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from mmrpt.world.tiny_vlm import TinyVLMConfig
+from mmrpt.world.world import WorldConfig
+
+_STRICT = ConfigDict(extra="forbid", validate_default=False)
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work: the message says which, what was expected and how to mend it."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@checked(frozen=True, config=_STRICT)
+class DataSettings:
+    """Where pairs come from. `pairs` None: the drawn world; else a path that `mmrpt.data.open_pairs` reads."""
+
+    pairs: str | None = None
+    size: int = 20_000  # pairs of the drawn world's training split; a reader brings its own size
+    held_out: int = 200  # of a reader's pairs, the last so many are kept for evaluation
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 1, f"data.size is {self.size}: expected at least 1 pair.")
+        _require(self.held_out >= 0, f"data.held_out is {self.held_out}: expected 0 or more.")
+
+
+@checked(frozen=True, config=_STRICT)
+class ModelSettings:
+    """The policy. `path` None builds the tiny model of `tiny`; else a Hugging Face folder of the Qwen2-VL family."""
+
+    path: str | None = None
+    tiny: TinyVLMConfig = field(default_factory=TinyVLMConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+
+@checked(frozen=True, config=_STRICT)
+class PromptSettings:
+    """What the user turn says, and the marks of the answer's format."""
+
+    describe: str = "describe"
+    restore: str = "restore: {masked_caption}"
+    mask: str = "<mask>"
+
+    def __post_init__(self) -> None:
+        _require(
+            "{masked_caption}" in self.restore,
+            f"prompts.restore is {self.restore!r}: it must contain {{masked_caption}}, where the caption goes.",
+        )
+        _require(bool(self.mask.strip()), "prompts.mask is empty: the model would not see what is missing.")
+
+
+@checked(frozen=True, config=_STRICT)
+class OptimiserSettings:
+    """AdamW with a linear warm-up, then constant or cosine to `final_fraction` of the peak."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup_steps: int = 20
+    final_fraction: float = 1.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"lr is {self.lr}: expected a positive number.")
+        _require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}: expected a positive number.")
+        _require(0 <= self.final_fraction <= 1, f"final_fraction is {self.final_fraction}: expected 0 to 1.")
+
+
+@checked(frozen=True, config=_STRICT)
+class WarmupSettings:
+    """Supervised warm-up on captions, with a share of restored words in the answer format so that it is known."""
+
+    steps: int = 400
+    batch_size: int = 32
+    restore_fraction: float = 0.25  # rows that restore random words, any words, instead of describing
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"warmup.steps is {self.steps}: expected 0 or more.")
+        _require(self.batch_size >= 1, f"warmup.batch_size is {self.batch_size}: expected at least 1.")
+        _require(
+            0 <= self.restore_fraction < 1,
+            f"warmup.restore_fraction is {self.restore_fraction}: expected at least 0 and below 1.",
+        )
+
+
+@checked(frozen=True, config=_STRICT)
+class MaskingSettings:
+    """Which sentences lean on the image, and which of their words are hidden (MMRPT, steps 1 to 3)."""
+
+    pairs: int = 1_000  # captions scored
+    first_layer: float = 0.5  # the recorded layers L, as fractions of the depth: the upper middle
+    last_layer: float = 1.0
+    align: Literal["predicting", "token"] = "predicting"  # the row that predicts a token, or the token's own row
+    threshold: Literal["otsu", "quantile", "mean_std"] = "otsu"
+    quantile: float = 0.5
+    std_factor: float = 0.5
+    spans_per_caption: int = 2
+    max_span_words: int = 2
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.pairs >= 1, f"masking.pairs is {self.pairs}: expected at least 1.")
+        _require(
+            0 <= self.first_layer < self.last_layer <= 1,
+            f"masking layers run from {self.first_layer} to {self.last_layer}: expected 0 <= first < last <= 1.",
+        )
+        _require(0 < self.quantile < 1, f"masking.quantile is {self.quantile}: expected between 0 and 1.")
+        _require(self.spans_per_caption >= 1, "masking.spans_per_caption must be at least 1.")
+        _require(self.max_span_words >= 1, "masking.max_span_words must be at least 1.")
+
+
+@checked(frozen=True, config=_STRICT)
+class RolloutSettings:
+    prompts: int = 16  # masked captions sampled in a round
+    group_size: int = 8
+    max_new_tokens: int = 28
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.prompts >= 1, f"rollout.prompts is {self.prompts}: expected at least 1.")
+        _require(
+            self.group_size >= 2,
+            f"rollout.group_size is {self.group_size}: a group of one has no relative advantage; use 2 or more.",
+        )
+        _require(self.max_new_tokens >= 1, "rollout.max_new_tokens must be at least 1.")
+        _require(self.temperature > 0, f"rollout.temperature is {self.temperature}: expected above 0.")
+        _require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}: expected above 0 and at most 1.")
+
+
+@checked(frozen=True, config=_STRICT)
+class RewardSettings:
+    """Weights of the reward's terms; 0 leaves a term out."""
+
+    format: float = 0.1
+    exact: float = 1.0
+    prefix: float = 0.1
+    semantic: float = 0.2
+
+    def __post_init__(self) -> None:
+        _require(self.exact + self.prefix + self.semantic > 0, "reward: no term rewards the answer; raise exact.")
+
+
+@checked(frozen=True, config=_STRICT)
+class PerceptionSettings:
+    """VPPO's token perception, advantage shaping and token filter."""
+
+    enabled: bool = True
+    kind: Literal["kl", "k3", "js"] = "kl"
+    patch_size: int = 14
+    probability: float = 0.5
+    keep_ratio: float = 0.4
+    min_weight: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.keep_ratio <= 1,
+            f"perception.keep_ratio is {self.keep_ratio}: expected above 0 and at most 1 (1 keeps every token).",
+        )
+        _require(0 < self.probability <= 1, f"perception.probability is {self.probability}: expected 0 to 1.")
+        _require(0 <= self.min_weight <= 1, f"perception.min_weight is {self.min_weight}: expected 0 to 1.")
+        _require(self.patch_size >= 1, f"perception.patch_size is {self.patch_size}: expected at least 1 pixel.")
+
+
+@checked(frozen=True, config=_STRICT)
+class RLSettings:
+    """Group-relative reinforcement with the perception-filtered clipped loss."""
+
+    steps: int = 100
+    groups_per_step: int = 12  # groups with signal that one optimiser step consumes
+    max_rounds: int = 4  # sampling rounds spent on filling a step before it goes on with fewer groups
+    micro_batch: int = 128
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = 3.0
+    entropy_coef: float = 0.0
+    entropy_scope: Literal["response", "kept"] = "kept"
+    aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
+    optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(lr=3e-4, warmup_steps=5))
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"rl.steps is {self.steps}: expected 0 or more.")
+        _require(self.groups_per_step >= 1, "rl.groups_per_step must be at least 1.")
+        _require(self.max_rounds >= 1, "rl.max_rounds must be at least 1.")
+        _require(self.micro_batch >= 1, "rl.micro_batch must be at least 1.")
+        _require(0 < self.clip_low < 1, f"rl.clip_low is {self.clip_low}: expected between 0 and 1.")
+        _require(self.clip_high > 0, f"rl.clip_high is {self.clip_high}: expected above 0.")
+
+
+@checked(frozen=True, config=_STRICT)
+class ControlSettings:
+    """The comparison: the warm start trained on for as many optimiser steps, on the same pairs, as plain warm-up."""
+
+    enabled: bool = True
+    batch_size: int = 32
+
+
+@checked(frozen=True, config=_STRICT)
+class EvaluationSettings:
+    samples: int = 192  # masked captions of each held-out set
+    batch_size: int = 96
+
+
+@checked(frozen=True, config=_STRICT)
+class Settings:
+    name: str = "demo"
+    output: str = "runs"
+    seed: int = 0
+    threads: int | None = None  # None: every core
+    device: str = "cpu"
+    checkpoint_every: int = 50
+    data: DataSettings = field(default_factory=DataSettings)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    warmup: WarmupSettings = field(default_factory=WarmupSettings)
+    masking: MaskingSettings = field(default_factory=MaskingSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    perception: PerceptionSettings = field(default_factory=PerceptionSettings)
+    rl: RLSettings = field(default_factory=RLSettings)
+    control: ControlSettings = field(default_factory=ControlSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and Path(self.name).name == self.name,
+            f"name is {self.name!r}: it names a folder inside output; use letters, digits, '-' and '_'.",
+        )
+        _require(self.checkpoint_every >= 1, "checkpoint_every must be at least 1 step.")
+        _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: expected at least 1.")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output) / self.name
+
+
+def load_settings(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Defaults, then the YAML file, then `a.b.c=value` overrides (values are read as YAML). Raises SettingsError."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = yaml.safe_load(Path(file).read_text()) or {}
+        except OSError as error:
+            raise SettingsError(f"cannot read the settings file {file}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{file} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise SettingsError(f"{file} holds a {type(tree).__name__}, expected a mapping of settings.")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return TypeAdapter(Settings).validate_python(tree)
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from error
+
+
+def save_settings(settings: Settings, file: str | Path) -> None:
+    """Writes the resolved settings as YAML, under a temporary name first."""
+    file = Path(file)
+    part = file.with_name(file.name + ".tmp")
+    part.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    os.replace(part, file)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, found, value = override.partition("=")
+    path = key.strip().lstrip("-").split(".")
+    if not found or not all(path):
+        raise SettingsError(f"override {override!r}: expected key=value, for example rl.steps=50.")
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"override {override!r}: {name!r} holds a plain value, not a group of settings.")
+    try:
+        tree[path[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {override!r}: the value is not valid YAML ({error}).") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "unexpected_keyword_argument":
+            lines.append(f"unknown setting {where!r}: check its spelling against `python -m mmrpt.train --show`.")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message} (got {item['input']!r})" if where else message)
+    return "bad settings:\n  " + "\n  ".join(lines)

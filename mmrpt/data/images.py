@@ -1,0 +1,35 @@
+"""What is done to an image before the model sees it: blackened patches (VPPO), blanked, swapped."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from PIL import Image
+
+
+def seed_of(*parts: object) -> int:
+    """A 32-bit seed of any names and numbers, the same in every process."""
+    return zlib.crc32("/".join(str(part) for part in parts).encode())
+
+
+def blacken_patches(image: Image.Image, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> Image.Image:
+    """A copy with each `patch_size` x `patch_size` patch black with `probability` (VPPO's perturbation).
+
+    Patches at the right and lower edge may be cut. The draw depends on `seed` alone; at least one patch is blackened,
+    so that the copy always differs.
+    """
+    pixels = np.asarray(image.convert("RGB")).copy()
+    rows, columns = -(-pixels.shape[0] // patch_size), -(-pixels.shape[1] // patch_size)
+    rng = np.random.default_rng(seed)
+    black = rng.random((rows, columns)) < probability
+    if not black.any():
+        black.flat[rng.integers(black.size)] = True
+    mask = black.repeat(patch_size, 0).repeat(patch_size, 1)[: pixels.shape[0], : pixels.shape[1]]
+    pixels[mask] = 0
+    return Image.fromarray(pixels)
+
+
+def blank(image: Image.Image) -> Image.Image:
+    """A grey image of the same size: what is left is what the text alone tells."""
+    return Image.new("RGB", image.size, (127, 127, 127))

@@ -1,0 +1,86 @@
+"""How much each sentence leans on the image: MMRPT's D_vis, from one forward pass with recorded visual mass.
+
+    D_vis(s_i) = 1 / (|s_i| |L|) * sum_{l in L} sum_{t in s_i} mass_l(t, V) / (mass_l(t, V) + mass_l(t, T))
+
+V are the image's tokens and T the caption's; markers, instruction and template belong to neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrpt.data.sentences import sentence_spans
+from mmrpt.models import Policy
+from mmrpt.types import Example, SentenceScore
+from mmrpt_kernels.integrations.transformers import record_visual_mass
+
+
+@torch.no_grad()
+def score_sentences(
+    policy: Policy,
+    examples: Sequence[Example],
+    images: Sequence[Image.Image],
+    *,
+    instruction: str,
+    first_layer: float = 0.5,
+    last_layer: float = 1.0,
+    align: Literal["predicting", "token"] = "predicting",
+) -> list[SentenceScore]:
+    """One `SentenceScore` per sentence of the examples, which go through the model as one batch.
+
+    `align` "token" takes a token's own attention row; "predicting" the row before it, whose attention decides which
+    token comes: the look that precedes the word.
+    """
+    pixels = policy.pixels(images)
+    tokens = pixels.tokens_per_image(policy.merge_size).tolist()
+    prompts = [policy.encode_prompt(instruction, count) for count in tokens]
+    encoded = [policy.tokenizer(e.caption, add_special_tokens=False, return_offsets_mapping=True) for e in examples]
+    batch = policy.batch(prompts, [e["input_ids"] for e in encoded], pixels, range(len(examples)))
+    visual = batch.input_ids == policy.image_token_id
+    groups = torch.stack((visual, batch.response_mask), -1)
+    layers = layer_range(policy.model.config.get_text_config().num_hidden_layers, first_layer, last_layer)
+    with record_visual_mass(policy.model, key_weights=groups, layers=layers, head_reduction="mean") as record:
+        policy.hidden(batch)
+    ratio = _visual_share(record.stacked())
+    scores: list[SentenceScore] = []
+    for row, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
+        start = len(prompts[row]) - (align == "predicting")
+        masses = ratio[row, start : start + len(encoding["input_ids"])].tolist()
+        scores += _sentences_of(example, encoding["offset_mapping"], masses)
+    return scores
+
+
+def layer_range(depth: int, first: float, last: float) -> list[int]:
+    """Indices of the layers in the given fractions of the depth, at least one: 0.5 to 1 of five layers is [2, 3, 4]."""
+    low, high = int(first * depth), max(int(first * depth) + 1, round(last * depth))
+    return list(range(low, high))
+
+
+def _visual_share(masses: Tensor) -> Tensor:
+    """(B, T): mass(V) / (mass(V) + mass(T)), averaged over layers, of masses (L, B, T, 2)."""
+    total = masses.sum(-1)
+    return torch.where(total > 0, masses[..., 0] / total.clamp_min(1e-12), 0.0).mean(0)
+
+
+def _sentences_of(
+    example: Example, offsets: Sequence[tuple[int, int]], masses: Sequence[float]
+) -> list[SentenceScore]:
+    scores = []
+    for index, (start, end) in enumerate(sentence_spans(example.caption)):
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        if not inside:
+            continue
+        truth = None
+        if example.words:
+            truth = any(w.needs_image for w in example.words if start <= w.start < end)
+        own = [masses[i] for i in inside]
+        spans = tuple(tuple(offsets[i]) for i in inside)
+        scores.append(
+            SentenceScore(example.id, index, start, end, sum(own) / len(own), spans, tuple(own), truth)
+        )
+    return scores

@@ -1,0 +1,77 @@
+"""Which words of a vision-dependent sentence are hidden: content words, ranked by the mass their tokens put on the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmrpt.types import SentenceScore
+
+# Words that carry no visual content by themselves. A plain list instead of a tagger: no model, no download, any speed.
+FUNCTION_WORDS = frozenset(
+    """a an the this that these those some any each every all both no not nor and or but so as if than then too very
+    also only just there here it its they them their he she his her him we us our you your i my me who whom whose which
+    what when where why how is are was were be been being am do does did has have had having can could may might must
+    shall should will would of to in on at by for from with without into onto upon about as over through during before
+    after again once one's 's""".split()
+)
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*", re.UNICODE)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a caption, with the mean mass of the tokens that cover them."""
+
+    start: int
+    end: int
+    mass: float
+
+
+def choose_spans(
+    caption: str, score: SentenceScore, *, count: int, max_words: int, stop_words: frozenset[str] = FUNCTION_WORDS
+) -> list[Span]:
+    """At most `count` spans of the sentence, highest mass first, none overlapping.
+
+    A span starts as one content word. It grows over an adjacent content word, up to `max_words`, while that word's own
+    mass is within a tenth of the span's: "top left" is hidden as a whole, "red card" only as "red".
+    """
+    words = [
+        Span(m.start(), m.end(), _mass(score, m.start(), m.end()))
+        for m in _WORD.finditer(caption, score.start, score.end)
+    ]
+    content = [caption[w.start : w.end].casefold() not in stop_words for w in words]
+    taken = [False] * len(words)
+    spans: list[Span] = []
+    for best in sorted((i for i, keep in enumerate(content) if keep), key=lambda i: (-words[i].mass, i)):
+        if len(spans) == count:
+            break
+        if taken[best]:
+            continue
+        low = high = best
+        while high - low + 1 < max_words:
+            side = _neighbour(words, content, taken, low, high, floor=0.9 * words[best].mass)
+            if side is None:
+                break
+            low, high = min(low, side), max(high, side)
+        for i in range(low, high + 1):
+            taken[i] = True
+        mass = sum(w.mass for w in words[low : high + 1]) / (high - low + 1)
+        spans.append(Span(words[low].start, words[high].end, mass))
+    return spans
+
+
+def _neighbour(
+    words: Sequence[Span], content: Sequence[bool], taken: Sequence[bool], low: int, high: int, floor: float
+) -> int | None:
+    options = [i for i in (low - 1, high + 1) if 0 <= i < len(words) and content[i] and not taken[i]]
+    options = [i for i in options if words[i].mass >= floor]
+    return max(options, key=lambda i: words[i].mass, default=None)
+
+
+def _mass(score: SentenceScore, start: int, end: int) -> float:
+    """The mass of a word's first token: the later ones of a word read on from the first."""
+    for (token_start, token_end), mass in zip(score.token_spans, score.token_masses, strict=True):
+        if token_start < end and start < token_end:
+            return mass
+    return 0.0

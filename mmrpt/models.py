@@ -1,0 +1,301 @@
+"""The policy: a vision-language model with its tokenizer and image processor, seen the way the trainer needs it.
+
+Three things are done here once, so that no other file repeats them: images are encoded once per prompt and shared by
+the rollouts of its group; positions are computed for whole batches; and tokens are checked against image features
+before every forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.cache_utils import DynamicCache
+
+from mmrpt.types import Batch
+
+SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+
+
+def make_image_processor(patch_size: int, max_pixels: int) -> Any:
+    """Qwen2-VL's image processor in its torchvision-free form, whatever the transformers version calls it."""
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:  # transformers 4.x: the plain class is the torchvision-free one
+        from transformers import Qwen2VLImageProcessor as Processor
+    unit = (2 * patch_size) ** 2
+    sizes = {"shortest_edge": unit, "longest_edge": max_pixels}
+    return Processor(
+        patch_size=patch_size,
+        merge_size=2,
+        temporal_patch_size=2,
+        min_pixels=unit,
+        max_pixels=max_pixels,
+        size=sizes,
+    )
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """Processed images. `pixel_values` (sum of patches, C * temporal * patch * patch), `grid_thw` (P, 3)."""
+
+    pixel_values: Tensor
+    grid_thw: Tensor
+
+    def tokens_per_image(self, merge_size: int) -> Tensor:
+        return self.grid_thw.prod(-1) // merge_size**2
+
+
+class Policy:
+    """A causal vision-language model of the Qwen2-VL family with its tokenizer and image processor."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
+        model_type = model.config.model_type
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(
+                f"model type {model_type!r} is not supported by the trainer: expected one of {SUPPORTED_MODEL_TYPES}. "
+                "The operators of mmrpt_kernels serve any model; the trainer shares image features within a group, "
+                "which needs to know where a family puts them."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_token_id: int = model.config.image_token_id
+        self.merge_size: int = model.config.vision_config.spatial_merge_size
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = tokenizer.pad_token_id
+        self.suppressed_ids = self._ids_never_sampled()
+
+    # ---------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
+        """Opens a Hugging Face folder. Raises FileNotFoundError or ValueError with the remedy."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {folder}: expected a Hugging Face model folder at model.path.")
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(f"{folder} holds a {config.model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+        return cls(model, AutoTokenizer.from_pretrained(folder), _load_image_processor(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes an ordinary Hugging Face folder: first beside its place, then renamed, so that no half folder stays."""
+        folder = Path(folder)
+        part = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self.write_files(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """The files of a Hugging Face folder, written into an existing directory."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        # AutoProcessor asks for these two where torchvision is installed; nothing here reads them.
+        vision = self.model.config.vision_config
+        video = {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "patch_size": vision.patch_size,
+            "merge_size": self.merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        settings["processor_class"] = "Qwen2_5_VLProcessor"
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    # ---------------------------------------------------------------- inputs
+
+    def pixels(self, images: Sequence[Image.Image]) -> PixelBatch:
+        """Runs the image processor. Raises ValueError when there is no image."""
+        if not images:
+            raise ValueError("no image was given: every row of a batch shows exactly one image.")
+        # Resizing an image to its own size costs four times the rest of the processing.
+        fits = all(self._keeps_size(image) for image in images)
+        out = self.image_processor(images=list(images), return_tensors="pt", **({"do_resize": False} if fits else {}))
+        device = self.device
+        return PixelBatch(out["pixel_values"].to(device), out["image_grid_thw"].to(device))
+
+    def prompt_text(self, instruction: str) -> str:
+        """The chat prompt of one user turn with one image, in the tokenizer's own template, image marker unexpanded."""
+        content = [{"type": "image"}, {"type": "text", "text": instruction}]
+        messages = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode_prompt(self, instruction: str, image_tokens: int) -> list[int]:
+        """Token ids of a prompt whose single image marker stands for `image_tokens` features."""
+        ids = self.tokenizer(self.prompt_text(instruction), add_special_tokens=False)["input_ids"]
+        at = [i for i, token in enumerate(ids) if token == self.image_token_id]
+        if len(at) != 1:
+            raise ValueError(
+                f"the prompt holds {len(at)} image markers, expected exactly one: does the text contain the marker "
+                f"{self.tokenizer.decode([self.image_token_id])!r}? Remove it from the caption or instruction."
+            )
+        return ids[: at[0]] + [self.image_token_id] * image_tokens + ids[at[0] + 1 :]
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        pixels: PixelBatch,
+        image_index: Sequence[int],
+        *,
+        pad_left: bool = False,
+    ) -> Batch:
+        """Pads rows of prompt + response into one `Batch`; `response_mask` marks the response tokens."""
+        rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
+        width = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        attention = torch.zeros(len(rows), width, dtype=torch.int64)
+        response = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            start = width - len(row) if pad_left else 0
+            input_ids[i, start : start + len(row)] = torch.tensor(row)
+            attention[i, start : start + len(row)] = 1
+            response[i, start + len(prompt) : start + len(row)] = True
+        device = self.device
+        return Batch(
+            input_ids.to(device),
+            attention.to(device),
+            response.to(device),
+            pixels.pixel_values,
+            pixels.grid_thw,
+            torch.as_tensor(image_index, device=device),
+        )
+
+    # ---------------------------------------------------------------- forward
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H): the lm head."""
+        return self.model.lm_head.weight
+
+    def sampling_bias(self) -> Tensor:
+        """(V,) float32 added to the logits, in sampling and in training alike: the ids that must never be sampled."""
+        bias = torch.zeros(self.head_weight.shape[0], device=self.device)
+        bias[self.suppressed_ids] = -1e4
+        return bias
+
+    def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """(sum of image tokens, H): the vision tower's output, one pass over the distinct images."""
+        features = self.model.model.get_image_features(pixel_values, grid_thw)
+        features = getattr(features, "pooler_output", features)
+        return torch.cat(list(features), dim=0)
+
+    def hidden(self, batch: Batch, features: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
+        """(R, T, H) last hidden states. Differentiable in the model's parameters.
+
+        `features` (sum of image tokens, H) replaces the vision tower's output; a given `cache` is filled.
+        Raises ValueError when image tokens and features do not match.
+        """
+        if features is None:
+            features = self.image_features(batch.pixel_values, batch.image_grid_thw)
+        embeds = self.model.get_input_embeddings()(batch.input_ids)
+        embeds = self._place_features(embeds, batch, features)
+        positions = mrope_positions(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.image_grid_thw[batch.image_index],
+            self.image_token_id,
+            self.merge_size,
+        )
+        # A batch without padding needs no mask at all, which lets attention take its causal fast path.
+        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        out = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+    def step(self, token_ids: Tensor, positions: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
+        """(R, H): one decoding step over the cache. `token_ids` and `positions` are (R,), the mask (R, past + 1)."""
+        embeds = self.model.get_input_embeddings()(token_ids[:, None])
+        out = self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions[None, :, None].expand(3, -1, -1),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]
+
+    def _keeps_size(self, image: Image.Image) -> bool:
+        unit = self.merge_size * self.model.config.vision_config.patch_size
+        low, high = self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
+        return image.width % unit == 0 and image.height % unit == 0 and low <= image.width * image.height <= high
+
+    def _place_features(self, embeds: Tensor, batch: Batch, features: Tensor) -> Tensor:
+        is_image = batch.input_ids == self.image_token_id
+        per_image = batch.image_grid_thw.prod(-1) // self.merge_size**2
+        found, expected = is_image.sum(-1), per_image[batch.image_index]
+        if not torch.equal(found, expected):
+            row = int((found != expected).nonzero()[0])
+            raise ValueError(
+                f"row {row} holds {int(found[row])} image tokens but its image has {int(expected[row])} features. "
+                "An image marker was sampled, cut off or left in the text: check the caption and the length limits."
+            )
+        first = torch.cumsum(per_image, 0) - per_image
+        within = torch.cumsum(is_image, -1) - 1
+        source = (first[batch.image_index][:, None] + within)[is_image]
+        return embeds.masked_scatter(is_image[..., None], features[source].to(embeds.dtype))
+
+    def _ids_never_sampled(self) -> list[int]:
+        """Image, video and other markers that would break the next forward pass, and ids past the tokenizer's end."""
+        end = {self.eos_token_id}
+        markers = set(self.tokenizer.all_special_ids) | {self.model.config.video_token_id, self.image_token_id}
+        beyond = range(len(self.tokenizer), self.model.lm_head.weight.shape[0])
+        return sorted((markers | set(beyond)) - end)
+
+
+def mrope_positions(
+    input_ids: Tensor, attention_mask: Tensor, grid_thw: Tensor, image_token_id: int, merge_size: int
+) -> Tensor:
+    """(3, R, T) int64 rotary positions (time, height, width) of rows that show one image each.
+
+    Text counts up by one; the image's tokens share one time step and get their row and column; the text after the image
+    goes on from the image's larger side. Equal to `get_rope_index` of Qwen2.5-VL for such rows (a test says so),
+    but computed for the whole batch at once. `grid_thw` is (R, 3), one image a row.
+    """
+    is_image = input_ids == image_token_id
+    order = (torch.cumsum(attention_mask, -1) - 1).clamp_min(0)
+    height, width = grid_thw[:, 1] // merge_size, grid_thw[:, 2] // merge_size
+    tokens = (height * width)[:, None]
+    has_image = is_image.any(-1, keepdim=True)
+    first = torch.where(is_image, order, order.new_full((), 1 << 30)).amin(-1, keepdim=True)
+    within = (order - first).clamp_min(0)
+    after = order > first + tokens - 1
+    text = torch.where(after & has_image, order - tokens + torch.maximum(height, width)[:, None], order)
+    spatial = torch.stack((torch.zeros_like(within), within // width[:, None], within % width[:, None]))
+    positions = torch.where(is_image, first + spatial, text.expand(3, -1, -1))
+    return positions.masked_fill(attention_mask == 0, 0)
+
+
+def _load_image_processor(folder: Path) -> Any:
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    if "Qwen2VL" in settings.get("image_processor_type", ""):
+        sizes = settings.get("size") or {}
+        max_pixels = sizes.get("longest_edge") or settings.get("max_pixels") or 1_003_520
+        return make_image_processor(settings.get("patch_size", 14), max_pixels)
+    return AutoImageProcessor.from_pretrained(folder)

@@ -1,0 +1,142 @@
+"""The reinforcement phase: rounds of rollouts fill a buffer of groups with signal; a full buffer is one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmrpt.config import Settings
+from mmrpt.data.images import seed_of
+from mmrpt.models import Policy
+from mmrpt.objective import PolicyTargets, policy_loss
+from mmrpt.optimiser import apply_step
+from mmrpt.perception import shape_and_filter
+from mmrpt.rollout.collect import Round, collect_round
+from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
+from mmrpt.supervised import items_at
+from mmrpt.types import MaskedSample, PairSource
+from mmrpt_kernels import PerceptionWeights
+
+
+class ImageCache:
+    """The images of the examples asked for last, so that rounds and epochs do not decode them again."""
+
+    def __init__(self, source: PairSource, capacity: int = 4096) -> None:
+        self._source, self._capacity = source, capacity
+        self._images: dict[str, Image.Image] = {}
+
+    def __call__(self, example_id: str) -> Image.Image:
+        if example_id not in self._images:
+            if len(self._images) >= self._capacity:
+                self._images.pop(next(iter(self._images)))
+            self._images[example_id] = self._source.image(example_id)
+        return self._images[example_id]
+
+    def many(self, example_ids: Sequence[str]) -> dict[str, Image.Image]:
+        return {example_id: self(example_id) for example_id in example_ids}
+
+
+def fill_buffer(
+    policy: Policy,
+    buffer: GroupBuffer,
+    samples: Sequence[MaskedSample],
+    images: ImageCache,
+    settings: Settings,
+    first_round: int,
+) -> Iterator[Round]:
+    """Samples rounds until the buffer holds a step's groups or `rl.max_rounds` are spent; yields each round."""
+    size = settings.rollout.prompts
+    for number in range(first_round, first_round + settings.rl.max_rounds):
+        items = items_at(number * size, size, len(samples), settings.seed, "rl")
+        chosen = [samples[i] for i in items]
+        outcome = collect_round(
+            policy,
+            chosen,
+            images.many([s.example_id for s in chosen]),
+            settings,
+            seed=seed_of(settings.seed, "round", number),
+        )
+        buffer.add(outcome.groups)
+        yield outcome
+        if len(buffer) >= settings.rl.groups_per_step:
+            return
+
+
+def train_on_groups(
+    policy: Policy,
+    optimiser: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    images: ImageCache,
+    settings: Settings,
+    step: int,
+) -> tuple[dict[str, Any], PerceptionWeights | None]:
+    """One optimiser step. Perception statistics run over all groups; micro-batches only bound the memory."""
+    groups = list(groups)
+    n = len(groups[0].responses)
+    weights = _perception_weights(groups, settings)
+    normalizer = _normalizer(groups, settings.rl.aggregation)
+    per_micro = max(1, settings.rl.micro_batch // n)
+    totals: dict[str, float] = {}
+    loss_value = 0.0
+    for start in range(0, len(groups), per_micro):
+        part = groups[start : start + per_micro]
+        rows = slice(start * n, (start + len(part)) * n)
+        result = policy_loss(
+            policy,
+            _batch(policy, part, images.many([g.example_id for g in part])),
+            _targets(part, weights, rows, stack_rows(groups, "logps").shape[1]),
+            settings.rl,
+            normalizer=normalizer,
+            temperature=settings.rollout.temperature,
+        )
+        result.loss.backward()
+        loss_value += result.loss.item()
+        share = sum(g.response_tokens for g in part) / sum(g.response_tokens for g in groups)
+        for name, value in (result.statistics or {}).items():
+            totals[name] = totals.get(name, 0.0) + share * float(value)
+    metrics = {"loss": loss_value, **totals, **apply_step(policy.model, optimiser, settings.rl.optimiser, step, settings.rl.steps)}
+    return metrics, weights
+
+
+def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWeights | None:
+    if not settings.perception.enabled:
+        return None
+    return shape_and_filter(
+        stack_rows(groups, "perception"),
+        response_mask_of(groups),
+        keep_ratio=settings.perception.keep_ratio,
+        min_weight=settings.perception.min_weight,
+    )
+
+
+def response_mask_of(groups: list[Group]) -> torch.Tensor:
+    """(R, T) bool: where the rows of the groups' per-token fields hold tokens."""
+    lengths = torch.tensor([len(r) for g in groups for r in g.responses])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def _normalizer(groups: list[Group], aggregation: str) -> float:
+    if aggregation == "token_mean":
+        return float(sum(g.response_tokens for g in groups))
+    return float(sum(len(g.responses) for g in groups)) if aggregation == "sequence_mean" else 1.0
+
+
+def _batch(policy: Policy, groups: list[Group], images: Mapping[str, Image.Image]) -> Any:
+    pixels = policy.pixels([images[g.example_id] for g in groups])
+    prompts = [g.prompt for g in groups for _ in g.responses]
+    responses = [r for g in groups for r in g.responses]
+    index = [i for i, g in enumerate(groups) for _ in g.responses]
+    return policy.batch(prompts, responses, pixels, index)
+
+
+def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice, width: int) -> PolicyTargets:
+    old = stack_rows(groups, "logps")
+    return PolicyTargets(
+        advantages=torch.cat([g.advantages for g in groups]),
+        old_logps=old,
+        perception_mask=None if weights is None else weights.perception_mask[rows, :width],
+        trajectory_weights=None if weights is None else weights.trajectory_weights[rows],
+    )

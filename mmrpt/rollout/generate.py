@@ -1,0 +1,132 @@
+"""Sampling with a KV cache: each prompt is read once, its group shares the reading, and decoding stops when all ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from mmrpt.models import PixelBatch, Policy
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The sampled responses of one round. R = prompts * group_size rows, a prompt's rollouts beside each other.
+
+    `token_ids` one tuple a row, the end-of-turn token included where it was reached; `logps` (R, T) float32, the
+    log-probability each token was sampled with, 0 past the end; `hidden` (R, T, H) the last hidden state that each
+    token was sampled from, 0 past the end; `finished` (R,) bool.
+    """
+
+    token_ids: list[tuple[int, ...]]
+    logps: Tensor
+    hidden: Tensor
+    finished: Tensor
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    pixels: PixelBatch,
+    image_index: Sequence[int],
+    *,
+    group_size: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Samples `group_size` responses for each prompt; `temperature` 0 decodes greedily.
+
+    Image placeholders and other markers are never sampled (their logits get -1e4), so a sampled token can never break
+    the next forward pass. Draws come from `generator` alone, in a fixed order, so a round can be repeated.
+    """
+    was_training = policy.model.training
+    policy.model.eval()
+    try:
+        state = _read_prompts(policy, prompts, pixels, image_index, group_size)
+        return _decode(policy, state, max_new_tokens, temperature, top_p, generator)
+    finally:
+        policy.model.train(was_training)
+
+
+@dataclass
+class _State:
+    cache: DynamicCache
+    hidden: Tensor  # (R, H) the state the next token is drawn from
+    attention_mask: Tensor  # (R, past)
+    position: Tensor  # (R,) rotary position of the next token
+
+
+def _read_prompts(
+    policy: Policy, prompts: Sequence[Sequence[int]], pixels: PixelBatch, image_index: Sequence[int], group_size: int
+) -> _State:
+    batch = policy.batch(prompts, [[]] * len(prompts), pixels, image_index, pad_left=True)
+    cache = DynamicCache(config=policy.model.config.get_text_config())
+    hidden = policy.hidden(batch, cache=cache)[:, -1]
+    grid = batch.image_grid_thw[batch.image_index]
+    tokens = grid.prod(-1) // policy.merge_size**2
+    # An image's tokens advance the text by the longer side of its grid, not by their number.
+    position = batch.attention_mask.sum(-1) - tokens + grid[:, 1:].amax(-1) // policy.merge_size
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    return _State(
+        cache,
+        hidden.repeat_interleave(group_size, 0),
+        batch.attention_mask.repeat_interleave(group_size, 0),
+        position.repeat_interleave(group_size, 0),
+    )
+
+
+def _decode(
+    policy: Policy, state: _State, max_new_tokens: int, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Generation:
+    bias = policy.sampling_bias()
+    rows = state.hidden.shape[0]
+    alive = torch.ones(rows, dtype=torch.bool, device=state.hidden.device)
+    tokens, logps, hiddens, masks = [], [], [], []
+    for _ in range(max_new_tokens):
+        token, logp = _draw(policy.head_weight, state.hidden, bias, temperature, top_p, generator)
+        token = torch.where(alive, token, policy.pad_token_id)
+        tokens.append(token)
+        logps.append(logp * alive)
+        hiddens.append(state.hidden * alive[:, None])
+        masks.append(alive)
+        alive = alive & (token != policy.eos_token_id)
+        if not alive.any() or len(tokens) == max_new_tokens:
+            break
+        state.attention_mask = torch.cat((state.attention_mask, state.attention_mask.new_ones(rows, 1)), -1)
+        state.hidden = policy.step(token, state.position, state.attention_mask, state.cache)
+        state.position = state.position + 1
+    lengths = torch.stack(masks, -1).sum(-1).tolist()
+    ids = torch.stack(tokens, -1).tolist()
+    return Generation(
+        [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)],
+        torch.stack(logps, -1),
+        torch.stack(hiddens, 1),
+        ~alive,
+    )
+
+
+def _draw(
+    weight: Tensor, hidden: Tensor, bias: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """(token (R,) int64, its log-probability (R,) float32 under the tempered distribution before top-p)."""
+    logits = torch.nn.functional.linear(hidden, weight).float() + bias
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.log_softmax(logits, -1).gather(-1, token[:, None])[:, 0]
+    logps = torch.log_softmax(logits / temperature, -1)
+    probabilities = _nucleus(logps.exp(), top_p) if top_p < 1 else logps.exp()
+    token = torch.multinomial(probabilities, 1, generator=generator)
+    return token[:, 0], logps.gather(-1, token)[:, 0]
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    ordered, index = probabilities.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))

@@ -1,0 +1,111 @@
+"""The command line: `python -m mmrpt.train [--config file.yaml] [--resume] [key=value ...]`.
+
+With no argument it runs the whole method on the drawn world with a tiny model, on the CPU, in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import yaml
+
+from mmrpt.config import Settings, SettingsError, load_settings, save_settings
+
+CONFIG_FILE = "config.yaml"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs or resumes a run; 0 when it ended, 2 when a setting or an input cannot work."""
+    parser = argparse.ArgumentParser(prog="python -m mmrpt.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", help="YAML file of settings; what it leaves out keeps its default")
+    parser.add_argument("--resume", action="store_true", help="go on with the run of that name where it was cut off")
+    parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example rl.steps=50 name=mine")
+    options = parser.parse_args(arguments)
+    try:
+        settings = load_settings(options.config, options.overrides)
+        if options.show:
+            print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
+            return 0
+        named = any(o.startswith("name=") for o in options.overrides) or options.config is not None
+        settings = resolve_run(settings, resume=options.resume, named=named, given=bool(options.overrides))
+        from mmrpt.trainer import Trainer
+
+        trainer = Trainer(settings)
+    except (SettingsError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report = trainer.run()
+    print(f"report: {report}")
+    return 0
+
+
+def resolve_run(settings: Settings, *, resume: bool, named: bool, given: bool) -> Settings:
+    """Which folder the run uses, and with which settings it goes on.
+
+    A new run never writes into a folder that exists: an unnamed one takes the next free number, a named one is refused.
+    A resumed run uses the settings saved with it; overrides that say otherwise are refused, because the weights would
+    no longer be those of one run.
+    """
+    if resume:
+        folder = settings.run_dir if named else _newest(settings)
+        saved = folder / CONFIG_FILE
+        if not saved.is_file():
+            raise SettingsError(f"there is no run to resume at {folder}: start one without --resume, or give name=...")
+        stored = load_settings(saved)
+        stored = replace(stored, output=settings.output, name=folder.name)
+        if (given or named) and _differ(settings, stored):
+            raise SettingsError(
+                f"the settings differ from those saved in {saved}: {', '.join(_differ(settings, stored))}. Resume "
+                "without them, or start a new run under another name."
+            )
+        return stored
+    folder = settings.run_dir
+    if folder.exists() and any(folder.iterdir()):
+        if named:
+            raise SettingsError(f"{folder} exists already: add --resume to go on with it, or choose another name=...")
+        settings = replace(settings, name=_next_free(settings))
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    save_settings(settings, settings.run_dir / CONFIG_FILE)
+    return settings
+
+
+def _differ(given: Settings, stored: Settings) -> list[str]:
+    """Dotted names of settings that the command line changed from their default to something the run does not have."""
+    new, old, default = _flat(asdict(given)), _flat(asdict(stored)), _flat(asdict(Settings()))
+    return [k for k in new if new[k] != old.get(k) and new[k] != default.get(k) and k != "name"]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    out: dict = {}
+    for key, value in tree.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out
+
+
+def _numbered(settings: Settings) -> list[Path]:
+    root = Path(settings.output)
+    found = [p for p in root.glob(f"{settings.name}*") if p.name == settings.name or _number(p, settings.name)]
+    return sorted(found, key=lambda p: _number(p, settings.name))
+
+
+def _number(path: Path, name: str) -> int:
+    tail = path.name.removeprefix(f"{name}-")
+    return int(tail) if tail.isdigit() else 0
+
+
+def _newest(settings: Settings) -> Path:
+    found = _numbered(settings)
+    return found[-1] if found else settings.run_dir
+
+
+def _next_free(settings: Settings) -> str:
+    return f"{settings.name}-{max((_number(p, settings.name) for p in _numbered(settings)), default=1) + 1 or 2}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

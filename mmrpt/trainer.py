@@ -1,0 +1,311 @@
+"""The whole method, in the order of the pipeline. Each phase leaves its result on disk; a phase whose result is there is
+read back instead of run again, and a phase that was cut off goes on from its last checkpoint.
+
+    pairs -> warm-up -> dependency scores -> masked samples -> reinforcement -> control -> evaluation -> report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mmrpt.checkpoint import drop_older, latest_checkpoint, load_checkpoint, save_checkpoint
+from mmrpt.config import OptimiserSettings, Settings
+from mmrpt.data.images import seed_of
+from mmrpt.data.jsonl import read_jsonl, write_jsonl
+from mmrpt.evaluate import evaluate_policy, held_out_samples
+from mmrpt.gallery import write_gallery
+from mmrpt.masking import build_masked_samples, choose_threshold, score_sentences
+from mmrpt.metrics import roc_auc
+from mmrpt.models import Policy
+from mmrpt.objective import supervised_loss
+from mmrpt.optimiser import apply_step, make_optimiser
+from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
+from mmrpt.rollout.group import GroupBuffer
+from mmrpt.runlog import RunLog, environment, write_json
+from mmrpt.samplelog import log_step
+from mmrpt.sources import Sources, open_sources
+from mmrpt.supervised import items_at, supervised_batch
+from mmrpt.types import MaskedSample, SentenceScore
+from mmrpt.world.tiny_vlm import build_tiny_vlm
+
+
+class Trainer:
+    """One run in one folder. `run()` does everything that is not done yet."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.folder = settings.run_dir
+        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.sources: Sources = open_sources(settings)
+        self.images = ImageCache(self.sources.train)
+        self.log = RunLog(self.folder)
+        self.policy = self._start_policy()
+        write_json(self.folder / "environment.json", environment())
+
+    def run(self) -> Path:
+        """Runs every phase in order and returns the path of the report."""
+        with self._timed("warmup"):
+            self.warmup()
+        with self._timed("scoring"):
+            samples = self.mask(self.score())
+        with self._timed("reinforcement"):
+            self.reinforce(samples)
+        with self._timed("control"):
+            self.control()
+        with self._timed("evaluation"):
+            self.evaluate(samples)
+        return self.report()
+
+    # ---------------------------------------------------------------- phases
+
+    def warmup(self) -> None:
+        """Caption training from the start model; stops well below what the model could learn."""
+        options = self.settings.warmup
+        self._supervised("warmup", options.steps, options.batch_size, options.optimiser, first_item=0)
+
+    def score(self) -> list[SentenceScore]:
+        """Dependency scores of the training captions under the warm start; one line a sentence in scores.jsonl."""
+        path, options = self.folder / "scores.jsonl", self.settings.masking
+        if path.exists():
+            return [_score_from_json(row) for row in read_jsonl(path)]
+        source = self.sources.train
+        count = min(options.pairs, len(source))
+        scores: list[SentenceScore] = []
+        self._load("warmup")
+        for start in tqdm(range(0, count, options.batch_size), desc="score captions", unit="batch"):
+            examples = [source[i] for i in range(start, min(start + options.batch_size, count))]
+            scores += score_sentences(
+                self.policy,
+                examples,
+                [self.images(e.id) for e in examples],
+                instruction=self.settings.prompts.describe,
+                first_layer=options.first_layer,
+                last_layer=options.last_layer,
+                align=options.align,
+            )
+        captions = {source[i].id: source[i].caption for i in range(count)}
+        write_jsonl(path, ({**asdict(s), "text": captions[s.example_id][s.start : s.end]} for s in scores))
+        return scores
+
+    def mask(self, scores: list[SentenceScore]) -> list[MaskedSample]:
+        """Masked samples of the captions whose sentences pass the threshold; one line each in masked.jsonl."""
+        path, options = self.folder / "masked.jsonl", self.settings.masking
+        if path.exists():
+            return [MaskedSample(**row) for row in read_jsonl(path)]
+        threshold = choose_threshold(
+            [s.score for s in scores], options.threshold, quantile=options.quantile, std_factor=options.std_factor
+        )
+        by_example: dict[str, list[SentenceScore]] = {}
+        for score in scores:
+            by_example.setdefault(score.example_id, []).append(score)
+        samples: list[MaskedSample] = []
+        for index in range(min(options.pairs, len(self.sources.train))):
+            example = self.sources.train[index]
+            samples += build_masked_samples(
+                example,
+                by_example.get(example.id, []),
+                threshold,
+                mask=self.settings.prompts.mask,
+                spans_per_caption=options.spans_per_caption,
+                max_span_words=options.max_span_words,
+            )
+        if not samples:
+            raise RuntimeError(
+                f"no sentence of {len(by_example)} captions passed the threshold {threshold:.3f}: look at scores.jsonl, "
+                "and set masking.threshold=quantile or score more pairs."
+            )
+        write_json(self.folder / "masking.json", _masking_summary(scores, samples, threshold, options.threshold))
+        write_jsonl(path, (s.to_json() for s in samples))
+        return samples
+
+    def reinforce(self, samples: list[MaskedSample]) -> None:
+        """Group-relative reinforcement of the warm start on the masked samples."""
+        settings, phase = self.settings, "rl"
+        start, state, optimiser = self._open_phase(phase, "warmup", settings.rl.optimiser)
+        if start is None:
+            return
+        buffer = GroupBuffer.from_state(state.get("buffer", []))
+        number = state.get("round", 0)
+        bar = tqdm(range(start, settings.rl.steps), desc="reinforce", unit="step", initial=start, total=settings.rl.steps)
+        for step in bar:
+            rounds = list(fill_buffer(self.policy, buffer, samples, self.images, settings, number))
+            number += len(rounds)
+            groups = buffer.take(settings.rl.groups_per_step)
+            if groups:
+                metrics, weights = train_on_groups(self.policy, optimiser, groups, self.images, settings, step)
+                log_step(self.log, self.policy, samples, step, groups, weights, rounds, metrics)
+                bar.set_postfix(reward=f"{rounds[-1].metrics['reward']:.2f}" if rounds else "-")
+            if (step + 1) % settings.checkpoint_every == 0:
+                extra = {"buffer": buffer.state(), "round": number}
+                self._save_partial(phase, step + 1, optimiser, extra)
+        self._finish_phase(phase, settings.rl.steps)
+
+    def control(self) -> None:
+        """The warm start trained on with captions for as many optimiser steps: what reinforcement has to beat."""
+        options = self.settings
+        if options.control.enabled:
+            seen = options.warmup.steps * options.warmup.batch_size
+            self._supervised(
+                "control", options.rl.steps, options.control.batch_size, options.warmup.optimiser, first_item=seen
+            )
+
+    def evaluate(self, samples: list[MaskedSample]) -> dict[str, Any]:
+        """Accuracy of every model on every held-out set and condition, and the AUC of the dependency scores."""
+        path, settings = self.folder / "evaluation.json", self.settings
+        if path.exists():
+            return json.loads(path.read_text())
+        sets = {
+            name: (
+                source,
+                held_out_samples(source, settings.evaluation.samples, mask=settings.prompts.mask, seed=settings.seed),
+            )
+            for name, source in self.sources.held_out.items()
+        }
+        models = {"warm": "warmup", "reinforced": "rl"} | ({"caption": "control"} if settings.control.enabled else {})
+        rows: list[dict[str, Any]] = []
+        answers: list[dict[str, Any]] = []
+        with tqdm(total=3 * len(sets) * len(models), desc="evaluate", unit="set") as bar:
+            for name, phase in models.items():
+                self._load(phase)
+                new_rows, new_answers = evaluate_policy(self.policy, name, sets, settings, bar.update)
+                rows, answers = rows + new_rows, answers + new_answers
+        write_jsonl(self.folder / "answers.jsonl", answers)
+        write_gallery(self.folder, self.sources, settings)
+        scores = [s for s in self.score() if s.needs_image is not None]
+        auc = roc_auc([s.needs_image for s in scores], [s.score for s in scores]) if scores else None
+        result = {"rows": rows, "dependency_auc": auc, "seconds": {}}
+        write_json(path, result)
+        return result
+
+    def report(self) -> Path:
+        """Plots and report.md from the files of the run."""
+        from mmrpt.plots import draw_all
+        from mmrpt.report import write_report
+
+        self.log.close()
+        self._write_seconds()
+        draw_all(self.folder)
+        return write_report(self.folder)
+
+    # ---------------------------------------------------------------- what the phases share
+
+    def _supervised(
+        self, phase: str, steps: int, batch_size: int, optimiser_settings: OptimiserSettings, *, first_item: int
+    ) -> None:
+        settings, source = self.settings, self.sources.train
+        previous = "warmup" if phase == "control" else None
+        start, _, optimiser = self._open_phase(phase, previous, optimiser_settings)
+        if start is None:
+            return
+        bar = tqdm(range(start, steps), desc=phase, unit="step", initial=start, total=steps)
+        for step in bar:
+            items = items_at(first_item + step * batch_size, batch_size, len(source), settings.seed, "supervised")
+            batch = supervised_batch(
+                self.policy,
+                source,
+                items,
+                settings.prompts,
+                restore_fraction=settings.warmup.restore_fraction,
+                seed=seed_of(settings.seed, phase, step),
+            )
+            loss = supervised_loss(self.policy, batch)
+            loss.backward()
+            metrics = apply_step(self.policy.model, optimiser, optimiser_settings, step, steps)
+            self.log.metrics(phase, step, loss=loss.item(), **metrics)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if (step + 1) % settings.checkpoint_every == 0:
+                self._save_partial(phase, step + 1, optimiser, {})
+        self._finish_phase(phase, steps)
+
+    def _open_phase(
+        self, phase: str, previous: str | None, optimiser_settings: OptimiserSettings
+    ) -> tuple[int | None, dict[str, Any], torch.optim.Optimizer | None]:
+        """(first step, saved state, optimiser) of a phase; (None, {}, None) when it is done already."""
+        if (self.checkpoints / phase).exists():
+            return None, {}, None
+        partial = latest_checkpoint(self.checkpoints, phase)
+        if partial is not None:
+            state = load_checkpoint(partial, self.policy)
+        else:
+            state = {"step": 0}
+            if previous is not None:
+                self._load(previous)
+        self.policy.model.train()
+        optimiser = make_optimiser(self.policy.model, optimiser_settings)
+        if "optimiser" in state:
+            optimiser.load_state_dict(state["optimiser"])
+        self.log.rewind(phase, state["step"])
+        return state["step"], state, optimiser
+
+    def _save_partial(self, phase: str, step: int, optimiser: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+        folder = self.checkpoints / f"{phase}-{step}"
+        save_checkpoint(folder, self.policy, {"step": step, "optimiser": optimiser.state_dict(), **extra})
+        drop_older(self.checkpoints, phase, keep=folder)
+
+    def _finish_phase(self, phase: str, steps: int) -> None:
+        save_checkpoint(self.checkpoints / phase, self.policy, {"step": steps})
+        drop_older(self.checkpoints, phase, keep=None)
+
+    def _load(self, phase: str) -> None:
+        load_checkpoint(self.checkpoints / phase, self.policy)
+
+    def _start_policy(self) -> Policy:
+        model = self.settings.model
+        if model.path is not None:
+            policy = Policy.load(model.path, dtype=getattr(torch, model.dtype), device=self.settings.device)
+        else:
+            policy = build_tiny_vlm(model.tiny, self.sources.texts(), seed=self.settings.seed)
+            policy.model.to(self.settings.device)
+        if model.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable()
+        return policy
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Adds a phase's wall time to seconds.json, over every call that worked on it."""
+        path = self.folder / "seconds.json"
+        seconds = json.loads(path.read_text()) if path.exists() else {}
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
+            write_json(path, seconds)
+
+    def _write_seconds(self) -> None:
+        path = self.folder / "evaluation.json"
+        result = json.loads(path.read_text())
+        result["seconds"] = json.loads((self.folder / "seconds.json").read_text())
+        write_json(path, result)
+
+
+def _score_from_json(row: dict[str, Any]) -> SentenceScore:
+    row = {k: v for k, v in row.items() if k != "text"}
+    row["token_spans"] = tuple(tuple(span) for span in row["token_spans"])
+    return SentenceScore(**{**row, "token_masses": tuple(row["token_masses"])})
+
+
+def _masking_summary(
+    scores: list[SentenceScore], samples: list[MaskedSample], threshold: float, method: str
+) -> dict[str, Any]:
+    known = [s for s in samples if s.needs_image is not None]
+    return {
+        "threshold": threshold,
+        "method": method,
+        "sentences": len(scores),
+        "dependent": sum(s.score >= threshold for s in scores),
+        "samples": len(samples),
+        "samples_needing_image": sum(bool(s.needs_image) for s in known) / len(known) if known else None,
+    }

@@ -1,0 +1,137 @@
+"""A tiny model of a real architecture: `Qwen2_5_VLForConditionalGeneration` of about two million parameters.
+
+Built in memory from a config, with a byte-level BPE tokenizer trained on the world's own captions, and saved as an
+ordinary Hugging Face folder, so that everything written for it also opens a real Qwen2.5-VL folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from mmrpt.models import Policy, make_image_processor
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+FORMAT_TOKENS = ("<mask>", "<think>", "</think>", "<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyVLMConfig:
+    """Sizes of the tiny model. The defaults give 1.6 million parameters, 16 visual tokens for a 112 x 112 image."""
+
+    hidden_size: int = 128
+    layers: int = 5
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate_size: int = 352
+    vision_hidden_size: int = 128
+    vision_layers: int = 3
+    vision_heads: int = 4
+    vision_intermediate_size: int = 256
+    patch_size: int = 14
+    vocab_size: int = 2048
+    max_pixels: int = 224 * 224
+
+    def __post_init__(self) -> None:
+        head_size = self.hidden_size // self.heads
+        if self.hidden_size % self.heads or head_size % 8:
+            raise ValueError(
+                f"model.hidden_size / model.heads is {self.hidden_size} / {self.heads}: expected a head size that is a "
+                "multiple of 8 (three rotary sections share it); change one of the two."
+            )
+        if self.vocab_size < 512:
+            raise ValueError(f"model.vocab_size is {self.vocab_size}: 256 bytes and the markers need at least 512.")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with Qwen's markers; `<mask>`, `<think>`, ... are one token each but ordinary text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(FORMAT_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in FORMAT_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_tiny_vlm(config: TinyVLMConfig, texts: Iterable[str], seed: int = 0) -> Policy:
+    """A randomly initialised policy whose tokenizer knows `texts`. The same arguments give the same weights.
+
+    The global random state is left as it was.
+    """
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    head_size = config.hidden_size // config.heads
+    sections = [head_size // 8, 3 * head_size // 16, head_size // 2 - head_size // 8 - 3 * head_size // 16]
+    hf_config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "max_position_embeddings": 2048,
+            "rope_theta": 10_000.0,
+            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": config.vision_layers,
+            "hidden_size": config.vision_hidden_size,
+            "intermediate_size": config.vision_intermediate_size,
+            "num_heads": config.vision_heads,
+            "out_hidden_size": config.hidden_size,
+            "patch_size": config.patch_size,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 8 * config.patch_size,
+            "fullatt_block_indexes": list(range(config.vision_layers)),
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(hf_config)
+    image_processor = make_image_processor(config.patch_size, config.max_pixels)
+    return Policy(model, tokenizer, image_processor)
+

@@ -1,0 +1,110 @@
+"""The policy adapter against the model's own forward pass, positions and files."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from mmrpt.models import Policy, mrope_positions
+
+
+def make_batch(policy, pairs, *, pad_left=False, shared=False):
+    images = [pairs.image(pairs[i].id) for i in range(3)]
+    pixels = policy.pixels(images)
+    prompts = [policy.encode_prompt("restore: a <mask> card" + " card" * i, 4) for i in range(3)]
+    responses = [policy.encode_text("the card is red. cards"[: 10 + 5 * i]) for i in range(3)]
+    return policy.batch(prompts, responses, pixels, [0, 0, 2] if shared else [0, 1, 2], pad_left=pad_left)
+
+
+def own_forward(policy, batch):
+    """What transformers computes from pixels repeated row by row."""
+    grid = batch.image_grid_thw[batch.image_index]
+    per_image = batch.image_grid_thw.prod(-1).tolist()
+    parts = batch.pixel_values.split(per_image)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "pixel_values": torch.cat([parts[i] for i in batch.image_index.tolist()]),
+        "image_grid_thw": grid,
+    }
+    if "mm_token_type_ids" in inspect.signature(policy.model.model.forward).parameters:
+        inputs["mm_token_type_ids"] = (batch.input_ids == policy.image_token_id).int()
+    return policy.model.model(**inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_hidden_equals_the_models_own_forward(policy, pairs, pad_left, shared):
+    batch = make_batch(policy, pairs, pad_left=pad_left, shared=shared)
+    keep = batch.attention_mask.bool()
+    torch.testing.assert_close(policy.hidden(batch)[keep], own_forward(policy, batch)[keep], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_positions_equal_get_rope_index(policy, pairs, pad_left):
+    batch = make_batch(policy, pairs, pad_left=pad_left)
+    grid = batch.image_grid_thw[batch.image_index]
+    inputs = {"input_ids": batch.input_ids, "image_grid_thw": grid, "attention_mask": batch.attention_mask}
+    if "mm_token_type_ids" in inspect.signature(policy.model.model.get_rope_index).parameters:
+        inputs["mm_token_type_ids"] = (batch.input_ids == policy.image_token_id).int()
+    wanted, _ = policy.model.model.get_rope_index(**inputs)
+    found = mrope_positions(batch.input_ids, batch.attention_mask, grid, policy.image_token_id, 2)
+    keep = batch.attention_mask.bool()
+    assert torch.equal(found[:, keep], wanted[:, keep])
+
+
+def test_shared_image_gradient_is_the_sum_over_rows(policy, pairs):
+    batch = make_batch(policy, pairs, shared=True)
+    patch = policy.model.model.visual.patch_embed.proj.weight
+    (g_shared,) = torch.autograd.grad(policy.hidden(batch).square().sum(), patch)
+    (g_own,) = torch.autograd.grad(own_forward(policy, batch).square().sum(), patch)
+    # padded positions differ between the two; compare on rows without padding
+    row = batch.attention_mask.all(-1).nonzero()[0, 0]
+    (a,) = torch.autograd.grad(policy.hidden(batch)[row].square().sum(), patch)
+    (b,) = torch.autograd.grad(own_forward(policy, batch)[row].square().sum(), patch)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert g_shared.isfinite().all() and g_own.isfinite().all() and a.abs().max() > 0
+
+
+def test_save_and_load_give_the_same_policy(policy, pairs, tmp_path):
+    policy.save(tmp_path / "model")
+    loaded = Policy.load(tmp_path / "model")
+    batch = make_batch(policy, pairs)
+    assert torch.equal(loaded.hidden(batch), policy.hidden(batch))
+    assert loaded.encode_text("the card is red.") == policy.encode_text("the card is red.")
+    assert loaded.prompt_text("describe") == policy.prompt_text("describe")
+    assert not (tmp_path / "model.tmp").exists()
+
+
+def test_format_marks_are_single_tokens_and_decode_back(policy):
+    text = "<think> a red card.</think><answer> red</answer>"
+    ids = policy.encode_text(text)
+    assert policy.tokenizer.decode(ids) == text
+    for mark in ("<mask>", "<think>", "</think>", "<answer>", "</answer>"):
+        assert len(policy.encode_text(mark)) == 1
+
+
+def test_a_sampled_image_marker_is_refused_with_its_row(policy, pairs):
+    batch = make_batch(policy, pairs)
+    batch.input_ids[1, -1] = policy.image_token_id
+    with pytest.raises(ValueError, match="row 1 holds 5 image tokens but its image has 4"):
+        policy.hidden(batch)
+
+
+def test_markers_are_never_sampled_but_the_end_is(policy):
+    bias = policy.sampling_bias()
+    for name in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|im_start|>", "<|endoftext|>"):
+        assert bias[policy.tokenizer.convert_tokens_to_ids(name)] < -1e3, name
+    assert bias[policy.eos_token_id] == 0
+    assert (bias[len(policy.tokenizer) :] < -1e3).all()
+
+
+def test_bad_inputs_say_what_to_do(policy, tmp_path):
+    with pytest.raises(ValueError, match="no image"):
+        policy.pixels([])
+    with pytest.raises(ValueError, match="image markers, expected exactly one"):
+        policy.encode_prompt("a caption with <|image_pad|> in it", 4)
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        Policy.load(tmp_path)

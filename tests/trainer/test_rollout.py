@@ -1,0 +1,85 @@
+"""Grouped sampling against plain decoding without a cache."""
+
+from __future__ import annotations
+
+import torch
+
+from mmrpt.rollout.generate import _nucleus, generate
+
+
+def prompts_and_pixels(policy, pairs, count=3):
+    pixels = policy.pixels([pairs.image(pairs[i].id) for i in range(count)])
+    prompts = [policy.encode_prompt("restore: a <mask> card" + " card" * (2 * i), 4) for i in range(count)]
+    return prompts, pixels
+
+
+def test_greedy_decoding_equals_recomputing_every_step(policy, pairs):
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+    out = generate(policy, prompts, pixels, range(3), max_new_tokens=6, temperature=0.0)
+    bias = policy.sampling_bias()
+    for row, prompt in enumerate(prompts):
+        response: list[int] = []
+        for _ in range(6):
+            batch = policy.batch([prompt], [response], policy.pixels([pairs.image(pairs[row].id)]), [0])
+            logits = policy.hidden(batch)[0, -1] @ policy.head_weight.T + bias
+            response.append(int(logits.argmax()))
+            if response[-1] == policy.eos_token_id:
+                break
+        assert list(out.token_ids[row]) == response, f"row {row}"
+
+
+def test_sampled_logps_and_states_are_those_of_a_full_forward_pass(policy, pairs):
+    from mmrpt.perception import response_slices
+
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+    out = generate(
+        policy, prompts, pixels, range(3), group_size=4, max_new_tokens=7, generator=torch.Generator().manual_seed(5)
+    )
+    rows = [p for p in prompts for _ in range(4)]
+    index = [i for i in range(3) for _ in range(4)]
+    batch = policy.batch(rows, out.token_ids, pixels, index)
+    hidden, targets, mask = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
+    assert [tuple(t[m].tolist()) for t, m in zip(targets, mask, strict=True)] == out.token_ids
+    width = mask.shape[1]
+    torch.testing.assert_close(out.hidden[:, :width][mask], hidden[mask], rtol=1e-4, atol=1e-5)
+    logits = hidden @ policy.head_weight.T + policy.sampling_bias()
+    wanted = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(out.logps[:, :width][mask], wanted[mask], rtol=1e-4, atol=1e-5)
+    assert (out.logps <= 0).all()
+
+
+def test_draws_depend_on_the_generator_alone(policy, pairs):
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+    draw = [
+        generate(
+            policy, prompts, pixels, range(3), group_size=2, max_new_tokens=5,
+            generator=torch.Generator().manual_seed(seed),
+        ).token_ids
+        for seed in (1, 1, 2)
+    ]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_suppressed_ids_never_appear(policy, pairs):
+    with torch.no_grad():  # a head that wants nothing but the image marker
+        policy.head_weight[policy.image_token_id] = 50 * policy.head_weight.abs().sum(0)
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+    out = generate(
+        policy, prompts, pixels, range(3), group_size=8, max_new_tokens=8, temperature=3.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    sampled = {token for row in out.token_ids for token in row}
+    assert not sampled & set(policy.suppressed_ids)
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])
+    assert torch.equal(_nucleus(p, 0.75) > 0, torch.tensor([[True, True, False, False], [False, False, True, True]]))
+    assert torch.equal(_nucleus(p, 0.0001) > 0, torch.tensor([[True, False, False, False], [False, False, False, True]]))
+
+
+def test_training_mode_is_left_as_it_was(policy, pairs):
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+    policy.model.train()
+    generate(policy, prompts, pixels, range(3), max_new_tokens=2, temperature=0.0)
+    assert policy.model.training
