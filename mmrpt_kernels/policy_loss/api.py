@@ -1,0 +1,176 @@
+"""The public function `linear_policy_loss`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mmrpt_kernels import backends
+from mmrpt_kernels.common.autocast import cast_for_autocast
+from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.policy_loss import portable, reference
+from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
+from mmrpt_kernels.policy_loss.options import PolicyOptions
+from mmrpt_kernels.policy_loss.statistics import policy_statistics
+
+__all__ = ["PolicyLoss", "linear_policy_loss"]
+
+
+class PolicyLoss(NamedTuple):
+    """loss: scalar, differentiable in hidden, weight and bias. The rest are constants for logging.
+
+    logps (B, T) and entropy (B, T): 0 where not computed. With return_statistics=False entropy is None and statistics
+    is empty; logps then covers the tokens that can learn.
+    """
+
+    loss: torch.Tensor
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+    statistics: dict[str, torch.Tensor]
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    response_mask: torch.Tensor,
+    perception_mask: torch.Tensor | None = None,
+    trajectory_weights: torch.Tensor | None = None,
+    old_logps: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    sampler_weights: torch.Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    entropy_scope: str = "response",
+    entropy_kind: str = "exact",
+    ratio_level: str = "token",
+    aggregation: str = "token_mean",
+    normalizer: torch.Tensor | float | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    return_statistics: bool = True,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss straight from hidden states: no (N, V) logits, no work for tokens without gradient.
+
+        A' = trajectory_weight * advantage          r = exp(logp - old_logp)
+        surrogate = min(r A', clip(r, 1 - clip_low, 1 + clip_high) A'),  and for A' < 0: max(surrogate, dual_clip A')
+        token = response * (-perception * sampler_weight * surrogate + kl_coef * kl - entropy_coef * entropy)
+        loss = aggregate(token)
+
+    The gradients of hidden, weight and bias are made in this call, chunk by chunk, one visit of each logit; `backward`
+    multiplies them by the incoming number, in place, and can run once per call. Plain cross-entropy is advantages = 1
+    with old_logps=None.
+
+    Args:
+        hidden: (B, T, H) half, bfloat16, float32 or float64. weight: (V, H). bias: (V,) or None. These three get
+            gradients; all other tensors are constants.
+        targets: (B, T) int64. `ignore_index` takes a token out of the response.
+        advantages: (B,) or (B, T). A token of advantage 0 has no policy term.
+        response_mask: (B, T) bool, the tokens the loss averages over. What masked tokens hold, NaN included, never
+            matters; their gradient is exactly zero.
+        perception_mask: (B, T) bool, the tokens with a policy term (VPPO's filter); None: all of the response.
+        trajectory_weights: (B,), VPPO's advantage shaping.
+        old_logps: (B, T) of the policy that sampled; None: strictly on-policy, r = 1 with its gradient kept.
+        ref_logps: (B, T) of the reference model, for kl_coef (over all response tokens) and its statistic.
+        kl_estimator: "k1" logp - ref, "k2" (logp - ref)^2 / 2, "k3" exp(ref - logp) - (ref - logp) - 1.
+        sampler_weights: (B, T) truncated importance weights for an engine whose log-probs differ; scale the surrogate.
+        clip_low, clip_high: in [0, 1] and >= 0. dual_clip: > 1, or None.
+        entropy_coef: > 0 rewards entropy, < 0 penalises it. entropy_scope: "response" or "kept" (perception_mask), so
+            that other tokens cost nothing. entropy_kind: "exact", or "sampled" = -logp (VPPO's published code).
+        ratio_level: "token", or "sequence" (GSPO): r is exp of the response's mean log-ratio as a value, each token
+            pulling its own log-prob (GSPO-token's stop-gradient form), so that filtered tokens stay without gradient.
+            Costs a second visit of the tokens whose sequence is not clipped.
+        aggregation: "token_mean" over response tokens, "sequence_mean" the mean over non-empty sequences of their token
+            means, "sum".
+        normalizer: number or 0-d tensor that replaces the aggregation's own count (tokens, sequences, 1): across ranks
+            and micro-batches the caller's number.
+        temperature, softcap, logit_scale: of the logits, as in `linear_logprobs`.
+        return_statistics: False: only tokens with a gradient are computed.
+        chunk_size: rows of logits held at once; None: from a memory budget.
+        backend: "portable", "reference" or None for the table's choice.
+
+    Log-ratios above 80 count as 80, with gradient zero, where float32's exp would overflow.
+
+    Returns:
+        PolicyLoss. statistics, means over response tokens: tokens, kept_fraction, logp_mean, max_logp (a fused head
+        that works gives <= 0), entropy_mean, ratio_mean, ratio_max, approx_kl (k3 of old against new), ref_kl (k3, when
+        ref_logps are given); clip_fraction_low and _high are shares of the tokens with a policy term.
+
+    Raises:
+        ValueError: a shape, dtype, device or setting that cannot be meant; on a CPU also a target outside [0, V).
+        BackendError: `backend` cannot serve the call.
+    """
+    head = HeadOptions(float(temperature), float(softcap), float(logit_scale))
+    options = PolicyOptions(
+        float(kl_coef),
+        kl_estimator,
+        float(clip_low),
+        float(clip_high),
+        None if dual_clip is None else float(dual_clip),
+        float(entropy_coef),
+        entropy_scope,
+        entropy_kind,
+        ratio_level,
+    )
+    check_head(hidden, weight, bias, head, chunk_size)
+    check_options(options, aggregation, normalizer, ref_logps)
+    dtype = statistics_dtype(hidden, weight, bias)
+    tokens = gather_tokens(
+        hidden,
+        targets,
+        dtype,
+        ignore_index=ignore_index,
+        advantages=advantages,
+        response_mask=response_mask,
+        perception_mask=perception_mask,
+        trajectory_weights=trajectory_weights,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampler_weights=sampler_weights,
+    )
+    name = backends.select("policy_loss", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    if name == "reference":
+        loss, logps, entropy = reference.linear_policy_loss(
+            hidden, weight, targets, bias, head, tokens, options, aggregation, normalizer, return_statistics
+        )
+    else:
+        per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
+        loss, logps, entropy = _portable(
+            hidden, weight, bias, targets, tokens, per_token, head, options, return_statistics, chunk_size
+        )
+    logps, entropy = logps.detach(), entropy.detach()
+    if not return_statistics:
+        return PolicyLoss(loss, logps, None, {})
+    return PolicyLoss(loss, logps, entropy, policy_statistics(logps, entropy, tokens, options))
+
+
+def _portable(hidden, weight, bias, targets, tokens, per_token, head, options, see_all, chunk_size):
+    """Call the operator; its gradient outputs stay inside the autograd graph."""
+    grad = torch.is_grad_enabled()
+    loss, logps, entropy, *_ = portable.linear_policy_loss(
+        hidden,
+        weight,
+        bias,
+        targets,
+        *tokens,
+        per_token,
+        **head._asdict(),
+        **options._asdict(),
+        see_all=see_all,
+        need=[grad and t is not None and t.requires_grad for t in (hidden, weight, bias)],
+        chunk_size=chunk_size,
+    )
+    return loss, logps, entropy
