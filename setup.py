@@ -12,6 +12,7 @@ Neither torch nor its headers are used, so one build serves every torch release.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,15 @@ def find_nvcc() -> str | None:
     """CUDA's compiler: $CUDA_HOME first, then the PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def cuda_library_folders(nvcc: str) -> list[str]:
+    """Where the static CUDA runtime may lie. nvcc is asked for its toolkit, since `nvcc` on the PATH may be a wrapper."""
+    shown = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.+)", shown)
+    toolkit = Path(top.group(1)) if top else Path(nvcc).resolve().parent.parent
+    candidates = [toolkit / "lib64", toolkit / "lib", *toolkit.glob("targets/*/lib")]
+    return [str(path) for path in candidates if (path / "libcudart_static.a").exists()]
 
 
 class BuildExtension(build_ext):
@@ -54,8 +64,7 @@ class BuildExtension(build_ext):
             if subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], cwd=ROOT).returncode != 0:
                 raise CompileError(f"nvcc could not compile {source}")
             ext.extra_objects.append(str(target))
-        toolkit = Path(nvcc).resolve().parent.parent
-        ext.library_dirs += [str(path) for path in (toolkit / "lib64", toolkit / "lib") if path.is_dir()]
+        ext.library_dirs += cuda_library_folders(nvcc)
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ext.define_macros.append(("MMRPT_CUDA_ARCHITECTURES", f'"{ARCHITECTURES}"'))
 

@@ -4,13 +4,14 @@
     python -m benchmarks logprobs divergence  these two
     python -m benchmarks end_to_end           the main job over several seeds (long; only when named)
 
-Options other than the names and --budget (seconds for all together) go to each benchmark: --quick --device --results
---threads --only --contenders. The exit code is 0 when every benchmark's was.
+Names come first. Options other than --budget (seconds for all together) go to each benchmark: --quick --device
+--results --threads --only --contenders. The exit code is 0 when every benchmark's was.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NOT_OPERATORS = {"__init__", "__main__", "harness", "measure", "present", "end_to_end"}
-GRACE = 20.0  # seconds beyond its budget that one benchmark gets for imports, compilation and its last case
+GRACE = 20.0  # seconds of a share kept for imports, compilation and the last case
 
 
 def operators() -> list[str]:
@@ -42,15 +43,18 @@ def run_one(op: str, options: Sequence[str], limit: float) -> tuple[int, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run operators' benchmarks.")
-    parser.add_argument("names", nargs="*", help=f"operators (default: all): {', '.join(operators())}; or end_to_end")
-    parser.add_argument("--budget", type=float, default=None, help="seconds for all together (default 120 each)")
-    args, options = parser.parse_known_args(argv)
     known = [*operators(), "end_to_end"]
-    wrong = [name for name in args.names if name not in known]
+    usage = f"python -m benchmarks [name ...] [--budget SECONDS] [options of a benchmark]; names: {', '.join(known)}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--budget", type=float, default=None, help="seconds for all together (default 120 each)")
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The options' own values are words too, so names are what stands before the first option.
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    args, options = parser.parse_known_args(words[len(named) :])
+    wrong = [name for name in named if name not in known]
     if wrong:
         parser.error(f"unknown benchmark {', '.join(wrong)}; expected some of {', '.join(known)}")
-    names = args.names or operators()
+    names = named or operators()
     end = time.monotonic() + (args.budget or 120.0 * len(names))
     outputs, codes = {}, {}
     for place, name in enumerate(names):
@@ -59,8 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "end_to_end":
             codes[name], outputs[name] = run_one(name, options, limit=max(3600.0, args.budget or 0.0))
             continue
-        budget = max(share - 0.3 * min(share, GRACE), 1.0)
-        codes[name], outputs[name] = run_one(name, [*options, "--budget", f"{budget:.0f}"], share + GRACE)
+        reserve = min(GRACE, 0.3 * share)
+        # A budget that was asked for is kept: what is left of it is the hard limit of every benchmark.
+        limit = min(share + GRACE, end - time.monotonic()) if args.budget else 3 * share
+        options_here = [*options, "--budget", f"{max(share - reserve, 1.0):.0f}"]
+        codes[name], outputs[name] = run_one(name, options_here, max(limit, 1.0))
     for name in names:
         print(f"\n{outputs[name].strip()}")
     failed = [name for name in names if codes[name] != 0]

@@ -1,0 +1,451 @@
+"""What a newcomer's machine meets: the wheel, imports without optional parts, the extension, set-up, make targets."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrpt_kernels.common.extension import build_info, extension
+from scripts import bootstrap, gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+NOT_BUILT = (
+    f"mmrpt_kernels._C is not built ({build_info()['reason']}); `python setup.py build_ext --inplace` builds it where "
+    "a C++ compiler and pybind11 are present"
+)
+needs_extension = pytest.mark.skipif(not build_info()["built"], reason=NOT_BUILT)
+needs_builder = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
+
+
+# ---- pyproject.toml and the wheel ----
+
+
+def test_one_version_everywhere() -> None:
+    import mmrpt
+    import mmrpt_kernels
+
+    assert mmrpt.__version__ == mmrpt_kernels.__version__ == PROJECT["version"]
+    assert f"[{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_core_needs_torch_and_numpy_alone() -> None:
+    assert sorted(requirement.split(">")[0] for requirement in PROJECT["dependencies"]) == ["numpy", "torch"]
+    assert {"train", "dev", "bench", "trl", "verl"} <= set(PROJECT["optional-dependencies"])
+
+
+def test_what_mmrpt_imports_is_in_its_extras() -> None:
+    """Every third-party import at the top of a module of mmrpt is a dependency of the core or of `train`."""
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    allowed = set(sys.stdlib_module_names) | {"mmrpt", "mmrpt_kernels"}
+    required = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["train"]
+    packages = {requirement.split(">")[0] for requirement in required}
+    for path in sorted((ROOT / "mmrpt").rglob("*.py")):
+        if path.parent.name == "integrations":
+            continue  # adapters are imported on demand, with the extra of their name
+        for node in ast.parse(path.read_text()).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules.append(node.module)
+            for top in {module.split(".")[0] for module in modules}:
+                known = top in allowed or names.get(top, top) in packages
+                assert known, f"{path.relative_to(ROOT)} imports {top}, which the extra `train` does not install"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built without the extension from a copy, so that the working tree stays clean."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("mmrpt", "mmrpt_kernels", "csrc", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(target), "."]
+    built = subprocess.run(
+        command, cwd=source, env=os.environ | {"MMRPT_BUILD_CSRC": "0"}, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return zipfile.ZipFile(next(target.glob("mmrpt-*.whl")))
+
+
+def test_the_wheel_holds_both_packages_and_the_assets(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    for package in ("mmrpt", "mmrpt_kernels"):
+        modules = {str(p.relative_to(ROOT)) for p in (ROOT / package).rglob("*.py") if "__pycache__" not in p.parts}
+        assert modules <= names, sorted(modules - names)
+    assets = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrpt/world/assets").rglob("*") if p.is_file()}
+    assert assets <= names and len([name for name in assets if name.endswith(".png")]) >= 2, sorted(assets - names)
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "scripts/", "csrc/"))]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_installs_the_commands(wheel: zipfile.ZipFile) -> None:
+    entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "mmrpt-train = mmrpt.train:main" in wheel.read(entry).decode()
+    for target in PROJECT["scripts"].values():
+        module, function = target.split(":")
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, target
+
+
+def test_importing_the_operators_needs_none_of_the_optional_parts() -> None:
+    blocked = ("triton", "transformers", "trl", "verl", "datasets", "PIL", "matplotlib", "pydantic", "mmrpt_kernels._C")
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == blocked or name.startswith(blocked + ".") for blocked in {blocked}):
+            raise ImportError(f"blocked: {{name}}")
+sys.meta_path.insert(0, Block())
+import torch
+import mmrpt_kernels
+from mmrpt_kernels.common.extension import build_info, extension
+assert extension() is None and "blocked" in build_info()["reason"], build_info()
+mask = torch.ones(1, 4, dtype=torch.bool)
+kept = mmrpt_kernels.perception_weights(torch.arange(4.0)[None], mask, keep_ratio=0.5).perception_mask
+assert kept.tolist() == [[False, False, True, True]], kept
+assert "mmrpt" not in sys.modules, "operators must not know the method"
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the extension: the row mathematics that kernels share, against float64 ----
+
+
+def row_statistics(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    rows, vocab = logits.shape
+    lse, logp, entropy = (torch.full((rows,), torch.nan) for _ in range(3))
+    addresses = [tensor.data_ptr() for tensor in (logits, targets, lse, logp, entropy)]
+    extension().row_statistics(*addresses, rows, vocab, logits.stride(0))
+    return lse, logp, entropy
+
+
+def row_gradient(logits: torch.Tensor, targets: torch.Tensor, d_logp: torch.Tensor, d_entropy: torch.Tensor):
+    rows, vocab = logits.shape
+    gradient = torch.full((rows, vocab), torch.nan)
+    addresses = [tensor.data_ptr() for tensor in (logits, targets, d_logp, d_entropy, gradient)]
+    extension().row_gradient(*addresses, rows, vocab, logits.stride(0))
+    return gradient
+
+
+def eager(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    logps = logits.log_softmax(-1)
+    entropy = -torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1)
+    return logits.logsumexp(-1), logps.gather(-1, targets[:, None])[:, 0], entropy
+
+
+ROW_CASES = {
+    "one word": (3, 1, 1.0),
+    "ordinary": (5, 1000, 3.0),
+    "odd, over a part": (4, 257, 3.0),
+    "flat": (2, 4096, 1e-6),
+    "peaked": (6, 300, 1e4),
+    "long": (1, 151_936, 3.0),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ROW_CASES)
+def test_row_statistics_match_float64(name: str, seed: int) -> None:
+    rows, vocab, size = ROW_CASES[name]
+    logits = size * torch.randn(rows, vocab + 3)[:, :vocab]  # rows are not contiguous
+    targets = torch.randint(vocab, (rows,))
+    truth = eager(logits.double(), targets)
+    for what, got, want in zip(("lse", "logp", "entropy"), row_statistics(logits, targets), truth, strict=True):
+        # A float32 unit of the largest number that enters each of them, times two per part of the row.
+        limit = 8 * torch.finfo(torch.float32).eps * max(want.abs().max().item(), 10.0)
+        error = (got - want).abs().max().item()
+        assert error <= limit, f"{name}, {what}: error {error:.2e} above {limit:.2e} (seed {seed})"
+    _, logp, entropy = row_statistics(logits, targets)
+    assert (logp <= 0).all() and (entropy >= 0).all()
+
+
+@needs_extension
+def test_row_statistics_of_ruled_out_words_and_of_nan(seed: int) -> None:
+    logits = torch.randn(4, 600)
+    logits[0, ::2] = -torch.inf
+    logits[1, :] = -torch.inf
+    logits[1, 7] = 3.0  # one word is left: probability 1, entropy 0
+    logits[2, 300:] = -torch.inf  # whole parts without a finite logit
+    logits[3, 5] = torch.nan
+    targets = torch.tensor([0, 7, 1, 2])
+    lse, logp, entropy = row_statistics(logits, targets)
+    want = eager(logits[:3].double(), targets[:3])
+    torch.testing.assert_close(lse[:3].double(), want[0], rtol=1e-6, atol=1e-6)
+    assert logp[0] == -torch.inf and logp[1] == 0 and entropy[1] == 0
+    torch.testing.assert_close(entropy[:3].double(), want[2], rtol=1e-6, atol=1e-6)
+    assert lse[3].isnan() and logp[3].isnan() and entropy[3].isnan()
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["one word", "ordinary", "odd, over a part", "peaked"])
+def test_row_gradient_matches_autograd_in_float64(name: str, seed: int) -> None:
+    rows, vocab, size = ROW_CASES[name]
+    logits, targets = size * torch.randn(rows, vocab), torch.randint(vocab, (rows,))
+    d_logp, d_entropy = torch.randn(rows), torch.randn(rows)
+    wide = logits.double().requires_grad_(True)
+    _, logp, entropy = eager(wide, targets)
+    (logp * d_logp + entropy * d_entropy).sum().backward()
+    got = row_gradient(logits, targets, d_logp, d_entropy)
+    # exp(z - lse) inherits the rounding of z - lse: relative error about eps * |z - lse| where p is not negligible.
+    torch.testing.assert_close(got.double(), wide.grad, rtol=2e-5, atol=2e-6, msg=lambda m: f"{m} (seed {seed})")
+
+
+@needs_extension
+def test_row_gradient_gives_ruled_out_words_nothing() -> None:
+    logits = torch.tensor([[0.5, -torch.inf, 1.5]])
+    got = row_gradient(logits, torch.tensor([0]), torch.tensor([1.0]), torch.tensor([1.0]))
+    assert got[0, 1] == 0 and got.isfinite().all() and abs(got.sum().item()) < 1e-6
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the header's device side is not compiled")
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_the_header_compiles_for_the_device(architecture: str, tmp_path: Path) -> None:
+    """Every function of row_math.h, called from a kernel: same source, same mathematics."""
+    kernel = """
+#include "common/row_math.h"
+extern "C" __global__ void all(const float* z, float* out, int n) {
+  mmrpt::RowSums a = mmrpt::empty_sums();
+  for (int j = threadIdx.x; j < n; j += blockDim.x) a = mmrpt::push(a, z[j]);
+  a = mmrpt::merge(a, mmrpt::empty_sums());
+  out[0] = mmrpt::log_sum_exp(a);
+  out[1] = mmrpt::log_probability(a, z[0]);
+  out[2] = mmrpt::logit_gradient(a, mmrpt::entropy(a), z[0], true, out[1], out[0]);
+}
+"""
+    (tmp_path / "all.cu").write_text(kernel)
+    command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-cubin"]
+    done = subprocess.run([*command, "all.cu", "-o", "all.cubin"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "all.cubin").stat().st_size > 0, done.stderr
+
+
+def build_copy(folder: Path, mode: str, more: dict[str, str] | None = None, **variables: str):
+    """setup.py build_ext --inplace in a copy of what it needs; `more` adds or replaces files of the copy."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copy(ROOT / "setup.py", folder)
+    for name, text in {"mmrpt_kernels/__init__.py": "", **(more or {})}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    environment = os.environ | {"MMRPT_BUILD_CSRC": mode} | variables
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("1", 1)])
+def test_a_failing_compiler_is_a_warning_unless_the_build_was_asked_for(mode: str, code: int, tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    done = build_copy(tmp_path, mode, CC="/bin/false", CXX="/bin/false")
+    assert done.returncode == code, done.stderr
+    assert "mmrpt_kernels._C" in done.stderr or code, done.stderr
+    assert not list((tmp_path / "mmrpt_kernels").glob("*.so"))
+
+
+def test_a_build_switched_off_or_misspelt(tmp_path: Path) -> None:
+    assert build_copy(tmp_path / "off", "0").returncode == 0
+    assert not list((tmp_path / "off/mmrpt_kernels").glob("*.so"))
+    done = build_copy(tmp_path / "wrong", "yes")
+    assert done.returncode != 0 and "expected auto, 0 or 1" in done.stderr
+
+
+@needs_builder
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+def test_a_cuda_source_is_compiled_and_linked(tmp_path: Path) -> None:
+    """A .cu file beside the bindings ends up in the module, which loads on a machine without a GPU or driver."""
+    pytest.importorskip("pybind11")
+    bindings = (ROOT / "csrc/bindings.cpp").read_text()
+    bindings = bindings.replace("namespace {", "int cuda_runtime_version();\nnamespace {", 1)
+    bindings = bindings.replace("py::dict info;", 'py::dict info;\n  info["runtime"] = cuda_runtime_version();', 1)
+    probe = """
+#include <cuda_runtime.h>
+__global__ void nothing() {}
+int cuda_runtime_version() { int v = 0; cudaRuntimeGetVersion(&v); return v; }
+"""
+    more = {"csrc/bindings.cpp": bindings, "csrc/probe/probe.cu": probe}
+    done = build_copy(tmp_path, "1", more, MMRPT_CUDA_ARCHITECTURES="90")
+    assert done.returncode == 0, done.stderr
+    code = "from mmrpt_kernels import _C; i = _C.build_info(); assert i['runtime'] > 0; print(i['cuda_architectures'])"
+    loaded = python(code, PYTHONPATH=str(tmp_path))
+    assert loaded.stdout.strip() == "90", loaded.stderr
+
+
+# ---- set-up: scripts/bootstrap.py ----
+
+
+class FakeEnvironment:
+    """Stands for bootstrap.Environment: remembers what pip was asked; `failing` requirements end with an error."""
+
+    def __init__(self, would_install: list[str], failing: tuple[str, ...] = ()) -> None:
+        self.report = {"install": [{"metadata": {"name": name}} for name in would_install]}
+        self.failing = failing
+        self.asked: list[tuple[str, ...]] = []
+
+    def would_install(self, requirement: str) -> dict:
+        self.asked.append(("dry run", requirement))
+        return self.report
+
+    def pip(self, *arguments: str) -> int:
+        self.asked.append(arguments)
+        return int(any(word in arguments for word in self.failing))
+
+
+PIN = f"torch=={bootstrap.TORCH_PIN}"
+CUDA_BUILD = ["torch", "sympy", "nvidia-cublas", "nvidia-cudnn-cu13", "triton", "cuda-bindings"]
+
+
+def test_a_machine_with_a_gpu_takes_the_plain_release() -> None:
+    env = FakeEnvironment(CUDA_BUILD)
+    bootstrap.install_torch(env, gpu=True, index="an-index")
+    assert env.asked == [("install", PIN)]
+
+
+def test_a_cpu_build_at_hand_is_taken() -> None:
+    env = FakeEnvironment(["torch", "sympy", "filelock"])
+    bootstrap.install_torch(env, gpu=False, index="an-index")
+    assert env.asked == [("dry run", PIN), ("install", PIN)]
+
+
+def test_without_a_gpu_the_named_index_keeps_cuda_packages_away() -> None:
+    env = FakeEnvironment(CUDA_BUILD)
+    bootstrap.install_torch(env, gpu=False, index="an-index")
+    assert env.asked == [("dry run", PIN), ("install", PIN, "--index-url", "an-index")]
+
+
+@pytest.mark.parametrize("index", [None, "an-index"])
+def test_without_a_cpu_build_it_says_so_and_goes_on(index: str | None, capsys: pytest.CaptureFixture) -> None:
+    env = FakeEnvironment(CUDA_BUILD, failing=("an-index",))
+    bootstrap.install_torch(env, gpu=False, index=index)
+    assert env.asked[-1] == ("install", PIN)
+    said = capsys.readouterr().out
+    assert "4 CUDA packages" in said and "set MMRPT_TORCH_INDEX" in said
+
+
+def test_a_failing_pip_ends_the_set_up() -> None:
+    with pytest.raises(SystemExit, match="pip could not install torch=="):
+        bootstrap.install_torch(FakeEnvironment(["torch"], failing=(PIN,)), gpu=False, index=None)
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"),
+    [
+        ("2.13.0+cpu", True),
+        ("2.11", True),
+        ("2.11.0+cu130", True),
+        ("3.0.0", True),
+        ("2.10.1", False),
+        ("2.9.0", False),
+        ("2.11.0a0+git1", False),
+        ("2.11.0rc1", False),
+        ("2.12.0a0+nv26", True),
+        (None, False),
+    ],
+)
+def test_which_torch_is_used_as_it_is(version: str | None, enough: bool) -> None:
+    assert bootstrap.satisfies(version, "2.11") is enough
+
+
+def test_the_pin_satisfies_the_range() -> None:
+    assert bootstrap.satisfies(bootstrap.TORCH_PIN, bootstrap.torch_floor())
+
+
+def test_an_old_python_is_told_so() -> None:
+    """Its syntax lets interpreters of years ago read as far as the message."""
+    source = (ROOT / "scripts/bootstrap.py").read_text()
+    ast.parse(source, feature_version=(3, 7))
+    head = source[: source.index("import argparse")].replace("(3, 11)", "(99, 0)")
+    done = python(head)
+    assert done.returncode == 1 and "needs Python 3.11 or newer" in done.stderr and "PYTHON=" in done.stderr
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="is no virtual environment"):
+        bootstrap.Environment(tmp_path).make(sees_caller=False)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+# ---- make ----
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+
+def test_make_gpu_installs_nothing_and_uses_the_plain_python() -> None:
+    shown = make("-n", "gpu", "RESULTS=elsewhere").stdout
+    assert "PYTHONPATH=. python3 scripts/gpu.py --results elsewhere --budget" in shown
+    assert "pip" not in shown and ".venv" not in shown
+
+
+def test_a_second_set_up_is_instant(tmp_path: Path) -> None:
+    """With the stamps in place, demo and test go straight to their commands."""
+    for stamp in (".stamp-train", ".stamp-dev"):
+        (tmp_path / stamp).touch()
+    for target, command in (("demo", "-m mmrpt.train"), ("test", "-m pytest")):
+        shown = make("-n", target, f"VENV={tmp_path}").stdout
+        assert command in shown and "bootstrap.py" not in shown
+    os.utime(tmp_path / ".stamp-train", (0, 0))
+    assert "bootstrap.py" in make("-n", "demo", f"VENV={tmp_path}").stdout
+
+
+def test_ci_runs_what_a_newcomer_runs() -> None:
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK) and script.read_text().splitlines()[-1] == "make test"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_make_gpu_says_what_it_needs() -> None:
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU, torch and triton.*make test"):
+        gpu.find_gpu()
+
+
+def test_gpu_parts_that_hang_are_stopped_with_their_children(tmp_path: Path) -> None:
+    code, output, seconds = gpu.run(["sh", "-c", "echo begun; sleep 60 & wait"], limit=1.0, log=tmp_path / "log")
+    assert code == 124 and seconds < 10 and "begun" in output and (tmp_path / "log").read_text() == output
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "ok", "summary"),
+    [
+        (0, "....\n==== 4 passed, 2 skipped in 3.2s ====\n", True, "4 passed, 2 skipped in 3.2s"),
+        (5, "no tests ran in 0.1s\n", True, "no GPU test was selected"),
+        (1, "E boom\n==== 1 failed, 3 passed in 3.2s ====\n", False, "exit 1: ==== 1 failed, 3 passed in 3.2s"),
+        (124, "....\n", False, "stopped at its limit: ...."),
+    ],
+)
+def test_gpu_tests_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, output: str, ok: bool, summary: str
+) -> None:
+    monkeypatch.setattr(gpu, "run", lambda command, limit, log: (code, output, 1.0))
+    part = gpu.run_tests(tmp_path, 10.0)
+    assert part.ok is ok and part.summary.startswith(summary)
+
+
+def test_one_failing_gpu_part_fails_the_run_but_not_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu, "find_gpu", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "build_extension", lambda: None)
+    monkeypatch.setattr(gpu, "run_tests", lambda results, limit: gpu.Part("tests", False, 1.0, "1 failed"))
+    done = gpu.Part("benchmarks", True, 2.0, "all done")
+    monkeypatch.setattr(gpu, "run_benchmarks", lambda results, limit: (done, "| a table |"))
+    assert gpu.main(["--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.index("| a table |") < printed.index("| tests | FAILED |") < printed.index("| benchmarks | ok |")
+    assert (tmp_path / "gpu-summary.json").exists()
