@@ -1,4 +1,4 @@
-"""The public function `linear_policy_loss`."""
+"""The public functions `linear_policy_loss` and `linear_token_loss`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels import backends
+from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.logprobs import linear_logprobs
 from mmrpt_kernels.policy_loss import portable, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
 from mmrpt_kernels.policy_loss.statistics import policy_statistics
+from mmrpt_kernels.policy_loss.token_loss import Checked, TokenLoss, check_losses
 
-__all__ = ["PolicyLoss", "linear_policy_loss"]
+__all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_loss"]
 
 
 class PolicyLoss(NamedTuple):
@@ -174,3 +177,82 @@ def _portable(hidden, weight, bias, targets, tokens, per_token, head, options, s
         chunk_size=chunk_size,
     )
     return loss, logps, entropy
+
+
+def linear_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_loss: TokenLoss,
+    *,
+    active_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    use_entropy: bool = True,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Sum over tokens of any loss of (log-prob, entropy), fused with the lm head: no (N, V) logits.
+
+        loss = sum_i token_loss(logp_i, entropy_i, i)
+
+    `token_loss(logps (n,), entropy (n,), rows (n,) int64) -> (n,)` is called once a chunk with rows, the tokens' flat
+    indices into targets, by which it finds its own per-token tensors. It must be row-local (entry i depends on row i
+    alone) and differentiable by autograd. Example, a focal cross-entropy:
+
+        linear_token_loss(hidden, weight, targets, lambda logps, entropy, rows: -(1 - logps.exp()) ** 2 * logps)
+
+    The gradients are made in this call, one visit of each logit; `backward` scales them and can run once per call.
+    Under torch.compile, where a Python callable cannot enter an operator, the same sum is built as `linear_logprobs`
+    followed by token_loss over all rows at once: one matrix product more, no graph break.
+
+    Args:
+        hidden: (..., H). weight: (V, H). bias: (V,) or None. These three get gradients; a tensor captured by
+            token_loss that requires a gradient is refused, as it would get none.
+        targets: (...) int64; rows of `ignore_index` are left out.
+        active_mask: (...) bool; rows outside are not computed. None: all rows.
+        temperature, softcap, logit_scale, chunk_size, backend: as in `linear_logprobs`.
+        use_entropy: False: token_loss gets None for the entropy, which is then not computed.
+
+    Returns:
+        Scalar, float32 (float64 for float64 inputs), differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError: arguments that cannot be meant; a token_loss that gives another shape than (n,) or whose result
+            depends on a foreign tensor that requires a gradient.
+        BackendError: `backend` cannot serve the call.
+    """
+    options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
+    check_head(hidden, weight, bias, options, chunk_size)
+    checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
+    checks.check_dtype("targets", targets, (torch.int64,))
+    if active_mask is not None:
+        checks.check_shape("active_mask", active_mask, tuple(targets.shape), "(...): one bool per token")
+        checks.check_dtype("active_mask", active_mask, (torch.bool,))
+    checks.check_same_device(hidden=hidden, targets=targets, active_mask=active_mask)
+    name = backends.select("token_loss", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    active = ids != ignore_index
+    if active_mask is not None:
+        active = active & active_mask.reshape(-1)
+    if torch.compiler.is_compiling():
+        head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "backend": name}
+        return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
+    flat, weight, bias = cast_for_autocast(flat, weight, bias)
+    checked = Checked(token_loss, use_entropy)
+    rows = active.nonzero().squeeze(-1)
+    implementation = reference if name == "reference" else portable
+    return implementation.linear_token_loss(flat, weight, ids, bias, options, rows, checked, use_entropy, chunk_size)
+
+
+def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:
+    """log-probs of all rows (N,), then the caller's function on them: what a compiler can trace without a break."""
+    found = linear_logprobs(
+        flat, weight, torch.where(active, ids, -100), ignore_index=-100, return_entropy=use_entropy, **head
+    )
+    losses = token_loss(found.logps, found.entropy, torch.arange(ids.shape[0], device=ids.device))
+    check_losses(losses, found.logps)
+    return torch.where(active, losses, 0.0).sum()

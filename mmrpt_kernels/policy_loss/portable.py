@@ -63,13 +63,15 @@ class _Stream:
 
         def coefficients(logps, entropy, taken):
             factor = None if scale is None else scale[taken]
-            losses, d_logps, d_entropy = self._losses(token_loss, logps, entropy, taken, factor)
+            losses, d_logps, d_entropy = self.evaluate(token_loss, logps, entropy, taken, factor)
             self.losses[taken] = losses.to(self.dtype)
             return d_logps, d_entropy
 
         self.visit(rows, want_entropy, coefficients)
 
-    def _losses(self, token_loss, logps, entropy, taken, factor):
+    def evaluate(self, token_loss, logps, entropy, taken, factor):
+        """factor * token_loss (n,), and its two coefficients per row when a gradient is wanted, else None, None."""
+
         def scaled(logps, entropy):
             losses = token_loss(logps, entropy, taken)
             return losses if factor is None else factor * losses
@@ -101,7 +103,7 @@ def _learn_by_sequence(
         return token_losses(logps, entropy, at_rows, options, ratio)
 
     entropy = stream.entropy[rows] if want_entropy else None
-    losses, d_logps, d_entropy = stream._losses(surrogate, stream.logps[rows], entropy, rows, scale[rows])
+    losses, d_logps, d_entropy = stream.evaluate(surrogate, stream.logps[rows], entropy, rows, scale[rows])
     stream.losses[rows] = losses
     if d_logps is None:
         return
@@ -210,19 +212,32 @@ def _(hidden, weight, bias, targets, *tensors, need, **options):
     return *statistics, *grads
 
 
-def scale_gradients(
-    d_loss: torch.Tensor, grads: tuple[torch.Tensor, ...], need: list[bool]
-) -> tuple[torch.Tensor | None, ...]:
+def hand_out(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The saved gradients times the incoming scalar, in place: a copy of d weight would double the peak memory.
 
-    They are handed out once. A second backward through the same graph meets autograd's own version check and raises.
+    So they are handed out once: a second backward through the same graph raises. While a compiler traces, nothing is
+    overwritten; it plans the memory itself.
     """
-    plain = type(d_loss) is torch.Tensor and d_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-    as_is = plain and d_loss.item() == 1.0
-    return tuple(
-        None if not wanted else grad if as_is else grad.mul_(d_loss.to(grad.dtype))
-        for grad, wanted in zip(grads, need, strict=True)
-    )
+    tracing = type(d_loss) is not torch.Tensor or torch.compiler.is_compiling()  # fake or functional tensors
+    if not tracing and torch.is_grad_enabled():
+        raise RuntimeError(
+            "fused loss: got create_graph=True, but it has first derivatives only; "
+            "take linear_logprobs with backend='reference' and a plain loss for second derivatives"
+        )
+    if not tracing and getattr(ctx, "handed_out", False):
+        raise RuntimeError(
+            "fused loss: got a second backward through one call, but its gradients are scaled in place and handed out "
+            "once; call the loss again, or sum the losses first and call backward once"
+        )
+    grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.need, strict=True)]
+    if tracing:
+        return tuple(None if grad is None else grad * d_loss.to(grad.dtype) for grad in grads)
+    ctx.handed_out = True
+    if d_loss.device.type != "cpu" or d_loss.item() != 1.0:  # reading it is free on a CPU only
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(d_loss.to(grad.dtype))
+    return tuple(grads)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -236,8 +251,7 @@ def _backward(ctx, d_loss, *_constants):
     """Only the loss has a gradient; the public function detaches the other outputs."""
     if d_loss is None:
         return (None,) * ctx.num_tensors
-    d_hidden, d_weight, d_bias = scale_gradients(d_loss, ctx.saved_tensors, ctx.need)
-    return d_hidden, d_weight, d_bias, *(None,) * (ctx.num_tensors - 3)
+    return *hand_out(ctx, d_loss), *(None,) * (ctx.num_tensors - 3)
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -258,9 +272,8 @@ class _TokenLoss(torch.autograd.Function):
         return stream.losses.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
-        return *scale_gradients(d_loss, ctx.saved_tensors, ctx.need), *(None,) * 7
+        return *hand_out(ctx, d_loss), *(None,) * 7
 
 
 def linear_token_loss(
