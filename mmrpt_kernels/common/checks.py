@@ -34,7 +34,9 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...
         e is None or g == e for g, e in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        wanted = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ")"
+        wanted = (
+            "(" + ", ".join("any" if e is None else str(e) for e in expected) + (",)" if len(expected) == 1 else ")")
+        )
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, expected {wanted} = {meaning}; "
             "reshape it, or check that it belongs to the same batch as the other arguments"

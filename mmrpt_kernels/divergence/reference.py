@@ -60,7 +60,8 @@ def _divergence(kind, logp, logq, target_p, target_q):
     if kind == "reverse_kl":
         return _expectation(logq, logq - logp).clamp_min(0.0)
     if kind == "js":
-        log_mean = torch.logaddexp(logp, logq) - math.log(2.0)
+        mean = 0.5 * (logp.exp() + logq.exp())
+        log_mean = torch.where(mean == 0, 1.0, mean).log()
         return (0.5 * (_expectation(logp, logp - log_mean) + _expectation(logq, logq - log_mean))).clamp(
             0.0, math.log(2)
         )
