@@ -34,7 +34,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_library_folders(nvcc: str) -> list[str]:
-    """Where the static CUDA runtime may lie. nvcc is asked for its toolkit, since `nvcc` on the PATH may be a wrapper."""
+    """Where the static CUDA runtime lies. nvcc is asked for its toolkit: `nvcc` on the PATH may be a wrapper."""
     shown = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True).stderr
     top = re.search(r"TOP=(.+)", shown)
     toolkit = Path(top.group(1)) if top else Path(nvcc).resolve().parent.parent
