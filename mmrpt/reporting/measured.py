@@ -1,0 +1,196 @@
+"""The measured numbers of a run: accuracies with their intervals, differences between models, AUC, perception, time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrpt.metrics import Interval, auc_interval, difference_interval, roc_auc, wilson_interval
+from mmrpt.reporting.runfiles import PHASES, RunFiles, column, number
+
+MODELS = {"warm": "warm start", "reinforced": "reinforced", "caption": "caption-trained control"}
+SETS = {"new_scenes": "new scenes", "new_combinations": "new combinations", "new_style": "new art style"}
+CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
+ALL_SETS = "all sets"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Right answers of one model on one set under one condition."""
+
+    correct: int
+    count: int
+
+    @property
+    def rate(self) -> float:
+        return self.correct / self.count if self.count else math.nan
+
+    @property
+    def interval(self) -> Interval:
+        return wilson_interval(self.correct, self.count)
+
+    def __add__(self, other: Cell) -> Cell:
+        return Cell(self.correct + other.correct, self.count + other.count)
+
+
+@dataclass
+class Evaluation:
+    """evaluation.json as cells. `refused` names rows that hold no usable accuracy and count."""
+
+    cells: dict[tuple[str, str, str], Cell] = field(default_factory=dict)  # (model, set, condition)
+    kinds: dict[tuple[str, str, str, str], Cell] = field(default_factory=dict)  # (model, set, condition, kind)
+    refused: list[str] = field(default_factory=list)
+
+    def models(self) -> list[str]:
+        return _known_first(MODELS, [key[0] for key in self.cells])
+
+    def sets(self) -> list[str]:
+        return _known_first(SETS, [key[1] for key in self.cells])
+
+    def conditions(self) -> list[str]:
+        return _known_first(CONDITIONS, [key[2] for key in self.cells])
+
+    def pooled(self, model: str, condition: str, sets: Sequence[str]) -> Cell | None:
+        """All questions of several sets as one; None unless every one of them was measured."""
+        found = [self.cells.get((model, name, condition)) for name in sets]
+        known = [cell for cell in found if cell is not None]
+        return sum(known, Cell(0, 0)) if found and len(known) == len(found) else None
+
+    def pooled_kind(self, model: str, condition: str, kind: str) -> Cell:
+        """All questions of one kind over the sets; a count of 0 when there are none."""
+        matching = [cell for key, cell in self.kinds.items() if (key[0], key[2], key[3]) == (model, condition, kind)]
+        return sum(matching, Cell(0, 0))
+
+    def kind_names(self) -> list[str]:
+        return sorted({key[3] for key in self.kinds})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A rate minus another on the same questions, as a fraction (0.1 is ten points)."""
+
+    value: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """Scores of sentences whose class is known. scores (N,) float64, needs_image (N,) bool; `unlabelled` other rows."""
+
+    scores: NDArray[np.float64]
+    needs_image: NDArray[np.bool_]
+    unlabelled: NDArray[np.float64]
+
+    @property
+    def auc(self) -> float:
+        return roc_auc(self.scores, self.needs_image)
+
+    @property
+    def interval(self) -> Interval:
+        positives = int(self.needs_image.sum())
+        return auc_interval(self.auc, positives, self.scores.size - positives)
+
+
+def read_evaluation(files: RunFiles) -> Evaluation:
+    """evaluation.json as cells; a row written twice counts once, the later one."""
+    evaluation = Evaluation()
+    rows = files.document("evaluation.json").get("rows", [])
+    for row in rows if isinstance(rows, list) else []:
+        name = (str(row.get("model")), str(row.get("set")), str(row.get("condition")))
+        cell = _cell(number(row, "accuracy"), number(row, "count"))
+        if cell is None or "None" in name:
+            evaluation.refused.append(f"`evaluation.json` row {' / '.join(name)} has no usable accuracy and count")
+            continue
+        evaluation.cells[name] = cell
+        for kind, pair in (row.get("by_kind") or {}).items():
+            if (part := _cell(float(pair[0]), float(pair[1]))) is not None:
+                evaluation.kinds[(*name, str(kind))] = part
+    return evaluation
+
+
+def difference(
+    evaluation: Evaluation, model: str, minus: str, condition: str, sets: Sequence[str] | None = None
+) -> Difference | None:
+    """Rate of `model` minus rate of `minus` over the given sets (all of them: None), or None if either is missing."""
+    names = list(sets) if sets is not None else evaluation.sets()
+    one, other = evaluation.pooled(model, condition, names), evaluation.pooled(minus, condition, names)
+    if one is None or other is None:
+        return None
+    return Difference(one.rate - other.rate, difference_interval(one.correct, one.count, other.correct, other.count))
+
+
+def read_dependency(files: RunFiles) -> Dependency:
+    """scores.jsonl by true class; rows without a finite score are left out."""
+    rows = [row for row in files.rows("scores.jsonl") if math.isfinite(number(row, "score"))]
+    known = [row for row in rows if isinstance(row.get("needs_image"), bool)]
+    return Dependency(
+        column(known, "score"),
+        np.array([row["needs_image"] for row in known], dtype=bool),
+        column([row for row in rows if not isinstance(row.get("needs_image"), bool)], "score"),
+    )
+
+
+def read_perception(files: RunFiles) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """perception.jsonl of all steps: finite token scores (N,) and trajectory scores (M,), rounding below 0 set to 0."""
+    rows = files.replayed("perception.jsonl")
+
+    def gather(key: str) -> NDArray[np.float64]:
+        parts = [np.asarray(row.get(key) or [], dtype=np.float64) for row in rows]
+        joined = np.concatenate(parts) if parts else np.zeros(0)
+        return np.maximum(joined[np.isfinite(joined)], 0.0)
+
+    return gather("token_scores"), gather("trajectory_scores")
+
+
+def phase_seconds(files: RunFiles) -> dict[str, float]:
+    """Seconds per phase as evaluation.json has them; a run that did not get there has none."""
+    seconds = files.document("evaluation.json").get("seconds")
+    return {str(name): float(value) for name, value in seconds.items()} if isinstance(seconds, dict) else {}
+
+
+def steps_done(files: RunFiles) -> dict[str, int]:
+    """The number of steps of each phase that metrics.jsonl knows."""
+    return {phase: len(rows) for phase in PHASES if (rows := files.phase(phase))}
+
+
+def total_seconds(seconds: dict[str, float]) -> float:
+    """The whole run: the entry "total" where the trainer wrote one, else the sum of the phases; NaN for none."""
+    if not seconds:
+        return math.nan
+    return seconds.get("total", sum(seconds.values()))
+
+
+def measured_auc(files: RunFiles) -> tuple[float, Interval]:
+    """The AUC evaluation.json states, else that of scores.jsonl; its interval by the counts of scores.jsonl."""
+    own = number(files.document("evaluation.json"), "dependency_auc")
+    dependency = read_dependency(files)
+    auc = own if math.isfinite(own) else dependency.auc
+    positives = int(dependency.needs_image.sum())
+    return auc, auc_interval(auc, positives, dependency.scores.size - positives)
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{int(seconds + 0.5) // 60} min {int(seconds + 0.5) % 60:02d} s"
+
+
+def points(value: float) -> str:
+    """A difference of rates in percentage points, signed."""
+    return f"{100 * value:+.1f} points" if math.isfinite(value) else "–"
+
+
+def _cell(accuracy: float, count: float) -> Cell | None:
+    if not (math.isfinite(accuracy) and math.isfinite(count)) or count < 1 or not -1e-9 <= accuracy <= 1 + 1e-9:
+        return None
+    return Cell(round(accuracy * count), int(count))
+
+
+def _known_first(known: dict[str, str], seen: Sequence[str]) -> list[str]:
+    return [name for name in known if name in seen] + sorted(set(seen) - set(known))
