@@ -7,11 +7,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
 
 __all__ = ["linear_logprobs"]
 
 
+@without_autocast
 def linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
