@@ -161,22 +161,14 @@ def linear_policy_loss(
 
 
 def _portable(hidden, weight, bias, targets, tokens, per_token, head, options, see_all, chunk_size):
-    """Call the operator; its gradient outputs stay inside the autograd graph."""
+    """Compiled: the operator itself. Eager: the same operator, with a backward that saves a copy of d weight."""
     grad = torch.is_grad_enabled()
-    loss, logps, entropy, *_ = portable.linear_policy_loss(
-        hidden,
-        weight,
-        bias,
-        targets,
-        *tokens,
-        per_token,
-        **head._asdict(),
-        **options._asdict(),
-        see_all=see_all,
-        need=[grad and t is not None and t.requires_grad for t in (hidden, weight, bias)],
-        chunk_size=chunk_size,
-    )
-    return loss, logps, entropy
+    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    constants = (targets, *tokens, per_token)
+    named = head._asdict() | options._asdict() | {"see_all": see_all, "need": need, "chunk_size": chunk_size}
+    if torch.compiler.is_compiling():
+        return portable.linear_policy_loss(hidden, weight, bias, *constants, **named)[:3]
+    return portable.PolicyLossFunction.apply(hidden, weight, bias, constants, named)
 
 
 def linear_token_loss(

@@ -14,6 +14,7 @@ from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.logprobs.portable import ROW_KERNELS
 from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
+from mmrpt_kernels.policy_loss.hand_out import hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import (
     differentiate,
@@ -23,7 +24,7 @@ from mmrpt_kernels.policy_loss.surrogate import (
     token_losses,
 )
 
-__all__ = ["linear_policy_loss", "linear_token_loss"]
+__all__ = ["PolicyLossFunction", "linear_policy_loss", "linear_token_loss"]
 
 
 class _Stream:
@@ -212,34 +213,6 @@ def _(hidden, weight, bias, targets, *tensors, need, **options):
     return *statistics, *grads
 
 
-def hand_out(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The saved gradients times the incoming scalar, in place: a copy of d weight would double the peak memory.
-
-    So they are handed out once: a second backward through the same graph raises. While a compiler traces, nothing is
-    overwritten; it plans the memory itself.
-    """
-    tracing = type(d_loss) is not torch.Tensor or torch.compiler.is_compiling()  # fake or functional tensors
-    if not tracing and torch.is_grad_enabled():
-        raise RuntimeError(
-            "fused loss: got create_graph=True, but it has first derivatives only; "
-            "take linear_logprobs with backend='reference' and a plain loss for second derivatives"
-        )
-    if not tracing and getattr(ctx, "handed_out", False):
-        raise RuntimeError(
-            "fused loss: got a second backward through one call, but its gradients are scaled in place and handed out "
-            "once; call the loss again, or sum the losses first and call backward once"
-        )
-    grads = [grad if needed else None for grad, needed in zip(ctx.saved_tensors, ctx.need, strict=True)]
-    if tracing:
-        return tuple(None if grad is None else grad * d_loss.to(grad.dtype) for grad in grads)
-    ctx.handed_out = True
-    if d_loss.device.type != "cpu" or d_loss.item() != 1.0:  # reading it is free on a CPU only
-        for grad in grads:
-            if grad is not None:
-                grad.mul_(d_loss.to(grad.dtype))
-    return tuple(grads)
-
-
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*output[3:])
     ctx.need = keyword_only_inputs["need"]
@@ -248,13 +221,32 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
 
 
 def _backward(ctx, d_loss, *_constants):
-    """Only the loss has a gradient; the public function detaches the other outputs."""
+    """What compilers trace: nothing overwritten, they plan the memory. The public function detaches other outputs."""
+    none = (None,) * ctx.num_tensors
     if d_loss is None:
-        return (None,) * ctx.num_tensors
-    return *hand_out(ctx, d_loss), *(None,) * (ctx.num_tensors - 3)
+        return none
+    grads = zip(ctx.saved_tensors, ctx.need, strict=True)
+    return *(grad * d_loss.to(grad.dtype) if needed else None for grad, needed in grads), *none[3:]
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    """The eager route of `linear_policy_loss`: the operator's gradients, kept where they can be scaled in place."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, constants: tuple, options: dict):
+        loss, logps, entropy, *grads = linear_policy_loss(hidden, weight, bias, *constants, **options)
+        needed = zip(grads, options["need"], strict=True)
+        ctx.save_for_backward(*(grad if need else None for grad, need in needed))
+        ctx.handed_out = False
+        ctx.mark_non_differentiable(logps, entropy)
+        return loss, logps, entropy
+
+    @staticmethod
+    def backward(ctx, d_loss, *_constants):
+        return *hand_out(ctx, d_loss), None, None
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -267,8 +259,8 @@ class _TokenLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             stream.learn(rows, want_entropy, token_loss, None)
         grads = stream.gradients.result()
-        ctx.need = [grad is not None for grad in grads]
         ctx.save_for_backward(*grads)
+        ctx.handed_out = False
         return stream.losses.sum()
 
     @staticmethod

@@ -25,12 +25,13 @@ def log_ratio(logps: torch.Tensor, tokens: PolicyTokens, options: PolicyOptions)
     if by_sequence:
         length = tokens.response.sum(-1, keepdim=True).clamp(min=1)
         own = own - own.detach() + own.detach().sum(-1, keepdim=True) / length
-    return own.clamp(max=MAX_LOG_RATIO)
+    return torch.where(own > MAX_LOG_RATIO, MAX_LOG_RATIO, own)
 
 
 def kl_to_reference(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str) -> torch.Tensor:
     """Schulman's estimators of KL(policy || reference) from sampled tokens (B, T)."""
-    gap = (ref_logps - logps).clamp(max=MAX_LOG_RATIO)
+    gap = ref_logps - logps
+    gap = torch.where(gap > MAX_LOG_RATIO, MAX_LOG_RATIO, gap)
     if estimator == "k1":
         return -gap
     if estimator == "k2":

@@ -42,9 +42,14 @@ def sequence_log_ratio(logps: torch.Tensor, tokens: PolicyTokens, shape: tuple[i
     return (gaps.sum(1, keepdim=True) / lengths).expand(shape).reshape(-1)
 
 
+def saturate(log_ratio: torch.Tensor) -> torch.Tensor:
+    """At most MAX_LOG_RATIO, with gradient zero there; unlike clamp's, a NaN's gradient stays NaN and is seen."""
+    return torch.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
+
+
 def clipped_surrogate(log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
     """min(r A, clip(r) A), and for A < 0 at least dual_clip * A. Args (n,)."""
-    ratio = log_ratio.clamp_max(MAX_LOG_RATIO).exp()
+    ratio = saturate(log_ratio).exp()
     low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
     rises = advantages > 0
     # The minimum takes the clipped branch above for A > 0 and below for A < 0, and nowhere else.
@@ -82,7 +87,7 @@ def token_losses(
         surrogate = torch.where(policy, tokens.sampler_weights, 0.0) * surrogate
     losses = -surrogate
     if options.kl_coef != 0.0:
-        gap = (tokens.ref_logps - logps).clamp_max(MAX_LOG_RATIO)
+        gap = saturate(tokens.ref_logps - logps)
         kl = {"k1": lambda: -gap, "k2": lambda: gap.square() / 2, "k3": lambda: gap.expm1() - gap}
         losses = losses + options.kl_coef * kl[options.kl_estimator]()
     if options.entropy_coef != 0.0:

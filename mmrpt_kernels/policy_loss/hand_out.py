@@ -1,0 +1,31 @@
+"""The backward of a loss whose gradients were made in its forward."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["hand_out"]
+
+
+def hand_out(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The saved gradients times the incoming scalar, in place: a copy of d weight would double the peak memory.
+
+    So they are handed out once, and a second backward through the same graph raises.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fused loss: got create_graph=True, but it has first derivatives only; "
+            "take linear_logprobs with backend='reference' and a plain loss for second derivatives"
+        )
+    if ctx.handed_out:
+        raise RuntimeError(
+            "fused loss: got a second backward through one call, but its gradients are scaled in place and handed out "
+            "once; call the loss again, or sum the losses first and call backward once"
+        )
+    ctx.handed_out = True
+    grads = ctx.saved_tensors
+    if d_loss.device.type != "cpu" or d_loss.item() != 1.0:  # reading it is free on a CPU only
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(d_loss.to(grad.dtype))
+    return grads
