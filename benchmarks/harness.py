@@ -235,7 +235,7 @@ def _measure(
             _release(args.device)
     if not calls:
         return
-    low, high = (3, 10) if args.quick else (7, 60)
+    low, high = (3, 10) if args.quick else (5, 60)
     samples = time_interleaved(list(calls.values()), args.device, budget=budget, low=low, high=high, warmup=1)
     times = dict(zip(calls, samples, strict=True))
     base = next((c.name for c in contenders if c.baseline and c.name in times), None)
@@ -268,6 +268,12 @@ def _run_case(case: Case, contenders: Sequence[Contender], args: argparse.Namesp
             row["status"] = _status_of(error) if row["status"] == "ok" else row["status"]
     _release(args.device)
     return {"name": case.name, "params": case.params, "contenders": list(rows.values())}
+
+
+def _left_out(case: Case, contenders: Sequence[Contender], args: argparse.Namespace) -> dict[str, Any]:
+    status = f"skipped: the budget of {args.budget:.0f} s is spent (--budget)"
+    rows = [{"name": c.name, "baseline": c.baseline, "peer": c.peer, "status": status} for c in contenders]
+    return {"name": case.name, "params": case.params, "contenders": rows}
 
 
 def _failures(record: dict[str, Any]) -> list[str]:
@@ -305,19 +311,17 @@ def run(op: str, cases: Sequence[Case], contenders: Sequence[Contender], args: a
     if not cases:
         raise ValueError(f"{op}: no case is left to run; check --only and the cases' `quick` flags")
     record: dict[str, Any] = {"op": op, "provenance": provenance(args.device), "quick": args.quick, "cases": []}
+    path = result_path(args.results, op, args.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.budget
     for done, case in enumerate(cases):
         left = end - time.monotonic()
-        if left <= 0:
-            status = f"skipped: the budget of {args.budget:.0f} s is spent (--budget)"
-            rows = [{"name": c.name, "baseline": c.baseline, "peer": c.peer, "status": status} for c in contenders]
-            record["cases"].append({"name": case.name, "params": case.params, "contenders": rows})
-            continue
         # Gate, compilation and warm-up take their share too: half of the case's part is left for timing.
-        record["cases"].append(_run_case(case, contenders, args, 0.5 * left / (len(cases) - done)))
-    path = result_path(args.results, op, args.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+        budget = 0.5 * left / (len(cases) - done)
+        record["cases"].append(
+            _run_case(case, contenders, args, budget) if left > 0 else _left_out(case, contenders, args)
+        )
+        path.write_text(json.dumps(record, indent=1) + "\n")  # after every case: one that is stopped loses only itself
     drawn = draw(record, path.with_suffix(".png"))
     print(table(record))
     print(f"\nwritten: {path}" + (f" and {drawn.name}" if drawn else " (no plot: matplotlib is not installed)"))
