@@ -6,12 +6,36 @@ import re
 
 # A full stop after one of these does not end a sentence. Lower case, without the stop.
 ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st sr jr vs etc e.g i.e inc ltd co approx a.m p.m u.s u.k ca cf al".split()
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "st",
+        "sr",
+        "jr",
+        "vs",
+        "etc",
+        "e.g",
+        "i.e",
+        "inc",
+        "ltd",
+        "co",
+        "approx",
+        "a.m",
+        "p.m",
+        "u.s",
+        "u.k",
+        "ca",
+        "cf",
+        "al",
+    ]
 )
 # Never the last word of a sentence, so the stop after them is part of a name or of what follows.
-_NEVER_LAST = frozenset("mr mrs ms dr prof st e.g i.e approx ca cf vs".split())
+_NEVER_LAST = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "e.g", "i.e", "approx", "ca", "cf", "vs"])
 # Abbreviations only before a number ("no. 5"), ordinary words otherwise ("the answer is no.").
-_BEFORE_NUMBER = frozenset("no nos fig figs p pp vol".split())
+_BEFORE_NUMBER = frozenset(["no", "nos", "fig", "figs", "p", "pp", "vol"])
 _END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
 
 
