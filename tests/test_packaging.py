@@ -432,9 +432,17 @@ def test_gpu_parts_that_hang_are_stopped_with_their_children(tmp_path: Path) -> 
 def test_gpu_tests_in_a_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, output: str, ok: bool, summary: str
 ) -> None:
+    monkeypatch.setattr(gpu, "gpu_test_files", lambda: ["tests/test_x.py"])
     monkeypatch.setattr(gpu, "run", lambda command, limit, log: (code, output, 1.0))
     part = gpu.run_tests(tmp_path, 10.0)
     assert part.ok is ok and part.summary.startswith(summary)
+
+
+def test_only_files_that_name_the_mark_are_collected(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/test_a.py").write_text("@pytest.mark.gpu\ndef test(): ...")
+    (tmp_path / "kernels/test_b.py").write_text("import what_is_not_there")
+    assert gpu.gpu_test_files(tmp_path) == [str(tmp_path / "kernels/test_a.py")]
 
 
 def test_one_failing_gpu_part_fails_the_run_but_not_the_others(
