@@ -19,17 +19,17 @@ __all__ = ["ROW_KERNELS", "linear_logprobs"]
 
 # A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
 FAR_BELOW = -1e4
-# Elements multiplied at a time by `row_dots`.
+# Elements multiplied at a time by `shifted_dots`.
 DOT_ELEMENTS = 2**20
 
 
 class RowState(NamedTuple):
-    """A chunk between its forward and its backward; exps and shifted own the chunk's memory."""
+    """A chunk between its forward and its backward; exps and z own the chunk's memory."""
 
     logps: torch.Tensor  # (n,)
     entropy: torch.Tensor | None  # (n,)
     exps: torch.Tensor  # (n, V) exp(z - max z), not yet divided by its sum
-    shifted: torch.Tensor | None  # (n, V) z - max z, where the gradient needs it
+    z: torch.Tensor | None  # (n, V) transformed logits, where the gradient needs them
     top: torch.Tensor  # (n, 1) max z
     total: torch.Tensor  # (n, 1) sum exp(z - max z) >= 1
 
@@ -44,27 +44,23 @@ def row_statistics(raw: torch.Tensor, targets: torch.Tensor, options: HeadOption
     z = transform_logits(raw, options, inplace=True)
     top = z.amax(-1, keepdim=True)
     chosen = z.gather(-1, targets[:, None]) - top
-    shifted = None
-    if want_entropy or options.softcap > 0.0:
-        shifted = z.sub_(top).clamp_min_(FAR_BELOW)
-        exps = torch.exp(shifted)
-    else:
-        exps = z.sub_(top).exp_()
+    keep = want_entropy or options.softcap > 0.0
+    exps = torch.sub(z, top).exp_() if keep else z.sub_(top).exp_()
     total = exps.sum(-1, keepdim=True)
     log_total = total.log()
     logps = (chosen - log_total).squeeze(-1)
     entropy = None
     if want_entropy:
-        entropy = (log_total - row_dots(exps, shifted) / total).squeeze(-1).clamp_(0.0, math.log(raw.shape[-1]))
-    return RowState(logps, entropy, exps, shifted, top, total)
+        entropy = (log_total - shifted_dots(exps, z, top) / total).squeeze(-1).clamp_(0.0, math.log(raw.shape[-1]))
+    return RowState(logps, entropy, exps, z if keep else None, top, total)
 
 
-def row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sum_v a b of every row, (n, 1): pairwise sums (a batched matrix product errs by 1e-3 at 152,000 words), a few
-    rows at a time so that no third (n, V) exists."""
-    step = max(1, DOT_ELEMENTS // a.shape[-1])
-    parts = [(x * y).sum(-1, keepdim=True) for x, y in zip(a.split(step), b.split(step), strict=True)]
-    return torch.cat(parts)
+def shifted_dots(exps: torch.Tensor, z: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """sum_v exps (z - top) of every row, (n, 1): pairwise sums (a batched matrix product errs by 1e-3 at 152,000
+    words), a few rows at a time so that no third (n, V) exists."""
+    step = max(1, DOT_ELEMENTS // z.shape[-1])
+    parts = zip(exps.split(step), z.split(step), top.split(step), strict=True)
+    return torch.cat([(z_ - top_).clamp_min_(FAR_BELOW).mul_(e).sum(-1, keepdim=True) for e, z_, top_ in parts])
 
 
 def row_gradient(
@@ -89,13 +85,10 @@ def row_gradient(
         idle = idle & (d_entropy == 0)
         offset = d_entropy * (state.total.log() - state.entropy[:, None]) - d_logps
         slope, offset = -d_entropy / state.total, offset / state.total
-        if options.softcap > 0.0:  # shifted is read once more below
-            grad = torch.mul(state.shifted, slope).add_(offset).mul_(state.exps)
-        else:
-            grad = state.shifted.mul_(slope).add_(offset).mul_(state.exps)
+        shifted = state.z - state.top if options.softcap > 0.0 else state.z.sub_(state.top)  # z is read again below
+        grad = shifted.clamp_min_(FAR_BELOW).mul_(slope).add_(offset).mul_(state.exps)
     grad.scatter_add_(-1, targets[:, None], d_logps)
-    z = state.shifted.add_(state.top) if options.softcap > 0.0 else None
-    grad = transform_backward(grad, z, options, inplace=True)
+    grad = transform_backward(grad, state.z, options, inplace=True)
     if idle.device.type != "cpu" or bool(idle.any()):  # looking is free on a CPU and waits for the queue elsewhere
         grad.masked_fill_(idle, 0.0)
     return grad

@@ -274,7 +274,6 @@ class TestPortable:
         truth = run(make(case, seed, dtype=dtype, upcast=True), backend="reference", **options)
         eager = run(make(case, seed, dtype=dtype), backend="reference", **options)
         found = run(make(case, seed, dtype=dtype), backend="portable", **options)
-        cap = 1024.0 if case.vocab > 100_000 else 64.0  # torch.log_softmax adds 151,936 words nearly one by one
         for key in ("loss", "logps", "entropy", "d_hidden", "d_weight"):
             of_input = key.startswith("d_")
             assert_close_to_truth(
@@ -284,7 +283,6 @@ class TestPortable:
                 name=f"{name} {key} seed {seed}",
                 dtype=dtype if of_input else torch.float32,
                 floor=0.0 if of_input else 20.0,
-                eager_cap=cap,
             )
 
     def test_frozen_and_unfrozen(self, seed):
@@ -471,10 +469,13 @@ class TestLaws:
 
     def test_gspo_equals_the_papers_formula(self, seed):
         """Without filter, GSPO's own gradient flows through the mean log-ratio: the same numbers."""
-        made = make(BATCH, seed, batch=4, drift=0.1)
+        made = make(BATCH, seed, batch=4)
         made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
         response = made["response_mask"] & (made["targets"] != -100)
         logps = linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps
+        means = torch.tensor([[1.2], [0.8], [1.01], [0.99]], dtype=D).log()  # two beyond the clip, two within
+        made["old_logps"] = logps.detach() - means + 0.002 * torch.randn(4, 6, dtype=D)
+        made["advantages"] = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=D)
         gaps = torch.where(response, logps - made["old_logps"], 0.0)
         ratio = (gaps.sum(1) / response.sum(1)).exp()
         clipped = ratio.clamp(0.97, 1.04)
@@ -484,7 +485,7 @@ class TestLaws:
         torch.testing.assert_close(out.loss, manual)
         wrt = (made["hidden"], made["weight"])
         torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), torch.autograd.grad(manual, wrt))
-        assert (ratio != clipped).any() and (ratio == clipped).any(), f"seed {seed} shows one side of the clip only"
+        assert (ratio != clipped).tolist() == [True, True, False, False]
 
     def test_statistics(self, seed):
         made = make(BATCH, seed, batch=4)
