@@ -88,7 +88,7 @@ def extensions() -> list[Extension]:
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
         include_dirs=["csrc", pybind11.get_include()],
         # No -ffast-math: rows with -inf logits and NaN must come out as in float64.
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"],
         language="c++",
         optional=MODE == "auto",
     )
