@@ -75,14 +75,37 @@ def difference_interval(
     )
 
 
-def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
+def paired_difference_interval(only_a: int, only_b: int, count: int, level: float = 0.95) -> Interval:
+    """Interval of rate a - rate b where both answered the same `count` questions (Agresti and Min 2005).
+
+    `only_a` of them only a got right, `only_b` only b; what both got right or wrong says nothing about the difference.
+    Wald's interval after half a question is added to each of the four cells:
+    d = (only_a - only_b) / (n + 2), d +- z sqrt((only_a + only_b + 1) - (only_a - only_b)^2 / (n + 2)) / (n + 2).
+    """
+    if only_a < 0 or only_b < 0 or only_a + only_b > count:
+        raise ValueError(
+            f"{only_a} and {only_b} of {count} questions: expected counts >= 0 with a sum of at most count"
+        )
+    if count == 0:
+        return Interval(-1.0, 1.0)
+    larger = count + 2
+    middle = (only_a - only_b) / larger
+    variance = (only_a + only_b + 1) - (only_a - only_b) ** 2 / larger
+    reach = NormalDist().inv_cdf(0.5 + level / 2) * math.sqrt(variance) / larger
+    return Interval(max(-1.0, middle - reach), min(1.0, middle + reach))
+
+
+def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """P(score of a positive > score of a negative) + P(equal) / 2, by average ranks (Mann-Whitney U / (P N)).
 
-    scores (N,) finite; labels (N,) bool. NaN when one class is absent. Raises ValueError for unequal lengths or a
-    score that is not finite.
+    labels (N,) bool or 0 and 1, first as in scikit-learn; scores (N,) finite. NaN when one class is absent. Raises
+    ValueError for unequal lengths, labels of any other value (the two swapped, say), or a score that is not finite.
     """
     values = np.asarray(scores, dtype=np.float64)
-    positive = np.asarray(labels, dtype=bool)
+    given = np.asarray(labels)
+    if not np.isin(given, (0, 1)).all():
+        raise ValueError("labels hold values beside 0 and 1: the labels come first, then the scores")
+    positive = given.astype(bool)
     if values.ndim != 1 or values.shape != positive.shape:
         raise ValueError(f"scores are {values.shape} and labels {positive.shape}: expected the same (N,)")
     if not np.isfinite(values).all():

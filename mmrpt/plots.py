@@ -82,7 +82,8 @@ PLOTS: dict[str, Plot] = {
     ),
     "stability": Plot(
         plot_stability,
-        "A healthy run keeps entropy above zero, gradient norms flat, few clipped tokens and a gap near zero.",
+        "A healthy run keeps entropy above zero, gradient norms flat, few clipped tokens, and a policy close to the "
+        "one that sampled.",
         "metrics.jsonl, phase rl",
     ),
 }

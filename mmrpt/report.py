@@ -15,14 +15,18 @@ from typing import Any
 
 from mmrpt.plots import PLOTS, draw_all
 from mmrpt.reporting import summary
-from mmrpt.reporting.gallery import answers_over_time, gallery
+from mmrpt.reporting.gallery import answers_over_time, held_out_gallery, training_gallery
 from mmrpt.reporting.markdown import code
-from mmrpt.reporting.measured import Evaluation, read_evaluation
+from mmrpt.reporting.measured import Evaluation, difference, read_evaluation
 from mmrpt.reporting.runfiles import RunFiles, write_atomically
 
-INTERVALS = (
+PAIRED = (
+    "Intervals are 95 %: Wilson's for an accuracy, Agresti and Min's for a difference between two models' answers to "
+    "the same questions."
+)
+UNPAIRED = (
     "Intervals are 95 %: Wilson's for an accuracy, Newcombe's for a difference, which takes the two models' answers as "
-    "independent although the questions are the same, and so errs on the wide side."
+    "independent although the questions are the same (single answers are not there), and so errs on the wide side."
 )
 CONDITIONS = (
     "Only a gap between the image and its two controls shows seeing: *blanked* is the same question over an empty "
@@ -75,7 +79,9 @@ def _head(files: RunFiles, evaluation: Evaluation) -> str:
 
 
 def _numbers(files: RunFiles, evaluation: Evaluation) -> str:
-    parts = ["## Promised and measured", summary.target_table(files, evaluation), INTERVALS, summary.auc_note(files)]
+    change = difference(evaluation, "reinforced", "warm", "image")
+    intervals = PAIRED if change is None or change.paired else UNPAIRED
+    parts = ["## Promised and measured", summary.target_table(files, evaluation), intervals, summary.auc_note(files)]
     if evaluation.cells:
         parts += [
             "## Held-out accuracy",
@@ -89,14 +95,21 @@ def _numbers(files: RunFiles, evaluation: Evaluation) -> str:
 
 
 def _examples(files: RunFiles) -> str:
-    blocks = gallery(files)
-    answers = answers_over_time(files)
-    if answers:
-        blocks.append("### Answers at the first and at the last sampled step\n\n" + answers)
-    if not blocks:
-        return "## Examples\n\nNone yet: `scores.jsonl`, `masked.jsonl` and `samples.jsonl` hold no rows."
-    how = "Not chosen by outcome: evenly spaced among the examples with the most to show."
-    return "\n\n".join(["## Examples", how, *blocks])
+    parts = []
+    if before_and_after := held_out_gallery(files):
+        how = "The first questions of each set, not chosen by outcome. Answers are greedy; ✓ is right to the letter."
+        parts += ["## Held-out questions before and after", how, *before_and_after]
+    if training := training_gallery(files):
+        how = "Evenly spaced among the training captions with the most to show, not chosen by outcome."
+        parts += ["## Training examples", how, *training]
+    if answers := answers_over_time(files):
+        how = (
+            "The log keeps a few rollouts a step: the best and the worst of a group, the contrast the step learns from."
+        )
+        parts += ["## Rollouts of the first and of the last step", how, answers]
+    if not parts:
+        return "## Examples\n\nNone yet: no scores, masked captions, rollouts or answers are there."
+    return "\n\n".join(parts)
 
 
 def _plots(drawn: set[str]) -> str:

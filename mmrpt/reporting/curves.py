@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from mmrpt.reporting import style
 from mmrpt.reporting.runfiles import RunFiles, column, find_setting, has_values, plot_path
 
+# Title, unit, and the keys of metrics.jsonl that the panel draws, those of them that the run has.
 STABILITY = (
-    ("entropy", "Entropy of the policy", "nats per token"),
-    ("grad_norm", "Gradient norm", "before clipping"),
-    ("clip_fraction", "Clipped tokens", "fraction"),
-    ("response_length", "Response length", "tokens"),
-    ("perception_mean", "Mean token perception", "nats"),
-    ("rollout_logp_gap", "Sampler against trainer", "|log-prob gap| (nats)"),
+    ("Entropy of the policy", "nats per token", ("entropy", "entropy_mean")),
+    ("Gradient norm", "before clipping", ("grad_norm",)),
+    ("Clipped tokens", "fraction", ("clip_fraction", "clip_fraction_low", "clip_fraction_high")),
+    ("Response length", "tokens", ("response_length",)),
+    ("Mean token perception", "nats", ("perception_mean",)),
+    ("Policy against sampler", "nats", ("rollout_logp_gap", "approx_kl")),
 )
 
 
@@ -75,7 +76,7 @@ def plot_loss(run_dir: Path | str) -> Path | None:
         # The control counts its own steps from the warm-up's end; a trainer that counts on is drawn as it stands.
         shift = offset if steps.min() < offset else 0.0
         style.draw_curve(axis, steps + shift, column(rows, "loss"), colour, name)
-        offset = float(steps.max() + shift)
+        offset = float(steps.max() + shift) + 1
     losses = column(drawn[0][0], "loss")
     title = _trend(f"Caption loss of the {drawn[0][2]}", losses, "{:.2f}")
     style.label_axes(axis, title, "optimiser step", "cross-entropy (nats per token)", True)
@@ -86,15 +87,19 @@ def plot_loss(run_dir: Path | str) -> Path | None:
 def plot_stability(run_dir: Path | str) -> Path | None:
     """What goes wrong first when reinforcement is unstable: the panels of `STABILITY` that the run has values for."""
     rows = RunFiles(run_dir).phase("rl")
-    panels = [panel for panel in STABILITY if has_values(rows, panel[0])]
+    panels = [(title, unit, [key for key in keys if has_values(rows, key)]) for title, unit, keys in STABILITY]
+    panels = [panel for panel in panels if panel[2]]
     if not panels:
         return None
     lines = math.ceil(len(panels) / 3)
     figure, axes = style.new_figure(columns=3, rows=lines, width=8.4, height=2.1 * lines + 0.3)
     steps = column(rows, "step")
-    for axis, (key, title, unit) in zip(axes, panels, strict=False):
-        style.draw_curve(axis, steps, column(rows, key), style.BLUE, key)
+    for axis, (title, unit, keys) in zip(axes, panels, strict=False):
+        for key, colour in zip(keys, (style.BLUE, style.ORANGE, style.GREEN), strict=False):
+            style.draw_curve(axis, steps, column(rows, key), colour, key, note=False)
         style.label_axes(axis, title, "RL step", unit, True)
+        if len(keys) > 1:
+            style.legend(axis)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return style.save(figure, plot_path(run_dir, "stability"))

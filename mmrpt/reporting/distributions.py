@@ -24,7 +24,8 @@ def plot_token_perception(run_dir: Path | str) -> Path | None:
         return None
     figure, (left, right) = style.new_figure(columns=2)
     edges = _log_edges(positive)
-    left.hist(positive, bins=edges, color=style.BLUE)
+    # Rounding of the edges must not lose the largest token; what is below the axis counts in the first bar.
+    left.hist(np.clip(positive, edges[0], edges[-1]), bins=edges, color=style.BLUE)
     left.set_xscale("log")
     zeros = scores.size - positive.size
     note = f", {100 * zeros / scores.size:.0f} % exactly 0 not drawn" if zeros else ""

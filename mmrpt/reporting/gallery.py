@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from mmrpt.reporting.markdown import bar, code, escape, figure, percent, picture, table, token_strip
+from mmrpt.reporting.measured import CONDITIONS, MODELS, SETS
 from mmrpt.reporting.runfiles import Row, RunFiles, column, image_name, number
 
 PICTURE_WIDTH = 168
-ANSWERS_SHOWN = 3  # different completions per step and example
+ANSWERS_SHOWN = 3  # different rollouts per step and example
 VIEWS = (("", "the picture"), ("_blanked", "blanked"), ("_perturbed", "as perception saw it, patches blackened"))
 
 
-def gallery(files: RunFiles, limit: int = 4) -> list[str]:
-    """Markdown blocks of up to `limit` examples; [] when the run has none.
+def training_gallery(files: RunFiles, limit: int = 3) -> list[str]:
+    """Markdown blocks of up to `limit` training examples; [] when the run has none.
 
     Not chosen by outcome: among those with the most to show (picture, answers, scores), evenly spaced in file order.
     """
@@ -28,11 +30,63 @@ def gallery(files: RunFiles, limit: int = 4) -> list[str]:
     threshold = number(files.document("masking.json"), "threshold")
     blocks = []
     for place, example in enumerate(choose_examples(files, scores, masked, samples, limit), start=1):
-        parts = [f"### Example {place}: {code(example)}", _pictures(files, example)]
+        parts = [f"### Example {place}: {code(example)}", _pictures(files, example, VIEWS)]
         parts.append(_sentences(scores.get(example, []), scale, threshold))
         parts.append(_answers(masked.get(example, []), samples.get(example, [])))
         blocks.append("\n\n".join(part for part in parts if part))
     return blocks
+
+
+def held_out_gallery(files: RunFiles, per_set: int = 2) -> list[str]:
+    """Markdown blocks of the first questions of each held-out set, those whose picture was kept before the others."""
+    by_set: dict[str, dict[str, list[Row]]] = {}
+    for row in files.rows("answers.jsonl"):
+        by_set.setdefault(str(row.get("set")), {}).setdefault(str(row.get("sample_id")), []).append(row)
+    blocks = []
+    for name, questions in by_set.items():
+        shown: dict[str, list[Row]] = {}
+        for rows in sorted(
+            questions.values(), key=lambda rows: not _has_picture(files, str(rows[0].get("example_id")))
+        ):
+            shown.setdefault(str(rows[0].get("example_id")), rows)
+            if len(shown) == per_set:
+                break
+        blocks += [_question(files, SETS.get(name, name), example, rows) for example, rows in shown.items()]
+    return blocks
+
+
+def _question(files: RunFiles, set_name: str, example: str, rows: Sequence[Row]) -> str:
+    """One question: pictures, masked caption, every model's answer under every condition, thoughts with the image."""
+    said = {(str(row.get("model")), str(row.get("condition"))): row for row in rows}
+    models = [model for model in MODELS if any(key[0] == model for key in said)]
+    lines = [[MODELS[model], *(_answer(said.get((model, condition))) for condition in CONDITIONS)] for model in models]
+    parts = [
+        f"### {set_name.capitalize()}: {code(example)}",
+        _pictures(files, example, VIEWS[:2]),
+        f"> {escape(rows[0].get('masked_caption', ''))}",
+        f"Wanted: **{escape(rows[0].get('answer', ''))}**",
+        table(["model", *CONDITIONS.values()], lines),
+    ]
+    for model in ("warm", "reinforced"):
+        if (model, "image") in said:
+            parts.append(
+                f"{MODELS[model].capitalize()}, with the image: {escape(said[model, 'image'].get('completion', ''))}"
+            )
+    return "\n\n".join(parts)
+
+
+def _answer(row: Row | None) -> str:
+    """What stands between the answer marks (else everything), and whether it is right."""
+    if row is None:
+        return "–"
+    completion = str(row.get("completion", ""))
+    found = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    text = escape((found.group(1) if found else completion).strip()) or "(nothing)"
+    return f"**{text}** ✓" if row.get("exact") else f"{text} ✗"
+
+
+def _has_picture(files: RunFiles, example: str) -> bool:
+    return (files.folder / "images" / image_name(example)).is_file()
 
 
 def choose_examples(
@@ -46,9 +100,8 @@ def choose_examples(
     names = list(dict.fromkeys([*samples, *masked, *scores]))
     tiers: dict[tuple[bool, bool, bool, bool], list[str]] = {}
     for name in names:
-        has_picture = (files.folder / "images" / image_name(name)).is_file()
         steps = {row["step"] for row in samples.get(name, [])}
-        tiers.setdefault((has_picture, len(steps) > 1, bool(steps), name in masked), []).append(name)
+        tiers.setdefault((_has_picture(files, name), len(steps) > 1, bool(steps), name in masked), []).append(name)
     chosen: list[str] = []
     for tier in sorted(tiers, reverse=True):
         wanted = limit - len(chosen)
@@ -60,25 +113,17 @@ def choose_examples(
     return chosen
 
 
-def answers_over_time(files: RunFiles, limit: int = 5) -> str:
-    """What the model said at the first and at the last sampled step, one rollout a caption, with rewards."""
+def answers_over_time(files: RunFiles, limit: int = 6) -> str:
+    """The kept rollouts of the first and of the last sampled step, with rewards."""
     rows = files.replayed("samples.jsonl")
     if not rows:
         return ""
-    steps = [row["step"] for row in rows]
     shown = []
-    for step in dict.fromkeys((min(steps), max(steps))):
-        one_each = {row.get("sample_id"): row for row in reversed(rows) if row["step"] == step}
-        for row in list(one_each.values())[::-1][:limit]:
-            shown.append(
-                [
-                    str(step),
-                    escape(row.get("masked_caption", "")),
-                    f"**{escape(row.get('answer', ''))}**",
-                    escape(row.get("completion", "")),
-                    figure(number(row, "reward")),
-                ]
-            )
+    for step in dict.fromkeys((rows[0]["step"], rows[-1]["step"])):
+        for row in [one for one in rows if one["step"] == step][:limit]:
+            values = [escape(row.get("masked_caption", "")), f"**{escape(row.get('answer', ''))}**"]
+            values += [escape(row.get("completion", "")), figure(number(row, "reward"))]
+            shown.append([str(step), *values])
     return table(["step", "masked caption", "wanted", "completion", "reward"], shown, right=(0, 4))
 
 
@@ -97,8 +142,8 @@ def _score_scale(files: RunFiles) -> tuple[float, float]:
     return tuple(np.quantile(scores, [0.02, 0.98]).tolist()) if scores.size else (0.0, 1.0)
 
 
-def _pictures(files: RunFiles, example: str) -> str:
-    there = [(image_name(example, suffix), label) for suffix, label in VIEWS]
+def _pictures(files: RunFiles, example: str, views: Sequence[tuple[str, str]]) -> str:
+    there = [(image_name(example, suffix), label) for suffix, label in views]
     there = [(name, label) for name, label in there if (files.folder / "images" / name).is_file()]
     if not there:
         return "(no picture of it was kept in `images/`)"
@@ -170,10 +215,10 @@ def _answers(masked: Sequence[Row], samples: Sequence[Row]) -> str:
     wanted = f"**{escape(target.get('answer', ''))}**" + (f" ({', '.join(traits)})" if traits else "")
     text = f"> {escape(target.get('masked_caption', ''))}\n\nWanted: {wanted}"
     if not about:
-        return text + ". Not sampled in a step whose completions were kept."
+        return text + ". None of its rollouts is in the log."
     steps = _steps(samples, sample_id)
     lines = [line for step in dict.fromkeys((steps[0], steps[-1])) for line in _step_answers(about, step)]
-    text += "\n\n" + table(["step", "completion", "times", "reward", "advantage"], lines, right=(0, 2, 3, 4))
+    text += "\n\n" + table(["step", "completion", "reward", "advantage"], lines, right=(0, 2, 3))
     return text + _perception(about)
 
 
@@ -182,19 +227,13 @@ def _steps(samples: Sequence[Row], sample_id: object) -> list[int]:
 
 
 def _step_answers(about: Sequence[Row], step: int) -> list[list[str]]:
-    """The commonest completions of one step with their rewards, and a line for the rest."""
-    rows = [row for row in about if row["step"] == step]
-    counted = Counter(str(row.get("completion", "")) for row in rows).most_common()
-    first = {str(row.get("completion", "")): row for row in reversed(rows)}
-    lines = []
-    for completion, times in counted[:ANSWERS_SHOWN]:
-        row = first[completion]
-        values = [figure(number(row, "reward")), figure(number(row, "advantage"))]
-        lines.append([str(step), escape(completion), str(times), *values])
-    if counted[ANSWERS_SHOWN:]:
-        rest = sum(times for _, times in counted[ANSWERS_SHOWN:])
-        lines.append([str(step), f"{len(counted) - ANSWERS_SHOWN} other completions", str(rest), "", ""])
-    return lines
+    """The kept rollouts of one step, different ones, best first."""
+    rows = {str(row.get("completion", "")): row for row in reversed(about) if row["step"] == step}
+    best_first = sorted(rows.items(), key=lambda item: -number(item[1], "reward"))
+    return [
+        [str(step), escape(completion), figure(number(row, "reward")), figure(number(row, "advantage"))]
+        for completion, row in best_first[:ANSWERS_SHOWN]
+    ]
 
 
 def _perception(about: Sequence[Row]) -> str:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrpt.metrics import Interval, auc_interval, difference_interval, roc_auc, wilson_interval
+from mmrpt.metrics import (
+    Interval,
+    auc_interval,
+    difference_interval,
+    paired_difference_interval,
+    roc_auc,
+    wilson_interval,
+)
 from mmrpt.reporting.runfiles import PHASES, RunFiles, column, number
 
 MODELS = {"warm": "warm start", "reinforced": "reinforced", "caption": "caption-trained control"}
@@ -39,10 +46,11 @@ class Cell:
 
 @dataclass
 class Evaluation:
-    """evaluation.json as cells. `refused` names rows that hold no usable accuracy and count."""
+    """evaluation.json as cells, and the answers behind them. `refused` names rows without usable accuracy and count."""
 
     cells: dict[tuple[str, str, str], Cell] = field(default_factory=dict)  # (model, set, condition)
     kinds: dict[tuple[str, str, str, str], Cell] = field(default_factory=dict)  # (model, set, condition, kind)
+    right: dict[tuple[str, str, str], dict[str, bool]] = field(default_factory=dict)  # by sample id, of answers.jsonl
     refused: list[str] = field(default_factory=list)
 
     def models(self) -> list[str]:
@@ -71,10 +79,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """A rate minus another on the same questions, as a fraction (0.1 is ten points)."""
+    """A rate minus another, as a fraction (0.1 is ten points); `paired`: the interval knows answer by answer."""
 
     value: float
     interval: Interval
+    paired: bool
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Dependency:
 
     @property
     def auc(self) -> float:
-        return roc_auc(self.scores, self.needs_image)
+        return roc_auc(self.needs_image, self.scores)
 
     @property
     def interval(self) -> Interval:
@@ -109,6 +118,9 @@ def read_evaluation(files: RunFiles) -> Evaluation:
         for kind, pair in (row.get("by_kind") or {}).items():
             if (part := _cell(float(pair[0]), float(pair[1]))) is not None:
                 evaluation.kinds[(*name, str(kind))] = part
+    for row in files.rows("answers.jsonl"):
+        name = (str(row.get("model")), str(row.get("set")), str(row.get("condition")))
+        evaluation.right.setdefault(name, {})[str(row.get("sample_id"))] = bool(row.get("exact"))
     return evaluation
 
 
@@ -120,7 +132,27 @@ def difference(
     one, other = evaluation.pooled(model, condition, names), evaluation.pooled(minus, condition, names)
     if one is None or other is None:
         return None
-    return Difference(one.rate - other.rate, difference_interval(one.correct, one.count, other.correct, other.count))
+    value = one.rate - other.rate
+    pairs = [_pairs(evaluation, (model, name, condition), (minus, name, condition)) for name in names]
+    if None in pairs:
+        interval = difference_interval(one.correct, one.count, other.correct, other.count)
+        return Difference(value, interval, paired=False)
+    only_one, only_other = (sum(pair[side] for pair in pairs) for side in (0, 1))
+    return Difference(value, paired_difference_interval(only_one, only_other, one.count), paired=True)
+
+
+def _pairs(evaluation: Evaluation, one: tuple[str, str, str], other: tuple[str, str, str]) -> tuple[int, int] | None:
+    """Questions that only the one and only the other got right; None unless every answer of both cells is known."""
+    for key in (one, other):
+        known = evaluation.right.get(key, {})
+        if len(known) != evaluation.cells[key].count or sum(known.values()) != evaluation.cells[key].correct:
+            return None
+    left, right = evaluation.right[one], evaluation.right[other]
+    if left.keys() != right.keys():
+        return None
+    return sum(hit and not right[name] for name, hit in left.items()), sum(
+        hit and not left[name] for name, hit in right.items()
+    )
 
 
 def read_dependency(files: RunFiles) -> Dependency:
@@ -147,14 +179,19 @@ def read_perception(files: RunFiles) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 
 def phase_seconds(files: RunFiles) -> dict[str, float]:
-    """Seconds per phase as evaluation.json has them; a run that did not get there has none."""
-    seconds = files.document("evaluation.json").get("seconds")
-    return {str(name): float(value) for name, value in seconds.items()} if isinstance(seconds, dict) else {}
+    """Seconds per phase, of seconds.json (kept while the run goes on) or else of evaluation.json."""
+    seconds = files.document("evaluation.json").get("seconds") or files.document("seconds.json")
+    return {str(name): number(seconds, name) for name in seconds} if isinstance(seconds, dict) else {}
 
 
 def steps_done(files: RunFiles) -> dict[str, int]:
-    """The number of steps of each phase that metrics.jsonl knows."""
-    return {phase: len(rows) for phase in PHASES if (rows := files.phase(phase))}
+    """Steps of each phase that has begun: one more than the last step in metrics.jsonl, which counts from 0."""
+    return {phase: int(rows[-1]["step"]) + 1 for phase in PHASES if (rows := files.phase(phase))}
+
+
+def phases_done(files: RunFiles) -> set[str]:
+    """Phases whose final weights are there: checkpoints/<phase>, as against checkpoints/<phase>-<step>."""
+    return {phase for phase in PHASES if (files.folder / "checkpoints" / phase).is_dir()}
 
 
 def total_seconds(seconds: dict[str, float]) -> float:

@@ -62,12 +62,19 @@ def smoothing_window(count: int) -> int:
     return max(1, count // 10 // 2 * 2 + 1)
 
 
-def draw_curve(axis: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], colour: str, label: str) -> None:
-    """Raw values faint, their moving average strong; NaN leaves a gap in the raw line."""
+def draw_curve(
+    axis: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], colour: str, label: str, note: bool = True
+) -> None:
+    """Raw values faint, their moving average strong; NaN leaves a gap in the raw line. `note`: label names the mean."""
     window = smoothing_window(len(values))
     if window > 1:
         axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
-        axis.plot(steps, moving_average(values, window), color=colour, label=f"{label} (mean of {window} steps)")
+        axis.plot(
+            steps,
+            moving_average(values, window),
+            color=colour,
+            label=f"{label} (mean of {window} steps)" if note else label,
+        )
     else:
         axis.plot(steps, values, color=colour, label=label, marker="o", markersize=2.5)
 

@@ -22,6 +22,7 @@ from mmrpt.reporting.measured import (
     duration,
     measured_auc,
     phase_seconds,
+    phases_done,
     points,
     read_dependency,
     read_perception,
@@ -31,15 +32,22 @@ from mmrpt.reporting.measured import (
 from mmrpt.reporting.runfiles import RunFiles, find_setting, number
 from mmrpt.reporting.targets import targets
 
-PHASE_NAMES = {"warmup": "caption warm-up", "rl": "reinforcement", "control": "caption-trained control"}
+PHASE_NAMES = {
+    "warmup": "caption warm-up",
+    "scoring": "dependency scores and masking",
+    "rl": "reinforcement",
+    "control": "caption-trained control",
+    "evaluation": "evaluation",
+}
+TIMED_AS = {"rl": "reinforcement"}  # the name under which a phase's seconds are kept, where it differs
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.4)
 
 
 def planned_steps(files: RunFiles) -> dict[str, int]:
     """Steps that the settings ask of each phase; a phase whose number is not in them is left out."""
-    config = files.document("config.yaml")
-    asked = {phase: (config.get(phase) or {}).get("steps") for phase in ("warmup", "rl")}
-    asked["control"] = asked["rl"] if (config.get("control") or {}).get("enabled", True) else None
+    config = flatten(files.document("config.yaml"))
+    asked = {phase: config.get(f"{phase}.steps") for phase in ("warmup", "rl")}
+    asked["control"] = asked["rl"] if config.get("control.enabled", True) else None
     return {phase: steps for phase, steps in asked.items() if isinstance(steps, int)}
 
 
@@ -56,6 +64,7 @@ def state(files: RunFiles, evaluation: Evaluation) -> str:
     done, planned = steps_done(files), planned_steps(files)
     if not done:
         return "**The run is not finished**: no step of training is recorded yet."
+    done |= {phase: planned[phase] for phase in phases_done(files) if phase in planned}
     phase = list(done)[-1]
     of = f" of {planned[phase]}" if phase in planned else ""
     return (
@@ -90,7 +99,7 @@ def in_words(files: RunFiles, evaluation: Evaluation) -> str:
         caption = evaluation.pooled("caption", "image", sets)
         sentences.append(
             f"As many steps of plain caption training reach {percent(caption.rate)} with the image: reinforcement is "
-            f"{points(control.value)} apart from it."
+            f"{abs(100 * control.value):.1f} points {'above' if control.value >= 0 else 'below'} that."
         )
     return " ".join(sentences)
 
@@ -98,13 +107,16 @@ def in_words(files: RunFiles, evaluation: Evaluation) -> str:
 def run_table(files: RunFiles) -> str:
     """Phases with their steps and time, and the counts of the stages between them."""
     done, planned, seconds = steps_done(files), planned_steps(files), phase_seconds(files)
+    complete = {phase: planned[phase] for phase in phases_done(files) if phase in planned}
+    others = set(seconds) - set(TIMED_AS.values()) - {"total"}
     rows = []
-    for phase in dict.fromkeys([*PHASE_NAMES, *seconds]):
-        if phase == "total" or not (phase in done or phase in planned or phase in seconds):
+    for phase in dict.fromkeys([*PHASE_NAMES, *sorted(others)]):
+        took = seconds.get(TIMED_AS.get(phase, phase), seconds.get(phase, math.nan))
+        if not (phase in done or phase in planned or math.isfinite(took)):
             continue
-        steps = f"{done.get(phase, 0)} of {planned[phase]}" if phase in planned else str(done.get(phase, ""))
-        took = duration(seconds[phase]) if phase in seconds else "–"
-        rows.append([PHASE_NAMES.get(phase, escape(phase)), steps, took])
+        count = complete.get(phase, done.get(phase, 0))
+        steps = f"{count} of {planned[phase]}" if phase in planned else str(count or "")
+        rows.append([PHASE_NAMES.get(phase, escape(phase)), steps, duration(took)])
     total = total_seconds(seconds)
     if math.isfinite(total):
         rows.append(["**whole run**", "", f"**{duration(total)}**"])

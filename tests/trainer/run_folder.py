@@ -25,6 +25,7 @@ CORRECT = {
 }
 QUESTIONS = 200
 THRESHOLD = 0.3
+SKIPPED_STEP = 4  # of reinforcement: its metrics are NaN
 CAPTION = ("There are three red foxes on a blue card. ", "It is a quiet day | so they say. ", "The card is *blue*.")
 
 
@@ -43,20 +44,35 @@ def evaluation_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def answer_rows() -> list[dict[str, Any]]:
+    """The answers behind CORRECT: a model with more right answers has those of a worse one right as well."""
+    rows = []
+    for (model, name), numbers in CORRECT.items():
+        for condition, correct in zip(("image", "blanked", "swapped"), numbers, strict=True):
+            for question in range(QUESTIONS):
+                right = question < correct
+                word = "red" if right else "blue"
+                row = {"model": model, "set": name, "condition": condition, "sample_id": f"{name}/{question}#0"}
+                row |= {"example_id": f"{name}/{question}", "answer": "red", "masked_caption": "A <mask> fox."}
+                row |= {"completion": f"<think> A {word} fox.</think><answer> {word}</answer>", "exact": right}
+                rows.append(row)
+    return rows
+
+
 def metric_rows(rng: np.random.Generator, warmup: int = 60, rl: int = 80) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for step in range(1, warmup + 1):
+    for step in range(warmup):
         loss = 1 + 3 * math.exp(-step / 15) + 0.05 * rng.standard_normal()
         rows.append({"phase": "warmup", "step": step, "seconds": 0.2, "loss": loss, "lr": 1e-3})
-    for step in range(1, rl + 1):
+    for step in range(rl):
         accuracy = float(np.clip(0.35 + 0.3 * step / rl + 0.06 * rng.standard_normal(), 0, 1))
         row = {"phase": "rl", "step": step, "seconds": 1.1, "accuracy": accuracy, "reward": accuracy + 0.12}
         row |= {"reward_std": 0.4, "format": 0.97, "groups_kept": 0.6, "kept_token_rate": 0.43, "loss": 0.01}
-        row |= {"entropy": 0.8 - 0.3 * step / rl, "grad_norm": 0.5, "clip_fraction": 0.01, "perception_mean": 0.2}
-        row |= {"response_length": 9.5, "rollout_logp_gap": 1e-6, "skipped": False}
+        row |= {"entropy": 0.8 - 0.3 * step / rl, "grad_norm": 0.5, "clip_fraction_high": 0.01, "perception_mean": 0.2}
+        row |= {"response_length": 9.5, "approx_kl": 1e-6, "clip_fraction_low": 0.002, "skipped": False}
         rows.append(row)
-    rows[warmup + 4] |= {"reward": math.nan, "accuracy": math.nan, "skipped": True}
-    for step in range(1, rl + 1):
+    rows[warmup + SKIPPED_STEP] |= {"reward": math.nan, "accuracy": math.nan, "skipped": True}
+    for step in range(rl):
         loss = 1 - 0.2 * step / rl + 0.05 * rng.standard_normal()
         rows.append({"phase": "control", "step": step, "seconds": 0.2, "loss": loss, "lr": 1e-3})
     return rows
@@ -94,7 +110,7 @@ def masked_rows(examples: int = 60) -> list[dict[str, Any]]:
 
 def sample_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
-    for step in (0, 40, 80):
+    for step in (0, 40, 79):
         for index in range(4):
             for rollout in range(4):
                 word = "red" if rng.random() < 0.3 + step / 160 else ("blue", "green")[rollout % 2]
@@ -110,7 +126,7 @@ def sample_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 def perception_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
-    for step in range(1, 21):
+    for step in range(20):
         tokens = np.exp(rng.normal(-4, 2.2, 200)).round(6).tolist()
         rows.append({"step": step, "token_scores": tokens, "trajectory_scores": rng.gamma(3, 0.05, 24).tolist()})
     return rows
@@ -133,11 +149,17 @@ def make_run(folder: Path, seed: int = 0) -> Path:
     write_lines(folder / "masked.jsonl", masked_rows())
     write_lines(folder / "samples.jsonl", sample_rows(rng))
     write_lines(folder / "perception.jsonl", perception_rows(rng))
-    seconds = {"warmup": 60.0, "scores": 12.0, "rl": 150.0, "control": 40.0, "evaluation": 20.5}
+    write_lines(folder / "answers.jsonl", answer_rows())
+    seconds = {"warmup": 60.0, "scoring": 12.0, "reinforcement": 150.0, "control": 40.0, "evaluation": 20.5}
+    (folder / "seconds.json").write_text(json.dumps(seconds))
     evaluation = {"rows": evaluation_rows(), "dependency_auc": 0.9125, "seconds": seconds}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     masking = {"threshold": THRESHOLD, "method": "otsu", "sentences": 180, "dependent": 117}
     (folder / "masking.json").write_text(json.dumps(masking))
+    for phase in ("warmup", "rl", "control"):
+        (folder / "checkpoints" / phase).mkdir(parents=True)
+    for name in ("new_scenes", "new_combinations", "new_style"):
+        Image.new("RGB", (56, 56), "red").save(folder / f"images/{name}_3.png")
     for index in range(4):
         for suffix, grey in (("", 200), ("_blanked", 127), ("_perturbed", 60)):
             Image.new("RGB", (56, 56), (grey, 90, 30 * index)).save(folder / f"images/train_{index}{suffix}.png")
