@@ -1,0 +1,232 @@
+"""Attention with visual mass as PyTorch code meets it: registration, compiler, autocast, checkpoints, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mmrpt_kernels import BackendError, use_backend
+from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, visual_mass
+
+ROWS, KEYS, HEADS, DIM = 12, 12, 4, 8
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, ROWS, HEADS, DIM, generator=generator)
+    k, v = (torch.randn(2, KEYS, 2, DIM, generator=generator) for _ in range(2))
+    weights = torch.rand(2, KEYS, 3, generator=generator)
+    return tuple(t.to(dtype).requires_grad_(grad) for t in (q, k, v, weights))
+
+
+def loss_of(q, k, v, weights, **keywords) -> torch.Tensor:
+    found = attention_with_visual_mass(q, k, v, weights, **keywords)
+    again = visual_mass(q, k, found.lse.detach(), weights, **keywords)
+    return found.out.square().sum() + found.mass.square().sum() + found.lse.sin().sum() + again.square().sum()
+
+
+def gradients(call, leaves) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(call(*leaves), leaves))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("boolean", [False, True], ids=["float", "bool"])
+def test_opcheck(packed, boolean, seed):
+    q, k, v, weights = tensors(seed)
+    weights = weights.detach() > 0.5 if boolean else weights
+    padding, cu = torch.ones(2, KEYS, dtype=torch.bool), None
+    if packed:
+        q, k, v, weights = (t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v, weights))
+        padding, cu = None, torch.tensor([0, 5, 24], dtype=torch.int32)
+    band = (-1, 0, 0.3, 0.0, 0)
+    operators = torch.ops.mmrpt_kernels
+    torch.library.opcheck(operators.attention_with_mass.default, (q, k, v, weights, padding, None, cu, cu, *band))
+    lse = operators.attention_with_mass(q, k, v, weights, padding, None, cu, cu, *band)[2].detach()
+    torch.library.opcheck(operators.visual_mass.default, (q, k, lse, weights, None, padding, cu, cu, *band))
+
+
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0, "window_size": (5, 0)}], ids=str)
+def test_compiles_without_graph_break(keywords, seed, fresh_compiler):
+    leaves = tensors(seed)
+    compiled = torch.compile(lambda *t: loss_of(*t, **keywords), fullgraph=True, backend="aot_eager")
+    expected = gradients(lambda *t: loss_of(*t, **keywords), leaves)
+    torch.testing.assert_close(gradients(compiled, leaves), expected)
+
+
+def test_compiles_packed_with_inductor(seed, fresh_compiler):
+    leaves = [t.detach().flatten(0, 1).requires_grad_() for t in tensors(seed)]
+    cu = torch.tensor([0, 5, 5, 24], dtype=torch.int32)
+
+    def call(*t):
+        return attention_with_visual_mass(*t, cu_seqlens_q=cu, cu_seqlens_k=cu, head_reduction="mean").mass.sum()
+
+    torch.testing.assert_close(gradients(torch.compile(call, fullgraph=True), leaves), gradients(call, leaves))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, seed):
+    leaves = tensors(seed)
+    expected = gradients(loss_of, leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    checkpoint(loss_of, *leaves, use_reentrant=reentrant).backward()
+    torch.testing.assert_close([leaf.grad for leaf in leaves], expected)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_autocast_casts_inputs_and_keeps_float32_inside(backend, seed):
+    q, k, v, weights = tensors(seed)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_with_visual_mass(q, k, v, weights, backend=backend)
+        mass = visual_mass(q, k, found.lse, weights, backend=backend)
+        (found.out.float().sum() + found.mass.sum() + mass.sum()).backward()
+    rounded = (t.detach().bfloat16() for t in (q, k, v))
+    expected = attention_with_visual_mass(*rounded, weights.detach(), backend="reference")
+    assert found.out.dtype == torch.bfloat16 and found.mass.dtype == mass.dtype == torch.float32
+    torch.testing.assert_close(found.out, expected.out)
+    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mass, expected.mass, rtol=1e-5, atol=1e-6)
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (q, k, v, weights))
+
+
+def test_inputs_need_not_be_contiguous(seed):
+    q, k, v, weights = tensors(seed, torch.float64)
+    expected = gradients(loss_of, (q, k, v, weights))
+
+    def scattered(*t):
+        turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in t[:3]]
+        assert not any(x.is_contiguous() or x.stride(-1) == 1 for x in turned)
+        return loss_of(*turned, t[3].mT.contiguous().mT)
+
+    torch.testing.assert_close(gradients(scattered, (q, k, v, weights)), expected)
+
+
+@pytest.mark.parametrize("used", ["out", "mass", "lse"])
+def test_one_result_alone_has_its_own_gradient(used, seed):
+    leaves = tensors(seed, torch.float64)
+
+    def alone(backend):
+        return lambda *t: getattr(attention_with_visual_mass(*t, backend=backend), used).square().sum()
+
+    found = torch.autograd.grad(alone("portable")(*leaves), leaves, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(alone("reference")(*leaves), leaves, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_mean_over_heads(seed):
+    leaves = tensors(seed, torch.float64)
+    whole = attention_with_visual_mass(*leaves)
+    mean = attention_with_visual_mass(*leaves, head_reduction="mean")
+    torch.testing.assert_close(mean.mass, whole.mass.mean(1))
+    assert mean.mass.shape == (2, ROWS, 3) and whole.mass.shape == (2, HEADS, ROWS, 3)
+    one = attention_with_visual_mass(*leaves[:3], leaves[3][..., 0], head_reduction="mean")
+    torch.testing.assert_close(one.mass, mean.mass[..., 0])
+
+
+def test_mass_of_an_attention_that_only_reports_its_lse(seed):
+    """FlexAttention, say: its lse, our mass, and the gradient of the whole."""
+    q, k, v, weights = tensors(seed)
+    flex = torch.nn.attention.flex_attention
+    heads_first = [t.detach().transpose(1, 2) for t in (q, k, v)]
+    _, aux = flex.flex_attention(
+        *heads_first,
+        score_mod=lambda score, b, h, i, j: torch.where(i >= j, score, -torch.inf),
+        enable_gqa=True,
+        return_aux=flex.AuxRequest(lse=True),
+    )
+    found = gradients(lambda q, k, w: visual_mass(q, k, aux.lse, w).square().sum(), (q, k, weights))
+    expected = gradients(lambda q, k, w: attention_with_visual_mass(q, k, v, w).mass.square().sum(), (q, k, weights))
+    torch.testing.assert_close(found, expected)
+
+
+def test_query_mask_leaves_other_rows_at_zero(seed):
+    q, k, v, weights = tensors(seed)
+    lse = attention_with_visual_mass(q, k, v, weights).lse.detach()
+    wanted = torch.zeros(2, ROWS, dtype=torch.bool)
+    wanted[0, 3], wanted[1, 7:] = True, True
+    every = visual_mass(q, k, lse, weights)
+    some = visual_mass(q, k, lse, weights, query_mask=wanted)
+    rows = wanted[:, None, :, None].expand_as(some)
+    torch.testing.assert_close(some[rows], every[rows])
+    assert (some[~rows] == 0).all()
+    some.sum().backward()
+    assert (q.grad[~wanted] == 0).all() and (q.grad[wanted] != 0).any()
+
+
+def test_backends_are_chosen_and_refused(seed):
+    leaves = tensors(seed)
+    with use_backend("reference"):
+        torch.testing.assert_close(attention_with_visual_mass(*leaves).out, attention_with_visual_mass(*leaves).out)
+    with pytest.raises(BackendError, match="attention: backend asks for 'cuda'"):
+        attention_with_visual_mass(*leaves, backend="cuda")
+    with pytest.raises(BackendError, match="visual_mass: backend asks for 'cuda'"):
+        visual_mass(leaves[0], leaves[1], leaves[0].new_zeros(2, HEADS, ROWS), leaves[3], backend="cuda")
+
+
+CU = torch.tensor([0, 5, 24], dtype=torch.int32)
+BAD_CALLS = {
+    "rank of q": ({"q": torch.zeros(2, 3, 4)}, r"q: got shape \(2, 3, 4\), expected .* \(B, T, Hq, D\)"),
+    "batch of k": ({"k": torch.zeros(1, KEYS, 2, DIM)}, r"k: got shape \(1, 12, 2, 8\)"),
+    "head size of k": ({"k": torch.zeros(2, KEYS, 2, 9)}, r"k: got shape \(2, 12, 2, 9\)"),
+    "heads": ({"k": torch.zeros(2, KEYS, 3, DIM)}, "k: got 3 heads for 4 query heads, expected a divisor"),
+    "length of v": ({"v": torch.zeros(2, 11, 2, DIM)}, r"v: got shape \(2, 11, 2, 8\)"),
+    "dtype of v": ({"v": torch.zeros(2, KEYS, 2, DIM).double()}, "v: got dtype torch.float64"),
+    "dtype of q": ({"q": torch.zeros(2, ROWS, HEADS, DIM).long()}, "q: got dtype torch.int64"),
+    "weights' shape": ({"key_weights": torch.rand(2, 11)}, r"key_weights: got shape \(2, 11\)"),
+    "weights per head": ({"key_weights": torch.rand(2, 4, KEYS, 3)}, "key_weights: got shape .*one weight per key"),
+    "weights' dtype": ({"key_weights": torch.ones(2, KEYS).long()}, "key_weights: got dtype torch.int64"),
+    "padding's shape": ({"key_padding_mask": torch.ones(2, 1, KEYS).bool()}, "key_padding_mask: got shape"),
+    "padding's dtype": ({"key_padding_mask": torch.ones(2, KEYS)}, "key_padding_mask: got dtype torch.float32"),
+    "window": ({"window_size": (-2, 0)}, r"window_size: got \(-2, 0\)"),
+    "softcap": ({"softcap": -1.0}, "softcap: got -1.0"),
+    "head_reduction": ({"head_reduction": "sum"}, "head_reduction: got 'sum', expected 'none' or 'mean'"),
+    "unpacked max_seqlen": ({"max_seqlen_q": 3}, "max_seqlen: got a length without cu_seqlens"),
+    "q not packed": ({"cu_seqlens_q": CU, "cu_seqlens_k": CU}, r"q: got shape \(2, 12, 4, 8\).*packed"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS)
+def test_bad_input_is_refused_at_the_door(bad, seed):
+    changes, message = BAD_CALLS[bad]
+    good = dict(zip(("q", "k", "v", "key_weights"), tensors(seed), strict=True))
+    with pytest.raises(ValueError, match=message):
+        attention_with_visual_mass(**good | changes)
+    if "v" not in changes:
+        arguments = {name: t for name, t in (good | changes).items() if name != "v"}
+        with pytest.raises(ValueError, match=message):
+            visual_mass(**arguments, lse=torch.zeros(2, HEADS, ROWS))
+
+
+BAD_PACKS = {
+    "one side": ({"cu_seqlens_k": None}, "cu_seqlens: got one of"),
+    "too short": ({"cu_seqlens_q": torch.tensor([0, 5, 23])}, r"cu_seqlens_q: got \[0, 5, 23\], expected .* to 24"),
+    "falling": ({"cu_seqlens_k": torch.tensor([0, 25, 24])}, r"cu_seqlens_k: got \[0, 25, 24\]"),
+    "not from 0": ({"cu_seqlens_k": torch.tensor([1, 5, 24])}, r"cu_seqlens_k: got \[1, 5, 24\]"),
+    "another count": ({"cu_seqlens_k": torch.tensor([0, 24])}, r"cu_seqlens_k: got shape \(2,\)"),
+    "dtype": ({"cu_seqlens_k": CU.float()}, "cu_seqlens_k: got dtype torch.float32"),
+    "longest": ({"max_seqlen_k": 18}, "max_seqlen_k: got 18, expected at least 19"),
+    "padding": ({"key_padding_mask": torch.ones(2, KEYS).bool()}, "key_padding_mask: got a mask with cu_seqlens"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PACKS)
+def test_bad_packing_is_refused_at_the_door(bad, seed):
+    changes, message = BAD_PACKS[bad]
+    packed = [t.flatten(0, 1) for t in tensors(seed)]
+    with pytest.raises(ValueError, match=message):
+        attention_with_visual_mass(*packed, **{"cu_seqlens_q": CU, "cu_seqlens_k": CU} | changes)
+
+
+def test_bad_lse_and_masks_are_refused_at_the_door(seed):
+    q, k, v, weights = tensors(seed)
+    with pytest.raises(ValueError, match=r"lse: got shape \(2, 12, 4\), expected \(2, 4, 12\)"):
+        visual_mass(q, k, torch.zeros(2, ROWS, HEADS), weights)
+    with pytest.raises(ValueError, match="query_mask: got dtype torch.int64"):
+        visual_mass(q, k, torch.zeros(2, HEADS, ROWS), weights, query_mask=torch.ones(2, ROWS).long())
+    with pytest.raises(ValueError, match="query_mask: got shape"):
+        visual_mass(q, k, torch.zeros(2, HEADS, ROWS), weights, query_mask=torch.ones(ROWS).bool())
+    with pytest.raises(ValueError, match=r"attn_mask: got shape \(12, 12\)"):
+        masked_attention_with_visual_mass(q, k, v, weights, torch.ones(ROWS, KEYS).bool())
+    with pytest.raises(ValueError, match="attn_mask: got dtype torch.float32"):
+        masked_attention_with_visual_mass(q, k, v, weights, torch.zeros(2, 1, ROWS, KEYS))
