@@ -91,6 +91,8 @@ def test_the_wheel_holds_both_packages_and_the_assets(wheel: zipfile.ZipFile) ->
         assert modules <= names, sorted(modules - names)
     assets = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrpt/world/assets").rglob("*") if p.is_file()}
     assert assets <= names and len([name for name in assets if name.endswith(".png")]) >= 2, sorted(assets - names)
+    notices = "".join(wheel.read(name).decode() for name in assets if Path(name).suffix in ("", ".md", ".txt"))
+    assert "Apache" in notices and "MIT" in notices, "the artworks' licences must stand beside them"
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "scripts/", "csrc/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
