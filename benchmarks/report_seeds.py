@@ -28,12 +28,10 @@ from mmrpt.reporting.measured import (
     SETS,
     Evaluation,
     difference,
-    duration,
     measured_auc,
-    phase_seconds,
     read_evaluation,
-    total_seconds,
 )
+from mmrpt.reporting.progress import duration, phase_seconds, total_seconds
 from mmrpt.reporting.runfiles import RunFiles, write_atomically
 from mmrpt.reporting.summary import changed_settings
 from mmrpt.reporting.targets import (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrpt.plots import PLOTS, draw_all
-from mmrpt.reporting import summary
+from mmrpt.reporting import progress, summary
 from mmrpt.reporting.gallery import answers_over_time, held_out_gallery, training_gallery
 from mmrpt.reporting.markdown import code
 from mmrpt.reporting.measured import Evaluation, difference, read_evaluation
@@ -69,10 +69,10 @@ def _head(files: RunFiles, evaluation: Evaluation) -> str:
         f"# Run {code(name)}",
         "Masked multimodal reinforcement pre-training: words that only the picture can tell are hidden from captions, "
         "and the model is rewarded for restoring them.",
-        summary.state(files, evaluation),
+        progress.state(files, evaluation),
         summary.in_words(files, evaluation),
         summary.glance_table(evaluation),
-        summary.run_table(files),
+        progress.run_table(files),
         summary.masking_words(files),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""The measured numbers of a run: accuracies with their intervals, differences between models, AUC, perception, time."""
+"""The measured numbers of a run: accuracies with their intervals, differences between models, AUC, perception."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmrpt.metrics import (
     roc_auc,
     wilson_interval,
 )
-from mmrpt.reporting.runfiles import PHASES, RunFiles, column, number
+from mmrpt.reporting.runfiles import RunFiles, column, number
 
 MODELS = {"warm": "warm start", "reinforced": "reinforced", "caption": "caption-trained control"}
 SETS = {"new_scenes": "new scenes", "new_combinations": "new combinations", "new_style": "new art style"}
@@ -178,29 +178,6 @@ def read_perception(files: RunFiles) -> tuple[NDArray[np.float64], NDArray[np.fl
     return gather("token_scores"), gather("trajectory_scores")
 
 
-def phase_seconds(files: RunFiles) -> dict[str, float]:
-    """Seconds per phase, of seconds.json (kept while the run goes on) or else of evaluation.json."""
-    seconds = files.document("evaluation.json").get("seconds") or files.document("seconds.json")
-    return {str(name): number(seconds, name) for name in seconds} if isinstance(seconds, dict) else {}
-
-
-def steps_done(files: RunFiles) -> dict[str, int]:
-    """Steps of each phase that has begun: one more than the last step in metrics.jsonl, which counts from 0."""
-    return {phase: int(rows[-1]["step"]) + 1 for phase in PHASES if (rows := files.phase(phase))}
-
-
-def phases_done(files: RunFiles) -> set[str]:
-    """Phases whose final weights are there: checkpoints/<phase>, as against checkpoints/<phase>-<step>."""
-    return {phase for phase in PHASES if (files.folder / "checkpoints" / phase).is_dir()}
-
-
-def total_seconds(seconds: dict[str, float]) -> float:
-    """The whole run: the entry "total" where the trainer wrote one, else the sum of the phases; NaN for none."""
-    if not seconds:
-        return math.nan
-    return seconds.get("total", sum(seconds.values()))
-
-
 def measured_auc(files: RunFiles) -> tuple[float, Interval]:
     """The AUC evaluation.json states, else that of scores.jsonl; its interval by the counts of scores.jsonl."""
     own = number(files.document("evaluation.json"), "dependency_auc")
@@ -208,14 +185,6 @@ def measured_auc(files: RunFiles) -> tuple[float, Interval]:
     auc = own if math.isfinite(own) else dependency.auc
     positives = int(dependency.needs_image.sum())
     return auc, auc_interval(auc, positives, dependency.scores.size - positives)
-
-
-def duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "–"
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{int(seconds + 0.5) // 60} min {int(seconds + 0.5) % 60:02d} s"
 
 
 def points(value: float) -> str:

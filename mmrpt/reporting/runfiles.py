@@ -117,6 +117,18 @@ def has_values(rows: Iterable[Row], key: str) -> bool:
     return bool(np.isfinite(column(rows, key)).any())
 
 
+def flatten(settings: Row, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"a.b.c": value}; an empty group keeps its name."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
 def find_setting(settings: Row, key: str) -> Any:
     """The first value under `key` at any depth of nested settings, or None."""
     if key in settings:

@@ -1,4 +1,4 @@
-"""The report's numbers in words and tables: what the run was, its targets, accuracies, perception, settings."""
+"""The report's numbers in words and tables: targets, accuracies, masking, perception, settings."""
 
 from __future__ import annotations
 
@@ -19,58 +19,15 @@ from mmrpt.reporting.measured import (
     Difference,
     Evaluation,
     difference,
-    duration,
     measured_auc,
-    phase_seconds,
-    phases_done,
     points,
     read_dependency,
     read_perception,
-    steps_done,
-    total_seconds,
 )
-from mmrpt.reporting.runfiles import RunFiles, find_setting, number
+from mmrpt.reporting.runfiles import RunFiles, find_setting, flatten, number
 from mmrpt.reporting.targets import targets
 
-PHASE_NAMES = {
-    "warmup": "caption warm-up",
-    "scoring": "dependency scores and masking",
-    "rl": "reinforcement",
-    "control": "caption-trained control",
-    "evaluation": "evaluation",
-}
-TIMED_AS = {"rl": "reinforcement"}  # the name under which a phase's seconds are kept, where it differs
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.4)
-
-
-def planned_steps(files: RunFiles) -> dict[str, int]:
-    """Steps that the settings ask of each phase; a phase whose number is not in them is left out."""
-    config = flatten(files.document("config.yaml"))
-    asked = {phase: config.get(f"{phase}.steps") for phase in ("warmup", "rl")}
-    asked["control"] = asked["rl"] if config.get("control.enabled", True) else None
-    return {phase: steps for phase, steps in asked.items() if isinstance(steps, int)}
-
-
-def is_finished(files: RunFiles, evaluation: Evaluation) -> bool:
-    """The reinforced model was evaluated, the last thing a run does (the control too, where one was asked for)."""
-    wanted = {"reinforced"} | ({"caption"} if "control" in planned_steps(files) else set())
-    return wanted <= set(evaluation.models())
-
-
-def state(files: RunFiles, evaluation: Evaluation) -> str:
-    """One sentence: finished, or how far the run came."""
-    if is_finished(files, evaluation):
-        return "The run is finished."
-    done, planned = steps_done(files), planned_steps(files)
-    if not done:
-        return "**The run is not finished**: no step of training is recorded yet."
-    done |= {phase: planned[phase] for phase in phases_done(files) if phase in planned}
-    phase = list(done)[-1]
-    of = f" of {planned[phase]}" if phase in planned else ""
-    return (
-        f"**The run is not finished**: {PHASE_NAMES[phase]} came to step {done[phase]}{of}. What follows is what was "
-        "measured so far; run the same command again with `--resume` and it goes on from its last checkpoint."
-    )
 
 
 def in_words(files: RunFiles, evaluation: Evaluation) -> str:
@@ -102,25 +59,6 @@ def in_words(files: RunFiles, evaluation: Evaluation) -> str:
             f"{abs(100 * control.value):.1f} points {'above' if control.value >= 0 else 'below'} that."
         )
     return " ".join(sentences)
-
-
-def run_table(files: RunFiles) -> str:
-    """Phases with their steps and time, and the counts of the stages between them."""
-    done, planned, seconds = steps_done(files), planned_steps(files), phase_seconds(files)
-    complete = {phase: planned[phase] for phase in phases_done(files) if phase in planned}
-    others = set(seconds) - set(TIMED_AS.values()) - {"total"}
-    rows = []
-    for phase in dict.fromkeys([*PHASE_NAMES, *sorted(others)]):
-        took = seconds.get(TIMED_AS.get(phase, phase), seconds.get(phase, math.nan))
-        if not (phase in done or phase in planned or math.isfinite(took)):
-            continue
-        count = complete.get(phase, done.get(phase, 0))
-        steps = f"{count} of {planned[phase]}" if phase in planned else str(count or "")
-        rows.append([PHASE_NAMES.get(phase, escape(phase)), steps, duration(took)])
-    total = total_seconds(seconds)
-    if math.isfinite(total):
-        rows.append(["**whole run**", "", f"**{duration(total)}**"])
-    return table(["phase", "steps", "time"], rows, right=(1, 2)) if rows else "No phase is recorded yet."
 
 
 def masking_words(files: RunFiles) -> str:
@@ -230,18 +168,6 @@ def auc_note(files: RunFiles) -> str:
             f"on, it is {dependency.auc:.3f} ({low:.3f} to {high:.3f})."
         )
     return ""
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b.c": value}; an empty group keeps its name."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def changed_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

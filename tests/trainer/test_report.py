@@ -234,6 +234,14 @@ def test_an_empty_folder_gets_a_report(tmp_path: Path) -> None:
     assert all(f"`{name}` is not there" in text for name in FILES if name != "seconds.json")
 
 
+def test_part_of_a_run_keeps_no_promise_of_time(run: Path, no_plots: None) -> None:
+    (run / "evaluation.json").unlink()
+    (run / "checkpoints" / "control").rmdir()
+    text = written(run)
+    assert row_of(text, "**Time of the whole run**")[1::3] == ["4 min 43 s so far", "not measured"]
+    assert "caption-trained control came to step 80 of 80" in text
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_any_file_may_be_missing(run: Path, no_plots: None, name: str) -> None:
     (run / name).unlink()
