@@ -1,0 +1,6 @@
+"""A small drawn world whose captions know which of their words need the image."""
+
+from mmrpt.world.scene import Card, Scene
+from mmrpt.world.world import World, WorldConfig, WorldPairs
+
+__all__ = ["Card", "Scene", "World", "WorldConfig", "WorldPairs"]

@@ -1,0 +1,187 @@
+"""The drawn world: endless image-caption pairs with ground truth, deterministic by seed, with fixed held-out sets."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+from PIL import Image
+
+from mmrpt.types import Example, PairSource
+from mmrpt.world import grammar
+from mmrpt.world.captions import write_caption
+from mmrpt.world.concepts import COLOUR_NAMES, Concept, all_concepts
+from mmrpt.world.draws import Draws
+from mmrpt.world.logic import CATEGORIES, COUNTS, RELATIONS, Rules
+from mmrpt.world.scene import POSITIONS, Card, Scene, place, render
+from mmrpt.world.sprites import BACKGROUNDS
+
+_RESERVED = 8  # one of so many scenes is kept for the held-out sets
+_PATIENCE = 10_000  # draws before a split is called impossible
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Settings of the drawn world.
+
+    `language_bias` is the probability that a card's colour is the usual one of its object's category, so that the
+    object's word predicts the colour's; 0: every colour alike. `object_zipf` s > 0 gives the k-th object a frequency
+    in proportion to k ** -s. `card_weights` and `sentence_weights` are relative frequencies of 1 to 4 cards and of
+    3 to 6 sentences. `image_size` in pixels; a multiple of 28 suits the tiny model.
+    """
+
+    seed: int = 0
+    concepts: int = 224
+    image_size: int = 112
+    min_cards: int = 1
+    max_cards: int = 4
+    language_bias: float = 0.3
+    object_zipf: float = 0.0
+    card_weights: tuple[float, ...] = (0.15, 0.3, 0.3, 0.25)
+    sentence_weights: tuple[float, ...] = (0.2, 0.4, 0.25, 0.15)
+
+    def __post_init__(self) -> None:
+        most = len(all_concepts())
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(16 <= self.concepts <= most, "concepts", self.concepts, f"16 to {most}, the artworks there are")
+        _require(56 <= self.image_size <= 1024, "image_size", self.image_size, "56 to 1024 pixels")
+        _require(self.image_size % 2 == 0, "image_size", self.image_size, "an even number, for two columns of cells")
+        _require(1 <= self.min_cards <= 4, "min_cards", self.min_cards, "1 to 4")
+        _require(self.min_cards <= self.max_cards <= 4, "max_cards", self.max_cards, "min_cards to 4")
+        _require(0 <= self.language_bias <= 1, "language_bias", self.language_bias, "0 (no bias) to 1 (always)")
+        _require(0 <= self.object_zipf <= 5, "object_zipf", self.object_zipf, "0 (uniform) to 5")
+        for name, weights in (("card_weights", self.card_weights), ("sentence_weights", self.sentence_weights)):
+            object.__setattr__(self, name, tuple(float(w) for w in weights))  # a list comes from YAML
+            good = len(weights) == 4 and min(weights) >= 0 and sum(weights) > 0
+            _require(good, name, weights, "four relative frequencies, none negative, not all 0")
+        used = self.card_weights[self.min_cards - 1 : self.max_cards]
+        _require(sum(used) > 0, "card_weights", self.card_weights, "a frequency above 0 from min_cards to max_cards")
+
+
+def _require(good: bool, name: str, value: object, expected: str) -> None:
+    if not good:
+        raise ValueError(f"world.{name} is {value!r}: expected {expected}. Change world.{name}.")
+
+
+class World:
+    """Scenes and captions by (split, index). The same config gives the same pairs in every process.
+
+    Splits: "train"; "new_scenes", arrangements that train never shows; "new_combinations", scenes made only of
+    (object, colour) pairs that no other split shows; "new_style", arrangements that train never shows, in artwork
+    that no other split uses. What is held out does not depend on the seed.
+    """
+
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "new_scenes", "new_combinations", "new_style")
+
+    def __init__(self, config: WorldConfig | None = None) -> None:
+        self.config = config or WorldConfig()
+        self.concepts = all_concepts()[: self.config.concepts]
+        self.rules = Rules(self.config.min_cards, self.config.max_cards, {c.name: c.category for c in self.concepts})
+        self._weights = [(k + 1) ** -self.config.object_zipf for k in range(len(self.concepts))]
+        self._example = lru_cache(maxsize=65_536)(self._make_example)
+
+    def source(self, split: str, size: int) -> WorldPairs:
+        """The first `size` pairs of a split. A longer source starts with the same pairs."""
+        self._number(split)
+        if size < 1:
+            raise ValueError(f"a source of {size} pairs was asked for: expected 1 or more.")
+        return WorldPairs(self, split, size)
+
+    def scene(self, split: str, index: int) -> Scene:
+        """The truth of the image of a pair."""
+        draws = Draws(self.config.seed, self._number(split), index, 0)
+        reserved = split in ("new_scenes", "new_style")
+        for _ in range(_PATIENCE):
+            plan = self._plan(draws, split)
+            text = ";".join(f"{cell} {concept.name} {colour}" for cell, concept, colour in plan)
+            if split == "new_combinations" or _is_reserved(text) == reserved:
+                break
+        else:
+            raise ValueError(f"no scene for split {split} in {_PATIENCE} draws; raise world.concepts or max_cards.")
+        size = self.config.image_size
+        cards: tuple[Card, ...] = tuple(place(draws, *part, size) for part in plan)
+        return Scene(cards, "fluent" if split == "new_style" else "noto", draws.below(BACKGROUNDS), size)
+
+    def example(self, split: str, index: int) -> Example:
+        """The pair of a split at an index, its words with their truth. Kept in memory once made."""
+        return self._example(split, index)
+
+    def image(self, example_id: str) -> Image.Image:
+        """The RGB image of an example of any split, by its id."""
+        split, _, number = example_id.partition("/")
+        if split not in self.SPLITS or not number.isdecimal():
+            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
+        return render(self.scene(split, int(number)))
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word a caption of this world can contain, without stops, sorted."""
+        words = grammar.plain_words() | {concept.name for concept in self.concepts}
+        for phrase in (*COLOUR_NAMES, *POSITIONS, *COUNTS, *RELATIONS, *CATEGORIES):
+            words.update(phrase.split())
+        return tuple(sorted(words))
+
+    def _make_example(self, split: str, index: int) -> Example:
+        draws = Draws(self.config.seed, self._number(split), index, 1)
+        caption, words = write_caption(self.scene(split, index), draws, self.rules, self.config.sentence_weights)
+        return Example(f"{split}/{index:06d}", caption, words)
+
+    def _number(self, split: str) -> int:
+        if split not in self.SPLITS:
+            raise ValueError(f"no split {split!r}: expected one of {', '.join(self.SPLITS)}.")
+        return self.SPLITS.index(split)
+
+    def _plan(self, draws: Draws, split: str) -> list[tuple[int, Concept, str]]:
+        """Which object in which colour stands in which cell, in the order of cells."""
+        low, high = self.config.min_cards, self.config.max_cards
+        count = low + draws.weighted(self.config.card_weights[low - 1 : high])
+        chosen: list[Concept] = []
+        while len(chosen) < count:
+            concept = self._concept(draws)
+            if concept not in chosen and (split != "new_combinations" or concept.held_out_colour):
+                chosen.append(concept)
+        cells = sorted(draws.sample(range(4), count))
+        return [
+            (cell, concept, self._colour(draws, concept, split)) for cell, concept in zip(cells, chosen, strict=True)
+        ]
+
+    def _concept(self, draws: Draws) -> Concept:
+        if self.config.object_zipf == 0:
+            return draws.pick(self.concepts)
+        return self.concepts[draws.weighted(self._weights)]
+
+    def _colour(self, draws: Draws, concept: Concept, split: str) -> str:
+        if split == "new_combinations":
+            return str(concept.held_out_colour)
+        if draws.uniform() < self.config.language_bias:
+            return concept.usual_colour
+        return draws.pick([colour for colour in COLOUR_NAMES if colour != concept.held_out_colour])
+
+
+def _is_reserved(signature: str) -> bool:
+    return zlib.crc32(signature.encode()) % _RESERVED == 0
+
+
+@dataclass(frozen=True)
+class WorldPairs(PairSource):
+    """The first `size` pairs of a split, drawn when they are asked for."""
+
+    world: World
+    split: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} of a source of {self.size} pairs")
+        return self.world.example(self.split, index)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(self.size))
+
+    def image(self, example_id: str) -> Image.Image:
+        return self.world.image(example_id)
