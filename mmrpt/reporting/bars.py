@@ -18,7 +18,7 @@ def plot_heldout_accuracy(run_dir: Path | str) -> Path | None:
     sets = evaluation.sets()
     if not sets:
         return None
-    figure, axes = style.new_figure(columns=len(sets), width=max(4.0, 2.9 * len(sets)), height=3.5)
+    figure, axes = style.new_figure(columns=len(sets), width=max(7.6, 2.9 * len(sets)), height=3.5)
     for axis, name in zip(axes, sets, strict=True):
         _draw_accuracy(axis, evaluation, name)
     axes[0].set_ylabel("restored exactly (%)")

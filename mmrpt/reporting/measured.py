@@ -20,7 +20,12 @@ from mmrpt.metrics import (
 from mmrpt.reporting.runfiles import RunFiles, column, number
 
 MODELS = {"warm": "warm start", "reinforced": "reinforced", "caption": "caption-trained control"}
-SETS = {"new_scenes": "new scenes", "new_combinations": "new combinations", "new_style": "new art style"}
+SETS = {
+    "new_scenes": "new scenes",
+    "new_combinations": "new combinations",
+    "new_style": "new art style",
+    "held_out": "held-out pairs",
+}
 CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
 ALL_SETS = "all sets"
 

@@ -50,13 +50,14 @@ def targets(files: RunFiles, evaluation: Evaluation) -> list[Target]:
     """Every promise of the main job beside what this run measured, over all sets and set by set."""
     auc, reach = measured_auc(files)
     found = [_auc_target(auc, reach)]
+    single = [(SETS.get(one, one), [one]) for one in evaluation.sets()] if len(evaluation.sets()) > 1 else []
     promises = [
         ("Gain over the warm start, with the image", "warm", "image", MIN_GAIN_OVER_WARM, True),
         ("Gain over equal caption training, with the image", "caption", "image", MIN_GAIN_OVER_CAPTION, True),
         ("Change over the warm start, image blanked", "warm", "blanked", MAX_BLANKED_RISE, False),
     ]
     for name, minus, condition, bound, at_least in promises:
-        for where, sets in [(ALL_SETS, None), *((SETS.get(one, one), [one]) for one in evaluation.sets())]:
+        for where, sets in [(ALL_SETS, None), *single]:
             change = difference(evaluation, "reinforced", minus, condition, sets)
             found.append(_change_target(name, where, change, bound, at_least))
     return [*found, _time_target(files, evaluation)]

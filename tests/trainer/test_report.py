@@ -141,7 +141,7 @@ def test_a_promise_is_kept_or_missed_by_its_own_number(
     ]
     (run / "evaluation.json").write_text(json.dumps({"rows": rows}))
     text = written(run)
-    target = row_of(text, "Gain over the warm start, with the image, new scenes")
+    target = row_of(text, "**Gain over the warm start, with the image, all sets**")
     assert (target[1], target[4]) == (gain, verdict)
     assert "Newcombe" in text, "the answers on disk are not those of these rows, so nothing is paired"
     assert row_of(text, "**Change over the warm start, image blanked, all sets**")[1:] == [
