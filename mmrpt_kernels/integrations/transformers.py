@@ -36,6 +36,8 @@ DEFAULT_NAME = "mmrpt_visual_mass"
 _NAMES: set[str] = set()
 _RECORDING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _WINDOW: ContextVar[Window | None] = ContextVar("mmrpt_visual_mass_window", default=None)
+# Recordings under way in the process: a plain number, on which torch.compile guards; it cannot trace a ContextVar.
+_num_recordings = 0
 
 
 def _attend(
@@ -101,7 +103,7 @@ def _attention_forward(
 
     query (B, Hq, T, D); key, value (B, Hkv, S, D); returns out (B, T, Hq, D), mass or None.
     """
-    window = _WINDOW.get()
+    window = _WINDOW.get() if _num_recordings else None
     layer = None if window is None else window.layers.get(module)
     settings = {"softmax_scale": scaling, "softcap": softcap or 0.0, "is_causal": is_causal}
     tensors = (module, query, key, value, attention_mask)
@@ -289,6 +291,7 @@ def record_visual_mass(
         f"key_weights: got None for {type(inner).__name__}, whose config has no image_token_id, expected weights; "
         "pass a tensor (B, S) or a function of input_ids",
     )
+    global _num_recordings
     record = VisualMassRecord()
     window = Window(modules, record, key_weights, image_token_id, head_reduction, query_mask, differentiable, backend)
     hooks = []
@@ -300,9 +303,11 @@ def record_visual_mass(
         )
         hooks.append(root.register_forward_hook(lambda *_: _close_window(window), always_call=True))
     _RECORDING.update(modules)
+    _num_recordings += 1
     try:
         yield record
     finally:
+        _num_recordings -= 1
         for hook in hooks:
             hook.remove()
         for module in modules:
