@@ -120,12 +120,11 @@ def _links(card: Card, colour_is_unique: bool, alone: bool) -> list[Fact]:
             Fact("object's card is colour", (card.object, card.colour)),
             Fact("object at position", (card.object, card.position)),
         ]
-    facts = [
-        Fact("object's card is colour", (card.object, card.colour)),
-        Fact("object at position", (card.object, card.position)),
-        Fact("card at position is colour", (card.position, card.colour)),
-    ]
+    facts = [Fact("object at position", (card.object, card.position))]
     if colour_is_unique:
+        # Of two red cards, "the card with the ... is red" would have two right answers.
+        facts.append(Fact("object's card is colour", (card.object, card.colour)))
+        facts.append(Fact("card at position is colour", (card.position, card.colour)))
         facts.append(Fact("object on the colour card", (card.object, card.colour)))
         facts.append(Fact("the colour card at position", (card.colour, card.position)))
     return facts
