@@ -86,7 +86,8 @@ def _settle(
     members = everything
     if key_weights.dtype == torch.bool:
         members = torch.cat([everything, key_weights], dim=-1)
-    counts = attended_counts(members, bounds, *masks, block_rows=MAX_BLOCK_ROWS)
+    rows = block_size(0, members.shape[0] * members.shape[1] * 4)
+    counts = attended_counts(members, bounds, *masks, block_rows=rows)
     total, counts = counts[..., :1], counts[..., 1:]
     dead = total == 0  # (B, T, 1)
     out.masked_fill_(dead[..., None], 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.measure import peak_bytes
 from mmrpt_kernels.attention import (
     attention_with_visual_mass,
     dense,
@@ -305,6 +306,36 @@ def test_any_mask_meets_the_definition(batch_of_mask, engine, seed):
         seed,
         found.lse,
     )
+
+
+def test_any_mask_over_many_blocks(engine, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, rows, 2, 4, generator=generator) for rows in (1300, 9, 9))
+    mask = torch.rand(1, 1, 1300, 9, generator=generator) < 0.2
+    weights = torch.arange(9)[None] < 5
+    found = masked_attention_with_visual_mass(q, k, v, weights, mask)
+    truth = masked_attention_with_visual_mass(q.double(), k.double(), v.double(), weights, mask, backend="reference")
+    torch.testing.assert_close(found.mass.double(), truth.mass, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.out.double(), truth.out, rtol=1e-5, atol=1e-5)
+    only_weighted = (mask.any(-1) & ~(mask & ~weights).any(-1)).expand_as(found.mass)
+    assert only_weighted.any() and (found.mass[only_weighted] == 1.0).all()
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
+def test_memory_is_linear_in_the_sequence(train, engine, seed):
+    """Far below the (Hq, T, S) matrix that eager attention holds, several times over."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 2048, 8, 16, generator=generator).requires_grad_(train) for _ in range(3))
+    weights = torch.arange(2048)[None] < 1024
+
+    def call():
+        found = attention_with_visual_mass(q, k, v, weights)
+        mass = visual_mass(q, k, found.lse.detach(), weights)
+        if train:
+            return torch.autograd.grad(found.out.sum() + found.mass.sum() + mass.sum(), (q, k, v))
+        return found, mass
+
+    assert peak_bytes(call, torch.device("cpu")) < 8 * 2048 * 2048 * 4 / 2
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
