@@ -83,6 +83,9 @@ class World:
         self._weights = [(k + 1) ** -self.config.object_zipf for k in range(len(self.concepts))]
         self._example = lru_cache(maxsize=65_536)(self._make_example)
 
+    def __reduce__(self) -> tuple[type[World], tuple[WorldConfig]]:
+        return World, (self.config,)  # loader processes draw for themselves; the memory of pairs stays here
+
     def source(self, split: str, size: int) -> WorldPairs:
         """The first `size` pairs of a split. A longer source starts with the same pairs."""
         self._number(split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -79,6 +80,12 @@ def test_a_source_is_deterministic_by_index_and_grows_at_its_end(world: World) -
     assert World(WorldConfig(seed=1)).source("train", 1)[0].caption != short[0].caption
 
 
+def test_a_source_travels_to_loader_processes(world: World) -> None:
+    source = world.source("new_style", 4)
+    copy = pickle.loads(pickle.dumps(source))
+    assert list(copy) == list(source) and copy.world.config == world.config
+
+
 DIGEST = """
 import hashlib
 from mmrpt.world import World
@@ -149,7 +156,7 @@ def test_colours_and_places_measured_from_pixels_are_those_of_the_scene(size: in
     world = World(WorldConfig(image_size=size))
     shades = set()
     for split in world.SPLITS:
-        for i in range(120):
+        for i in range(60):
             scene = world.scene(split, i)
             image = render(scene)
             assert image.size == (size, size)
