@@ -19,8 +19,8 @@ __all__ = ["ROW_KERNELS", "linear_logprobs"]
 
 # A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
 FAR_BELOW = -1e4
-# Elements multiplied at a time by `shifted_dots`.
-DOT_ELEMENTS = 2**20
+# Logits that a CPU takes through several elementwise passes at a time: 1 MiB of float32 stays in a level-2 cache.
+CACHED_ELEMENTS = 2**18
 
 
 class RowState(NamedTuple):
@@ -29,12 +29,14 @@ class RowState(NamedTuple):
     logps: torch.Tensor  # (n,)
     entropy: torch.Tensor | None  # (n,)
     exps: torch.Tensor  # (n, V) exp(z - max z), not yet divided by its sum
-    z: torch.Tensor | None  # (n, V) transformed logits, where the gradient needs them
+    z: torch.Tensor | None  # (n, V) transformed logits, where they are kept for the gradient
     top: torch.Tensor  # (n, 1) max z
     total: torch.Tensor  # (n, 1) sum exp(z - max z) >= 1
 
 
-def row_statistics(raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool) -> RowState:
+def row_statistics(
+    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool, keep_logits: bool
+) -> RowState:
     """Log-prob of the target and entropy of every row of raw logits (n, V), which is overwritten.
 
     logp = (z_t - max) - log(sum exp(z - max)): both parts have one sign, so logp <= 0 whatever the rounding, and logits
@@ -42,25 +44,37 @@ def row_statistics(raw: torch.Tensor, targets: torch.Tensor, options: HeadOption
     at 152,000 words.
     """
     z = transform_logits(raw, options, inplace=True)
-    top = z.amax(-1, keepdim=True)
-    chosen = z.gather(-1, targets[:, None]) - top
-    keep = want_entropy or options.softcap > 0.0
-    exps = torch.sub(z, top).exp_() if keep else z.sub_(top).exp_()
-    total = exps.sum(-1, keepdim=True)
+    exps = torch.empty_like(z) if keep_logits else z
+    blocks = zip(*(t.split(rows_in_cache(z)) for t in (z, exps, targets)), strict=True)
+    parts = [block_statistics(*block, want_entropy) for block in blocks]
+    top, chosen, total, dots = (torch.cat(part) for part in zip(*parts, strict=True))
     log_total = total.log()
     logps = (chosen - log_total).squeeze(-1)
     entropy = None
     if want_entropy:
-        entropy = (log_total - shifted_dots(exps, z, top) / total).squeeze(-1).clamp_(0.0, math.log(raw.shape[-1]))
-    return RowState(logps, entropy, exps, z if keep else None, top, total)
+        entropy = (log_total - dots / total).squeeze(-1).clamp_(0.0, math.log(z.shape[-1]))
+    return RowState(logps, entropy, exps, z if keep_logits else None, top, total)
 
 
-def shifted_dots(exps: torch.Tensor, z: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """sum_v exps (z - top) of every row, (n, 1): pairwise sums (a batched matrix product errs by 1e-3 at 152,000
-    words), a few rows at a time so that no third (n, V) exists."""
-    step = max(1, DOT_ELEMENTS // z.shape[-1])
-    parts = zip(exps.split(step), z.split(step), top.split(step), strict=True)
-    return torch.cat([(z_ - top_).clamp_min_(FAR_BELOW).mul_(e).sum(-1, keepdim=True) for e, z_, top_ in parts])
+def rows_in_cache(z: torch.Tensor) -> int:
+    """Rows of z (n, V) that several elementwise passes may take together: few on a CPU, all elsewhere."""
+    return max(1, CACHED_ELEMENTS // z.shape[-1]) if z.device.type == "cpu" else max(1, z.shape[0])
+
+
+def block_statistics(
+    z: torch.Tensor, exps: torch.Tensor, targets: torch.Tensor, want_entropy: bool
+) -> tuple[torch.Tensor, ...]:
+    """max z, z_t - max z, sum exps and sum exps (z - max z) of some rows, each (n, 1); writes exps (n, V).
+
+    Plain pairwise sums: a batched matrix product errs by 1e-3 at 152,000 words. The last is zero where not wanted.
+    """
+    top = z.amax(-1, keepdim=True)
+    chosen = z.gather(-1, targets[:, None]) - top
+    shifted = torch.sub(z, top, out=exps)
+    finite = shifted.clamp_min(FAR_BELOW) if want_entropy else None
+    total = exps.exp_().sum(-1, keepdim=True)
+    dots = finite.mul_(exps).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(total)
+    return top, chosen, total, dots
 
 
 def row_gradient(
@@ -70,28 +84,39 @@ def row_gradient(
     d_logps: torch.Tensor,
     d_entropy: torch.Tensor | None,
 ) -> torch.Tensor:
-    """d loss / d raw logits (n, V) from two coefficients per row; overwrites the state's memory.
+    """d loss / d raw logits (n, V) from two coefficients per row; written over exps.
 
         d logp / d z_j = [j = t] - p_j            d entropy / d z_j = -p_j (log p_j + entropy)
 
     A row whose coefficients are both zero gets exact zeros, also when its logits are not finite.
     """
     d_logps = d_logps[:, None]
-    idle = d_logps == 0
-    if d_entropy is None:
-        grad = state.exps.mul_(-d_logps / state.total)
-    else:
+    idle, slope, offset = d_logps == 0, None, -d_logps / state.total
+    if d_entropy is not None:
         d_entropy = d_entropy[:, None]
         idle = idle & (d_entropy == 0)
-        offset = d_entropy * (state.total.log() - state.entropy[:, None]) - d_logps
-        slope, offset = -d_entropy / state.total, offset / state.total
-        shifted = state.z - state.top if options.softcap > 0.0 else state.z.sub_(state.top)  # z is read again below
-        grad = shifted.clamp_min_(FAR_BELOW).mul_(slope).add_(offset).mul_(state.exps)
-    grad.scatter_add_(-1, targets[:, None], d_logps)
-    grad = transform_backward(grad, state.z, options, inplace=True)
+        slope = -d_entropy / state.total
+        offset = offset + d_entropy * (state.total.log() - state.entropy[:, None]) / state.total
+    columns = (state.exps, state.z, state.top, targets[:, None], d_logps, idle, slope, offset)
+    step = rows_in_cache(state.exps)
+    for start in range(0, targets.shape[0], step):
+        block_gradient(*(None if t is None else t[start : start + step] for t in columns), options)
+    return state.exps
+
+
+def block_gradient(grad, z, top, targets, d_logps, idle, slope, offset, options: HeadOptions) -> None:
+    """exps (n, V) of some rows becomes exps * (slope * (z - max z) + offset) + d_logps at the target, then d raw.
+
+    The per-row arguments are (n, 1); slope is None where no entropy has a gradient.
+    """
+    if slope is None:
+        grad.mul_(offset)
+    else:
+        grad.mul_((z - top).clamp_min_(FAR_BELOW).mul_(slope).add_(offset))
+    grad.scatter_add_(-1, targets, d_logps)
+    transform_backward(grad, z, options, inplace=True)
     if idle.device.type != "cpu" or bool(idle.any()):  # looking is free on a CPU and waits for the queue elsewhere
         grad.masked_fill_(idle, 0.0)
-    return grad
 
 
 ROW_KERNELS = RowKernels(row_statistics, row_gradient)
@@ -171,6 +196,7 @@ def linear_logprobs_backward(
         targets,
         rows,
         want_entropy=d_entropy is not None,
+        entropy_learns=d_entropy is not None,
         chunk_size=chunk_size,
         coefficients=incoming,
         gradients=gradients,

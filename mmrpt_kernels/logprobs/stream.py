@@ -43,7 +43,8 @@ class Head(NamedTuple):
 class RowKernels(NamedTuple):
     """Arithmetic on a chunk of logits.
 
-    statistics(raw logits (n, V) to overwrite, targets (n,), options, want_entropy) -> state with .logps, .entropy (n,)
+    statistics(raw logits (n, V) to overwrite, targets (n,), options, want_entropy, keep_logits) -> state with .logps and
+    .entropy (n,); keep_logits: the gradient will need the logits themselves, for an entropy or a soft cap
     gradient(state, targets (n,), options, d logps (n,), d entropy (n,) or None) -> d raw logits (n, V), exactly zero in
     rows whose two coefficients are zero
     """
@@ -122,6 +123,7 @@ def visit(
     rows: torch.Tensor,
     *,
     want_entropy: bool,
+    entropy_learns: bool = False,
     chunk_size: int | None = None,
     coefficients: Coefficients | None = None,
     gradients: Gradients | None = None,
@@ -131,7 +133,8 @@ def visit(
     Args:
         hidden: (N, H). targets: (N,) int64, valid at `rows`.
         rows: (n,) int64, the tokens to visit; the others cost nothing.
-        want_entropy: compute the entropy; needed when `coefficients` gives a non-None second coefficient.
+        want_entropy: compute the entropy.
+        entropy_learns: `coefficients` may give a second coefficient; False saves a second buffer of logits.
         chunk_size: rows a chunk at most; None: from a memory budget.
         coefficients: called once a chunk; None: statistics only.
         gradients: where the chunks' gradients go; None: `coefficients` is called for what else it does.
@@ -143,19 +146,22 @@ def visit(
     logps = hidden.new_empty(rows.shape, dtype=dtype)
     entropy = hidden.new_empty(rows.shape, dtype=dtype) if want_entropy else None
     count = rows.shape[0]
+    learns = coefficients is not None and gradients is not None and gradients.wanted()
+    keep_logits = learns and (entropy_learns or head.options.softcap > 0.0)
     step = rows_per_chunk(count, head, chunk_size, dtype)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
         taken = rows[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
-        state = kernels.statistics(project(hidden_rows, head.weight, head.bias), wanted, head.options, want_entropy)
+        raw = project(hidden_rows, head.weight, head.bias)
+        state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
         logps[chunk] = state.logps
         if entropy is not None:
             entropy[chunk] = state.entropy
         if coefficients is not None:
             d_logps, d_entropy = coefficients(state.logps, state.entropy, taken)
-            if gradients is not None and gradients.wanted():
+            if learns:
                 grad_raw = kernels.gradient(state, wanted, head.options, d_logps, d_entropy)
                 gradients.add(taken, hidden_rows, grad_raw, head.weight)
-        state = grad_raw = None  # the next chunk's logits take this one's memory
+        raw = state = grad_raw = None  # the next chunk's logits take this one's memory
     return logps, entropy

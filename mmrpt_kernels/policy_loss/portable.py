@@ -30,10 +30,12 @@ __all__ = ["PolicyLossFunction", "linear_policy_loss", "linear_token_loss"]
 class _Stream:
     """One call's state: what every visit of the vocabulary shares, and what the visits fill in."""
 
-    def __init__(self, hidden, head: Head, targets, need: tuple[bool, bool, bool], chunk_size: int | None) -> None:
+    def __init__(self, hidden, head: Head, targets, *, need, entropy_learns: bool, chunk_size: int | None) -> None:
+        """need: whether hidden, weight, bias want a gradient; entropy_learns: whether the loss depends on entropies."""
         self.hidden, self.head, self.targets, self.chunk_size = hidden, head, targets, chunk_size
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
-        self.gradients = Gradients(hidden, head, need=need)
+        self.entropy_learns = entropy_learns
+        self.gradients = Gradients(hidden, head, need=tuple(need))
         self.losses = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.logps = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.entropy = hidden.new_zeros(targets.shape, dtype=self.dtype)
@@ -47,6 +49,7 @@ class _Stream:
             self.targets,
             rows,
             want_entropy=want_entropy,
+            entropy_learns=self.entropy_learns,
             chunk_size=self.chunk_size,
             coefficients=coefficients,
             gradients=self.gradients,
@@ -106,7 +109,7 @@ def _learn_by_sequence(
     entropy = stream.entropy[rows] if want_entropy else None
     losses, d_logps, d_entropy = stream.evaluate(surrogate, stream.logps[rows], entropy, rows, scale[rows])
     stream.losses[rows] = losses
-    if d_logps is None:
+    if d_logps is None:  # no gradient is wanted
         return
     moving = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     by_token = stream.losses.new_zeros(2, stream.losses.shape[0])
@@ -166,7 +169,9 @@ def linear_policy_loss(
     options = PolicyOptions(
         kl_coef, kl_estimator, clip_low, clip_high, dual_clip, entropy_coef, entropy_scope, entropy_kind, ratio_level
     )
-    stream = _Stream(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), tuple(need), chunk_size)
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
+    stream = _Stream(flat, head, ids, need=need, entropy_learns=entropy_learns, chunk_size=chunk_size)
     learns = learning_rows(tokens, options)
     rows, scale = learns.nonzero().squeeze(-1), loss_weights.reshape(-1)
     by_sequence = ratio_level == "sequence" and old_logps is not None
@@ -174,7 +179,7 @@ def linear_policy_loss(
     check_targets(stream.targets, torch.cat([rows, others]), weight.shape[0])
     with torch.no_grad():
         stream.visit(others, see_all)
-        want_entropy = see_all or (entropy_coef != 0.0 and entropy_kind == "exact")
+        want_entropy = see_all or entropy_learns
         if by_sequence:
             _learn_by_sequence(stream, tokens, options, rows, want_entropy, tuple(shape), scale)
         else:
@@ -254,7 +259,8 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, chunk_size):
-        stream = _Stream(hidden, Head(weight, bias, options), targets, need, chunk_size)
+        head = Head(weight, bias, options)
+        stream = _Stream(hidden, head, targets, need=need, entropy_learns=want_entropy, chunk_size=chunk_size)
         check_targets(targets, rows, weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             stream.learn(rows, want_entropy, token_loss, None)
