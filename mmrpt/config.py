@@ -73,9 +73,13 @@ class PromptSettings:
 
 @checked(frozen=True, config=_STRICT)
 class OptimiserSettings:
-    """AdamW with a linear warm-up, then constant or cosine to `final_fraction` of the peak."""
+    """AdamW, or Muon for the decoder's matrices; linear warm-up, then a cosine to `final_fraction` of the peak."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    muon_scale: float = 6.0  # learning rate of Muon's matrices over `lr`
+    vision_scale: float = 1.0  # learning rate of the vision tower over `lr`
+    vision_start: int = 0  # the tower is frozen before this step
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.98

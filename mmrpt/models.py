@@ -21,19 +21,30 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.cache_utils import DynamicCache
 
 from mmrpt.types import Batch
+from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
 SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 
-def make_image_processor(patch_size: int, max_pixels: int) -> Any:
-    """Qwen2-VL's image processor in its torchvision-free form, whatever the transformers version calls it."""
+def make_image_processor(
+    patch_size: int,
+    max_pixels: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Any:
+    """Qwen2-VL's image processor in its torchvision-free form, whatever the transformers version calls it.
+
+    `mean` and `std` of each channel in [0, 1]; None: the family's own (CLIP's).
+    """
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
     except ImportError:  # transformers 4.x: the plain class is the torchvision-free one
         from transformers import Qwen2VLImageProcessor as Processor
     unit = (2 * patch_size) ** 2
     sizes = {"shortest_edge": unit, "longest_edge": max_pixels}
+    statistics = {} if mean is None or std is None else {"image_mean": list(mean), "image_std": list(std)}
     return Processor(
+        **statistics,
         patch_size=patch_size,
         merge_size=2,
         temporal_patch_size=2,
@@ -65,7 +76,7 @@ class Policy:
                 "The operators of mmrpt_kernels serve any model; the trainer shares image features within a group, "
                 "which needs to know where a family puts them."
             )
-        self.model = model
+        self.model = enable_visual_mass(model)  # plain SDPA wherever nothing is recorded
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token_id: int = model.config.image_token_id
@@ -185,6 +196,11 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def text_model(self) -> nn.Module:
+        """The decoder without its head: what reads embeddings of text and image features."""
+        return self.model.model.language_model
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, H): the lm head."""
         return self.model.lm_head.weight
@@ -220,7 +236,7 @@ class Policy:
         )
         # A batch without padding needs no mask at all, which lets attention take its causal fast path.
         mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        out = self.model.model.language_model(
+        out = self.text_model(
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=mask,
@@ -232,7 +248,7 @@ class Policy:
     def step(self, token_ids: Tensor, positions: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """(R, H): one decoding step over the cache. `token_ids` and `positions` are (R,), the mask (R, past + 1)."""
         embeds = self.model.get_input_embeddings()(token_ids[:, None])
-        out = self.model.model.language_model(
+        out = self.text_model(
             inputs_embeds=embeds,
             position_ids=positions[None, :, None].expand(3, -1, -1),
             attention_mask=attention_mask,
@@ -297,5 +313,6 @@ def _load_image_processor(folder: Path) -> Any:
     if "Qwen2VL" in settings.get("image_processor_type", ""):
         sizes = settings.get("size") or {}
         max_pixels = sizes.get("longest_edge") or settings.get("max_pixels") or 1_003_520
-        return make_image_processor(settings.get("patch_size", 14), max_pixels)
+        statistics = settings.get("image_mean"), settings.get("image_std")
+        return make_image_processor(settings.get("patch_size", 14), max_pixels, *statistics)
     return AutoImageProcessor.from_pretrained(folder)

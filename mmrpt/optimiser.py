@@ -1,8 +1,10 @@
-"""AdamW with a learning rate that is a function of the step alone, and the guard around a step that is not finite."""
+"""The optimiser, a learning rate that is a function of the step alone, and the guard around a step that is not finite."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +12,63 @@ from torch import nn
 from mmrpt.config import OptimiserSettings
 
 
-def make_optimiser(model: nn.Module, settings: OptimiserSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on norms and biases."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), foreach=True)
+class Optimiser:
+    """AdamW, or Muon for the decoder's matrices with AdamW for everything else, driven as one.
+
+    Muon (torch.optim.Muon with updates of AdamW's size) needs about half the steps before a model from scratch looks at
+    its image; a pretrained model is better left to AdamW. Weight decay is for matrices, not for norms and biases.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimiserSettings) -> None:
+        self.model, self.settings = model, settings
+        groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                vision = "visual." in name
+                hidden = parameter.ndim == 2 and not vision and "embed_tokens" not in name and "lm_head" not in name
+                kind = "muon" if settings.kind == "muon" and hidden else "adamw"
+                groups[kind, vision, parameter.ndim >= 2].append(parameter)
+        options = [
+            {
+                "params": parameters,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "kind": kind,
+                "vision": vision,
+            }
+            for (kind, vision, decayed), parameters in groups.items()
+        ]
+        adamw = [o for o in options if o["kind"] == "adamw"]
+        muon = [o for o in options if o["kind"] == "muon"]
+        betas = (settings.beta1, settings.beta2)
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=betas, foreach=True)]
+        if muon:
+            self.parts.append(torch.optim.Muon(muon, lr=settings.lr, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, step: int, steps: int) -> dict[str, float | bool]:
+        """Clips, steps and clears the gradients. A gradient that is not finite is skipped and changes nothing."""
+        settings = self.settings
+        lr = learning_rate(settings, step, steps)
+        for part in self.parts:
+            for group in part.param_groups:
+                scale = settings.muon_scale if group["kind"] == "muon" else 1.0
+                if group["vision"]:
+                    scale *= settings.vision_scale if step >= settings.vision_start else 0.0
+                group["lr"] = lr * scale
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm) if parameters else torch.zeros(())
+        finite = bool(torch.isfinite(norm))
+        for part in self.parts:
+            if finite:
+                part.step()
+            part.zero_grad(set_to_none=True)
+        return {"lr": lr, "grad_norm": float(norm), "skipped": not finite}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
 
 
 def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
@@ -25,19 +78,3 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
     done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     low = settings.final_fraction
     return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def apply_step(
-    model: nn.Module, optimiser: torch.optim.Optimizer, settings: OptimiserSettings, step: int, steps: int
-) -> dict[str, float | bool]:
-    """Clips, steps and clears the gradients. A gradient that is not finite is skipped, counted, and changes nothing."""
-    lr = learning_rate(settings, step, steps)
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm) if parameters else torch.zeros(())
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return {"lr": lr, "grad_norm": float(norm), "skipped": not finite}

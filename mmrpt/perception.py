@@ -11,6 +11,8 @@ from torch import Tensor
 from mmrpt.models import PixelBatch, Policy
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
 
+__all__ = ["PerceptionWeights", "response_slices", "shape_and_filter", "token_perception"]
+
 
 @torch.no_grad()
 def token_perception(

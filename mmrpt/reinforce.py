@@ -12,13 +12,12 @@ from mmrpt.config import Settings
 from mmrpt.data.images import seed_of
 from mmrpt.models import Policy
 from mmrpt.objective import PolicyTargets, policy_loss
-from mmrpt.optimiser import apply_step
-from mmrpt.perception import shape_and_filter
+from mmrpt.optimiser import Optimiser
+from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.rollout.collect import Round, collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.supervised import items_at
 from mmrpt.types import MaskedSample, PairSource
-from mmrpt_kernels import PerceptionWeights
 
 
 class ImageCache:
@@ -67,7 +66,7 @@ def fill_buffer(
 
 def train_on_groups(
     policy: Policy,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     groups: Sequence[Group],
     images: ImageCache,
     settings: Settings,
@@ -97,8 +96,7 @@ def train_on_groups(
         share = sum(g.response_tokens for g in part) / sum(g.response_tokens for g in groups)
         for name, value in (result.statistics or {}).items():
             totals[name] = totals.get(name, 0.0) + share * float(value)
-    metrics = {"loss": loss_value, **totals, **apply_step(policy.model, optimiser, settings.rl.optimiser, step, settings.rl.steps)}
-    return metrics, weights
+    return {"loss": loss_value, **totals, **optimiser.step(step, settings.rl.steps)}, weights
 
 
 def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWeights | None:

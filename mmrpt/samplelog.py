@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmrpt.models import Policy
+from mmrpt.perception import PerceptionWeights
 from mmrpt.rollout.collect import Round
 from mmrpt.rollout.group import Group
 from mmrpt.runlog import RunLog
 from mmrpt.types import MaskedSample
-from mmrpt_kernels import PerceptionWeights
 
 COMPLETIONS_PER_STEP = 2
 PERCEPTION_TOKENS_PER_STEP = 400
@@ -45,8 +45,8 @@ def log_step(
             "perception.jsonl",
             {
                 "step": step,
-                "token_scores": [round(v, 5) for v in values[::stride]],
-                "trajectory_scores": [round(v, 5) for v in trajectories],
+                "token_scores": [float(f"{v:.4g}") for v in values[::stride]],
+                "trajectory_scores": [float(f"{v:.4g}") for v in trajectories],
             },
         )
     log.metrics("rl", step, **row)

@@ -27,7 +27,7 @@ from mmrpt.masking import build_masked_samples, choose_threshold, score_sentence
 from mmrpt.metrics import roc_auc
 from mmrpt.models import Policy
 from mmrpt.objective import supervised_loss
-from mmrpt.optimiser import apply_step, make_optimiser
+from mmrpt.optimiser import Optimiser
 from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json
@@ -36,6 +36,9 @@ from mmrpt.sources import Sources, open_sources
 from mmrpt.supervised import items_at, supervised_batch
 from mmrpt.types import MaskedSample, SentenceScore
 from mmrpt.world.tiny_vlm import build_tiny_vlm
+
+
+IMAGES_FOR_START = 64  # that the tiny model's vision tower is scaled on
 
 
 class Trainer:
@@ -191,12 +194,10 @@ class Trainer:
 
     def report(self) -> Path:
         """Plots and report.md from the files of the run."""
-        from mmrpt.plots import draw_all
-        from mmrpt.report import write_report
+        from mmrpt.report import write_report  # matplotlib is slow to import, and a run may be cut off before it
 
         self.log.close()
         self._write_seconds()
-        draw_all(self.folder)
         return write_report(self.folder)
 
     # ---------------------------------------------------------------- what the phases share
@@ -222,7 +223,7 @@ class Trainer:
             )
             loss = supervised_loss(self.policy, batch)
             loss.backward()
-            metrics = apply_step(self.policy.model, optimiser, optimiser_settings, step, steps)
+            metrics = optimiser.step(step, steps)
             self.log.metrics(phase, step, loss=loss.item(), **metrics)
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if (step + 1) % settings.checkpoint_every == 0:
@@ -231,7 +232,7 @@ class Trainer:
 
     def _open_phase(
         self, phase: str, previous: str | None, optimiser_settings: OptimiserSettings
-    ) -> tuple[int | None, dict[str, Any], torch.optim.Optimizer | None]:
+    ) -> tuple[int | None, dict[str, Any], Optimiser | None]:
         """(first step, saved state, optimiser) of a phase; (None, {}, None) when it is done already."""
         if (self.checkpoints / phase).exists():
             return None, {}, None
@@ -243,13 +244,13 @@ class Trainer:
             if previous is not None:
                 self._load(previous)
         self.policy.model.train()
-        optimiser = make_optimiser(self.policy.model, optimiser_settings)
+        optimiser = Optimiser(self.policy.model, optimiser_settings)
         if "optimiser" in state:
             optimiser.load_state_dict(state["optimiser"])
         self.log.rewind(phase, state["step"])
         return state["step"], state, optimiser
 
-    def _save_partial(self, phase: str, step: int, optimiser: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+    def _save_partial(self, phase: str, step: int, optimiser: Optimiser, extra: dict[str, Any]) -> None:
         folder = self.checkpoints / f"{phase}-{step}"
         save_checkpoint(folder, self.policy, {"step": step, "optimiser": optimiser.state_dict(), **extra})
         drop_older(self.checkpoints, phase, keep=folder)
@@ -266,7 +267,9 @@ class Trainer:
         if model.path is not None:
             policy = Policy.load(model.path, dtype=getattr(torch, model.dtype), device=self.settings.device)
         else:
-            policy = build_tiny_vlm(model.tiny, self.sources.texts(), seed=self.settings.seed)
+            source = self.sources.train
+            images = [self.images(source[i].id) for i in range(min(IMAGES_FOR_START, len(source)))]
+            policy = build_tiny_vlm(model.tiny, self.sources.texts(), seed=self.settings.seed, images=images)
             policy.model.to(self.settings.device)
         if model.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()

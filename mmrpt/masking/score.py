@@ -44,7 +44,7 @@ def score_sentences(
     visual = batch.input_ids == policy.image_token_id
     groups = torch.stack((visual, batch.response_mask), -1)
     layers = layer_range(policy.model.config.get_text_config().num_hidden_layers, first_layer, last_layer)
-    with record_visual_mass(policy.model, key_weights=groups, layers=layers, head_reduction="mean") as record:
+    with record_visual_mass(policy.text_model, key_weights=groups, layers=layers, head_reduction="mean") as record:
         policy.hidden(batch)
     ratio = _visual_share(record.stacked())
     scores: list[SentenceScore] = []
