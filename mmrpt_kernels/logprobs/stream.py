@@ -43,8 +43,8 @@ class Head(NamedTuple):
 class RowKernels(NamedTuple):
     """Arithmetic on a chunk of logits.
 
-    statistics(raw logits (n, V) to overwrite, targets (n,), options, want_entropy, keep_logits) -> state with .logps and
-    .entropy (n,); keep_logits: the gradient will need the logits themselves, for an entropy or a soft cap
+    statistics(raw logits (n, V) to overwrite, targets (n,), options, want_entropy, keep_logits) -> state with .logps
+    and .entropy (n,); keep_logits: the gradient will read the logits themselves, for an entropy or a soft cap
     gradient(state, targets (n,), options, d logps (n,), d entropy (n,) or None) -> d raw logits (n, V), exactly zero in
     rows whose two coefficients are zero
     """
