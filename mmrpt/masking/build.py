@@ -38,7 +38,7 @@ def build_masked_samples(
 
 def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Generator) -> list[MaskedSample]:
     """`count` random content words hidden, one a sample: what the warm-up uses to teach the answer's form."""
-    words = [w for w in word_offsets(example.caption) if example.caption[w[0] : w[1]] not in FUNCTION_WORDS]
+    words = [w for w in word_offsets(example.caption) if example.caption[w[0] : w[1]].casefold() not in FUNCTION_WORDS]
     chosen = rng.choice(len(words), size=min(count, len(words)), replace=False) if words else []
     return [_sample(example, None, *words[i], 0.0, mask) for i in chosen]
 
