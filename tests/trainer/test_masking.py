@@ -1,0 +1,343 @@
+"""Masking: scores against eager attention weights; thresholds, spans and masked samples against their laws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForImageTextToText
+
+from mmrpt.data.sentences import sentence_spans
+from mmrpt.masking import build_masked_samples, choose_spans, choose_threshold, random_masks, score_sentences
+from mmrpt.masking.build import truth_masks, word_offsets
+from mmrpt.masking.score import layer_range
+from mmrpt.masking.spans import FUNCTION_WORDS
+from mmrpt.types import Example, SentenceScore, Word
+from tests.trainer.conftest import ColourPairs, forward_inputs, make_policy
+
+# ------------------------------------------------------------------------------------------------ dependency scores
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory):
+    """The tiny policy (its weights made larger, so that attention is far from uniform) and the same model in eager."""
+    policy = make_policy(seed=3)
+    with torch.no_grad():
+        for name, parameter in policy.text_model.named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                parameter.mul_(8)
+    folder = tmp_path_factory.mktemp("eager") / "model"
+    policy.save(folder)
+    return policy, AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def shares_by_hand(policy, eager_model, example, image, layers, align):
+    """V / (V + T) of each caption token, heads and layers averaged, one caption at a time, in float64."""
+    pixels = policy.pixels([image])
+    prompt = policy.encode_prompt("describe", int(pixels.tokens_per_image(2)))
+    encoded = policy.tokenizer(example.caption, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    batch = policy.batch([prompt], [ids], pixels, [0])
+    with torch.no_grad():
+        out = eager_model.model(**forward_inputs(policy, batch), output_attentions=True)
+    visual = (batch.input_ids[0] == policy.image_token_id).double()
+    text = torch.zeros_like(visual)
+    text[len(prompt) :] = 1
+    shares = []
+    for position in range(len(prompt), len(prompt) + len(ids)):
+        row = position - 1 if align == "predicting" else position
+        per_layer = []
+        for layer in layers:
+            weights = out.attentions[layer][0, :, row].double().mean(0)  # heads averaged
+            v, t = weights @ visual, weights @ text
+            per_layer.append(float(v / (v + t)))
+        shares.append(sum(per_layer) / len(per_layer))
+    return shares, encoded["offset_mapping"]
+
+
+@pytest.mark.parametrize("align", ["predicting", "token"])
+@pytest.mark.parametrize(("first", "last", "layers"), [(0.0, 1.0, [0, 1]), (0.5, 1.0, [1]), (0.0, 0.5, [0])])
+def test_dependency_equals_eager_attention(eager, align, first, last, layers):
+    policy, model = eager
+    pairs = ColourPairs()
+    longer = Example("x", "a blue card. Paper is thin. Cards are red, 3.5 times!", ())
+    examples = [pairs[0], longer, pairs[1]]  # of unequal length: the batch is padded
+    images = [pairs.image(pairs[i].id) for i in (0, 6, 1)]
+    scores = score_sentences(
+        policy, examples, images, instruction="describe", first_layer=first, last_layer=last, align=align
+    )
+    expected = []
+    for example, image in zip(examples, images, strict=True):
+        shares, offsets = shares_by_hand(policy, model, example, image, layers, align)
+        for number, (start, end) in enumerate(sentence_spans(example.caption)):
+            inside = [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
+            expected.append((example.id, number, start, end, [shares[i] for i in inside]))
+    assert [(s.example_id, s.sentence, s.start, s.end) for s in scores] == [e[:4] for e in expected]
+    for score, (*_, shares) in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(score.token_masses, shares, atol=2e-6)
+        assert score.score == pytest.approx(sum(shares) / len(shares), abs=2e-6)
+    spread = [m for s in scores for m in s.token_masses]
+    assert max(spread) - min(spread) > 0.05  # else uniform attention would pass for anything
+
+
+def test_sentences_partition_the_captions_tokens_and_know_the_truth(eager):
+    policy, _ = eager
+    pairs = ColourPairs()
+    examples = [pairs[i] for i in range(4)]
+    scores = score_sentences(policy, examples, [pairs.image(e.id) for e in examples], instruction="describe")
+    for example in examples:
+        own = [s for s in scores if s.example_id == example.id]
+        tokens = policy.tokenizer(example.caption, add_special_tokens=False, return_offsets_mapping=True)
+        assert [span for s in own for span in s.token_spans] == [tuple(o) for o in tokens["offset_mapping"]]
+        colour = example.words[0]
+        assert [s.needs_image for s in own] == [s.start <= colour.start < s.end for s in own]
+
+
+def test_scoring_does_not_depend_on_its_batch(eager):
+    policy, _ = eager
+    pairs = ColourPairs()
+    examples = [pairs[i] for i in range(3)]
+    images = [pairs.image(e.id) for e in examples]
+    together = score_sentences(policy, examples, images, instruction="describe")
+    alone = [
+        s
+        for example, image in zip(examples, images, strict=True)
+        for s in score_sentences(policy, [example], [image], instruction="describe")
+    ]
+    assert [s.score for s in together] == pytest.approx([s.score for s in alone], abs=1e-6)
+
+
+@given(st.integers(1, 80), st.floats(0, 0.99), st.floats(0.01, 1))
+def test_layer_range_is_never_empty_and_stays_inside(depth, first, width):
+    last = min(1.0, first + width)
+    layers = layer_range(depth, first, last)
+    assert layers and layers == list(range(layers[0], layers[-1] + 1))
+    assert layers[0] >= 0 and layers[-1] < depth
+    assert layers[0] <= first * depth < layers[0] + 1
+
+
+@pytest.mark.parametrize(
+    ("depth", "first", "last", "layers"),
+    [(5, 0.5, 1.0, [2, 3, 4]), (28, 0.5, 0.75, list(range(14, 21))), (4, 0.9, 1.0, [3]), (1, 0.5, 1.0, [0])],
+)
+def test_layer_range_by_hand(depth, first, last, layers):
+    assert layer_range(depth, first, last) == layers
+
+
+# ------------------------------------------------------------------------------------------------ thresholds
+
+SCORES = st.lists(
+    st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1, allow_subnormal=False)), min_size=1, max_size=20
+)
+
+
+def between_variance(values, threshold):
+    """Otsu's criterion for the classes below and at or above the threshold."""
+    low, high = [v for v in values if v < threshold], [v for v in values if v >= threshold]
+    if not low or not high:
+        return 0.0
+    share = len(low) / len(values)
+    return share * (1 - share) * (math.fsum(high) / len(high) - math.fsum(low) / len(low)) ** 2
+
+
+@given(SCORES)
+def test_otsu_is_the_best_of_all_cuts(values):
+    found = choose_threshold(values, "otsu")
+    best = max(between_variance(values, cut) for cut in set(values))
+    assert between_variance(values, found) == pytest.approx(best, rel=1e-6, abs=1e-12)
+    assert min(values) <= found <= max(values)
+
+
+def test_otsu_cuts_between_two_heaps():
+    assert choose_threshold([0.9, 0.1, 0.11, 0.88, 0.12, 0.91]) == pytest.approx((0.12 + 0.88) / 2)
+    assert choose_threshold([0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == pytest.approx(0.5)  # one score is a class of its own
+
+
+@pytest.mark.parametrize("method", ["otsu", "quantile", "mean_std"])
+def test_equal_scores_all_pass(method):
+    assert choose_threshold([0.5] * 7, method) == 0.5  # so that `score >= tau` keeps them
+
+
+@given(SCORES, st.floats(0.05, 0.95))
+def test_quantile_leaves_that_share_at_or_above(values, quantile):
+    threshold = choose_threshold(values, "quantile", quantile=quantile)
+    n = len(values)
+    assert sum(v >= threshold for v in values) >= math.floor((1 - quantile) * (n - 1))
+    assert sum(v > threshold for v in values) <= math.ceil((1 - quantile) * (n - 1) + 1e-9)
+
+
+def test_mean_std_by_hand():
+    assert choose_threshold([1.0, 2.0, 3.0, 6.0], "mean_std", std_factor=2) == pytest.approx(3 + 2 * math.sqrt(3.5))
+
+
+@pytest.mark.parametrize("scores", [[], [0.1, math.nan], [0.1, math.inf]])
+def test_scores_that_cannot_be_ranked_are_refused(scores):
+    with pytest.raises(ValueError, match=f"{len(scores)} scores.*expected finite"):
+        choose_threshold(scores)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="'median': expected 'otsu', 'quantile' or 'mean_std'"):
+        choose_threshold([0.1], "median")
+
+
+# ------------------------------------------------------------------------------------------------ spans
+
+
+def score_words(caption, masses, sentence=(0, None), score=0.5):
+    """A SentenceScore whose tokens are the caption's words, each with the space before it as byte-level BPE has."""
+    spans, position = [], 0
+    for word in caption.split():
+        start = caption.index(word, position)
+        spans.append((max(0, start - 1), start + len(word)))
+        position = start + len(word)
+    start, end = sentence[0], len(caption) if sentence[1] is None else sentence[1]
+    inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+    masses = tuple(masses[word] if isinstance(masses, dict) else masses[i] for i, word in enumerate(caption.split()))
+    return SentenceScore(
+        "e", 0, start, end, score, tuple(spans[i] for i in inside), tuple(masses[i] for i in inside), None
+    )
+
+
+def texts(caption, spans):
+    return [caption[s.start : s.end] for s in spans]
+
+
+WORDS = st.sampled_from(["the", "of", "The", "is", "red", "cat", "card", "left", "top", "three", "well-known", "Zoë's"])
+
+
+@settings(max_examples=150)
+@given(st.data(), st.lists(WORDS, min_size=1, max_size=10), st.integers(1, 5), st.integers(1, 4))
+def test_spans_obey_their_laws(data, words, count, max_words):
+    caption = " ".join(words) + "."
+    masses = data.draw(st.lists(st.sampled_from([0.0, 0.5, 0.55, 0.9]), min_size=len(words), max_size=len(words)))
+    spans = choose_spans(caption, score_words(caption, masses), count=count, max_words=max_words)
+    mass_at = {caption_start: m for (caption_start, _), m in zip(word_offsets(caption), masses, strict=True)}
+    content = [w for w in words if w.casefold() not in FUNCTION_WORDS]
+    assert len(spans) <= count and (len(spans) >= 1) == bool(content)
+    seeds = []
+    taken = set()
+    for span in spans:
+        inside = [(a, b) for a, b in word_offsets(caption) if a >= span.start and b <= span.end]
+        assert (span.start, span.end) == (inside[0][0], inside[-1][1])  # whole words
+        assert 1 <= len(inside) <= max_words
+        assert not any(caption[a:b].casefold() in FUNCTION_WORDS for a, b in inside)
+        assert not taken & {a for a, _ in inside}, "two spans overlap"
+        taken |= {a for a, _ in inside}
+        own = [mass_at[a] for a, _ in inside]
+        assert span.mass == pytest.approx(sum(own) / len(own))
+        assert min(own) >= 0.9 * max(own) - 1e-12
+        seeds.append(max(own))
+    assert seeds == sorted(seeds, reverse=True)
+    if content:
+        best = max(m for w, m in zip(words, masses, strict=True) if w.casefold() not in FUNCTION_WORDS)
+        assert seeds[0] == best
+    if len(spans) < count:  # the sentence ran out of content words
+        assert len(taken) == len(content)
+
+
+def test_a_phrase_is_hidden_as_a_whole_where_its_masses_are_close():
+    caption = "the card at the top left is red."
+    masses = {"the": 0.9, "card": 0.3, "at": 0.1, "top": 0.80, "left": 0.78, "is": 0.1, "red.": 0.6}
+    score = score_words(caption, masses)
+    assert texts(caption, choose_spans(caption, score, count=3, max_words=2)) == ["top left", "red", "card"]
+    assert texts(caption, choose_spans(caption, score, count=3, max_words=1)) == ["top", "left", "red"]
+
+
+def test_a_phrase_whose_masses_differ_is_not():
+    caption = "a red card lies here."
+    score = score_words(caption, {"a": 0.1, "red": 0.8, "card": 0.5, "lies": 0.2, "here.": 0.1})
+    assert texts(caption, choose_spans(caption, score, count=2, max_words=3)) == ["red", "card"]
+
+
+def test_spans_stay_inside_their_sentence():
+    caption = "a red card. blue paper."
+    score = score_words(caption, [0.1, 0.2, 0.3, 0.95, 0.94], sentence=(0, 11))
+    assert texts(caption, choose_spans(caption, score, count=5, max_words=3)) == ["card", "red"]
+
+
+# ------------------------------------------------------------------------------------------------ masked samples
+
+
+def two_sentences():
+    caption = "the card is red. It shows two cats."
+    example = Example(
+        "e/1", caption, (Word(12, 15, "colour", True), Word(26, 29, "count", True), Word(4, 8, "object", False))
+    )
+    masses = {"the": 0.1, "card": 0.3, "is": 0.1, "red.": 0.7, "It": 0.1, "shows": 0.2, "two": 0.9, "cats.": 0.5}
+    first = score_words(caption, masses, (0, 16), 0.4)
+    second = score_words(caption, masses, (17, 35), 0.6)
+    second = SentenceScore("e/1", 1, 17, 35, 0.6, second.token_spans, second.token_masses)
+    return example, [first, second]
+
+
+def check_restores(example, sample, mask="<mask>"):
+    assert sample.masked_caption.count(mask) == 1
+    assert sample.masked_caption.replace(mask, sample.answer) == example.caption
+    assert example.caption[sample.start : sample.end] == sample.answer
+    assert sample.masked_caption.index(mask) == sample.start
+    assert sample.example_id == example.id
+
+
+@pytest.mark.parametrize(
+    ("threshold", "count", "answers"),
+    [
+        (0.0, 3, ["two", "red", "cats"]),  # sentences take turns, the higher score first
+        (0.4, 2, ["two", "red"]),  # exactly at the threshold passes
+        (0.41, 3, ["two", "cats", "shows"]),
+        (0.6, 1, ["two"]),
+        (0.61, 3, []),
+    ],
+)
+def test_masked_samples_come_from_dependent_sentences_alone(threshold, count, answers):
+    example, scores = two_sentences()
+    samples = build_masked_samples(example, scores, threshold, mask="<mask>", spans_per_caption=count, max_span_words=1)
+    assert [s.answer for s in samples] == answers
+    for sample in samples:
+        check_restores(example, sample)
+        score = scores[sample.sentence]
+        assert score.start <= sample.start < sample.end <= score.end and sample.sentence_score == score.score
+    assert len({s.id for s in samples}) == len(samples)
+
+
+def test_masked_samples_carry_the_truth_of_their_words():
+    example, scores = two_sentences()
+    samples = build_masked_samples(example, scores, 0.0, mask="<mask>", spans_per_caption=9, max_span_words=1)
+    truth = {s.answer: (s.kind, s.needs_image) for s in samples}
+    assert truth["two"] == ("count", True) and truth["red"] == ("colour", True) and truth["card"] == ("object", False)
+    assert truth["cats"] == ("", False)  # the caption's truth is known, and this word is not in it
+    unknown = Example(example.id, example.caption)
+    for sample in build_masked_samples(unknown, scores, 0.0, mask="_", spans_per_caption=9, max_span_words=1):
+        assert (sample.kind, sample.needs_image) == ("", None)
+
+
+def test_a_span_of_two_words_takes_the_truth_that_needs_the_image():
+    example = Example("e", "red card", (Word(0, 3, "colour", True), Word(4, 8, "object", False)))
+    score = score_words("red card", [0.5, 0.5])
+    (sample,) = build_masked_samples(example, [score], 0.0, mask="<mask>", spans_per_caption=1, max_span_words=2)
+    assert (sample.answer, sample.kind, sample.needs_image) == ("red card", "colour", True)
+
+
+def test_random_masks_hide_different_content_words_and_depend_on_the_draw_alone():
+    example = Example("e", 'The big (red) card, said "Anna", is not at the top; it is here!')
+    content = {"big", "red", "card", "said", "Anna", "top"}
+    every = random_masks(example, 99, mask="<mask>", rng=np.random.default_rng(0))
+    assert {s.answer for s in every} == content and len(every) == len(content)
+    for sample in every:
+        check_restores(example, sample)
+    draws = [[s.id for s in random_masks(example, 2, mask="_", rng=np.random.default_rng(k))] for k in (1, 1, 2, 3, 4)]
+    assert draws[0] == draws[1] and len({tuple(d) for d in draws}) > 1
+    assert random_masks(Example("e", "it is the"), 1, mask="_", rng=np.random.default_rng(0)) == []
+
+
+def test_truth_masks_ask_exactly_the_words_that_need_the_image():
+    example, _ = two_sentences()
+    samples = truth_masks(example, mask="<mask>")
+    assert [(s.answer, s.kind) for s in samples] == [("red", "colour"), ("two", "count")]
+    for sample in samples:
+        check_restores(example, sample)
+        assert sample.needs_image is True
