@@ -46,9 +46,14 @@ def fill_buffer(
     settings: Settings,
     first_round: int,
 ) -> Iterator[Round]:
-    """Samples rounds until the buffer holds a step's groups or `rl.max_rounds` are spent; yields each round."""
+    """Samples rounds until the buffer holds a step's groups or `rl.max_rounds` are spent; yields each round.
+
+    None where enough groups wait already: a round more than a step uses would make the waiting ones ever older.
+    """
     size = settings.rollout.prompts
     for number in range(first_round, first_round + settings.rl.max_rounds):
+        if len(buffer) >= settings.rl.groups_per_step:
+            return
         items = items_at(number * size, size, len(samples), settings.seed, "rl")
         chosen = [samples[i] for i in items]
         outcome = collect_round(
@@ -60,8 +65,6 @@ def fill_buffer(
         )
         buffer.add(outcome.groups)
         yield outcome
-        if len(buffer) >= settings.rl.groups_per_step:
-            return
 
 
 def train_on_groups(
