@@ -97,9 +97,19 @@ def train_on_groups(
         result.loss.backward()
         loss_value += result.loss.item()
         share = sum(g.response_tokens for g in part) / sum(g.response_tokens for g in groups)
-        for name, value in (result.statistics or {}).items():
-            totals[name] = totals.get(name, 0.0) + share * float(value)
+        _add_statistics(totals, result.statistics, share)
     return {"loss": loss_value, **totals, **optimiser.step(step, settings.rl.steps)}, weights
+
+
+def _add_statistics(totals: dict[str, float], statistics: Mapping[str, torch.Tensor], share: float) -> None:
+    """Joins a micro-batch's statistics to the step's: counts add up, the largest is the largest of all, and means are
+    weighted by response tokens (for the clip fractions, whose tokens are the kept ones, that is all but exact)."""
+    for name, tensor in statistics.items():
+        value = float(tensor)
+        if name in ("max_logp", "ratio_max"):
+            totals[name] = max(totals.get(name, value), value)
+        else:
+            totals[name] = totals.get(name, 0.0) + (value if name == "tokens" else share * value)
 
 
 def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWeights | None:
