@@ -126,7 +126,8 @@ def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWe
 def response_mask_of(groups: list[Group]) -> torch.Tensor:
     """(R, T) bool: where the rows of the groups' per-token fields hold tokens."""
     lengths = torch.tensor([len(r) for g in groups for r in g.responses])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return mask.to(groups[0].perception.device)
 
 
 def _normalizer(groups: list[Group], aggregation: str) -> float:

@@ -59,7 +59,7 @@ def collect_round(
     texts = [r.completion for r in rollouts]
     answers = [s.answer for s in samples for _ in range(n)]
     totals, terms = combine_rewards(asdict(settings.reward), texts, answer=answers)
-    rewards = torch.tensor(totals).view(len(samples), n)
+    rewards = torch.tensor(totals, device=generation.logps.device).view(len(samples), n)
     advantages, signal = group_advantages(rewards, kind=settings.rl.advantage)
     metrics = {
         "reward": rewards.mean().item(),
