@@ -17,7 +17,7 @@ from mmrpt.config import Settings, load_settings
 from mmrpt.models import Policy
 from mmrpt.rewards.combine import REWARDS
 from mmrpt.types import Batch, Example, MaskedSample, Word
-from mmrpt.world.tiny_vlm import TinyVLMConfig, build_tiny_vlm
+from mmrpt.world.tiny_vlm import TinyVLMConfig, build_tiny_vlm, spread_features
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
 
@@ -86,6 +86,19 @@ def make_policy(seed: int = 0) -> Policy:
     return build_tiny_vlm(TINY, texts, seed=seed)
 
 
+def make_looking_policy(seed: int = 0) -> Policy:
+    """A policy whose words depend on the image, as a random start's hardly do: larger features, attention and head."""
+    policy = make_policy(seed)
+    pairs = ColourPairs()
+    spread_features(policy, [pairs.image(pairs[i].id) for i in range(8)], std=1.0)
+    with torch.no_grad():
+        for name, parameter in policy.text_model.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter.mul_(6)
+        policy.head_weight.mul_(6)
+    return policy
+
+
 def masked_colour(pairs: ColourPairs, index: int) -> MaskedSample:
     """The pair's caption with its colour hidden."""
     example = pairs[index]
@@ -134,6 +147,11 @@ def pairs() -> ColourPairs:
 def policy() -> Policy:
     torch.manual_seed(0)
     return make_policy()
+
+
+@pytest.fixture
+def looking_policy() -> Policy:
+    return make_looking_policy()
 
 
 @pytest.fixture

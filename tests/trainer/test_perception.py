@@ -1,0 +1,196 @@
+"""Token perception against the divergence of two whole forward passes, and the perturbation that it compares with."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmrpt.data.images import blacken_patches, blank, seed_of
+from mmrpt.perception import response_slices, shape_and_filter, token_perception
+from mmrpt.rollout.generate import generate
+from tests.trainer.conftest import COLOURS, response_logits
+
+
+@pytest.fixture
+def policy(looking_policy):
+    return looking_policy
+
+
+@pytest.fixture
+def views(policy, pairs):
+    """Two prompts with three responses each of lengths 1 to 5, and the pixels of both views."""
+    images = [pairs.image(pairs[i].id) for i in range(2)]
+    damaged = [blacken_patches(image, seed=i, patch_size=14) for i, image in enumerate(images)]
+    prompts = [policy.encode_prompt("restore: a <mask>" + " card" * i, 4) for i in range(2) for _ in range(3)]
+    ids = policy.encode_text("the card is red. cards are made of paper.")
+    responses = [ids[start : start + length] for start, length in ((0, 5), (1, 3), (2, 1), (3, 4), (0, 2), (4, 5))]
+    index = [0, 0, 0, 1, 1, 1]
+    clean, perturbed = policy.pixels(images), policy.pixels(damaged)
+    return prompts, responses, index, clean, perturbed
+
+
+def perceive(policy, views, perturbed=None, **options):
+    prompts, responses, index, clean, damaged = views
+    batch = policy.batch(prompts, responses, clean, index)
+    with torch.no_grad():
+        hidden, *_ = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
+    return token_perception(policy, prompts, responses, perturbed or damaged, index, hidden, **options)
+
+
+def divergence(kind, p, q, target):
+    """float64, over ids that can be sampled; p and q log-probabilities (V,) with -inf at the others."""
+    if kind == "k3":
+        gap = q[target] - p[target]
+        return float(gap.exp() - gap - 1)
+    own = torch.isfinite(p)
+    p, q = p[own], q[own]
+    if kind == "kl":
+        return float((p.exp() * (p - q)).sum())
+    middle = torch.logaddexp(p, q) - np.log(2)
+    return float((p.exp() * (p - middle)).sum() + (q.exp() * (q - middle)).sum()) / 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["kl", "js", "k3"])
+def test_perception_is_the_divergence_of_two_forward_passes(policy, views, kind, temperature):
+    prompts, responses, index, clean, damaged = views
+    found = perceive(policy, views, kind=kind, temperature=temperature)
+    assert found.shape == (6, 5) and found.dtype == torch.float32
+    with torch.no_grad():
+        seen = [
+            [(logits.double() / temperature).log_softmax(-1) for logits in response_logits(policy, batch)]
+            for batch in (policy.batch(prompts, responses, pixels, index) for pixels in (clean, damaged))
+        ]
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    for row, response in enumerate(responses):
+        for t, token in enumerate(response):
+            expected[row, t] = divergence(kind, seen[0][row][t], seen[1][row][t], token)
+    assert expected.max() > 1e-3, "the two views do not differ: the comparison would be empty"
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=2e-3, atol=2e-6)
+    assert (found >= 0).all()
+
+
+def test_nothing_is_perceived_where_the_image_is_the_same(policy, views):
+    assert perceive(policy, views, perturbed=views[3]).abs().max() < 1e-6
+    assert perceive(policy, views).max() > 1e-3
+
+
+def test_scores_past_the_end_are_zero_whatever_the_states_hold(policy, views):
+    prompts, responses, index, _, damaged = views
+    hidden = torch.full((6, 7, 32), torch.nan)  # wider than the longest response, as a generation's can be
+    for row, response in enumerate(responses):
+        hidden[row, : len(response)] = 0.1
+    scores = token_perception(policy, prompts, responses, damaged, index, hidden)
+    for row, response in enumerate(responses):
+        assert (scores[row, len(response) :] == 0).all() and torch.isfinite(scores[row]).all()
+
+
+def test_states_of_the_rollout_serve_as_the_clean_view(policy, pairs):
+    """The cached decoding's hidden states give the same scores as a forward pass over the finished responses."""
+    images = [pairs.image(pairs[i].id) for i in range(2)]
+    prompts = [policy.encode_prompt("restore: a <mask>" + " card" * i, 4) for i in range(2)]
+    pixels = policy.pixels(images)
+    out = generate(
+        policy, prompts, pixels, range(2), group_size=3, max_new_tokens=6, generator=torch.Generator().manual_seed(1)
+    )
+    rows, index = [p for p in prompts for _ in range(3)], [0, 0, 0, 1, 1, 1]
+    damaged = policy.pixels([blank(image) for image in images])
+    found = token_perception(policy, rows, out.token_ids, damaged, index, out.hidden)
+    wanted = perceive(policy, (rows, out.token_ids, index, pixels, damaged))
+    torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_response_slices_move_each_response_to_the_left():
+    ids = torch.tensor([[5, 6, 7, 8, 9, 0], [5, 6, 7, 0, 0, 0], [4, 5, 6, 7, 8, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
+    hidden = torch.arange(6.0).expand(3, 6)[..., None]
+    states, targets, kept = response_slices(hidden, ids, mask)
+    assert kept.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
+    assert targets.tolist() == [[7, 8, 9], [6, 7, 0], [9, 0, 0]]
+    assert [row[m].tolist() for row, m in zip(states[..., 0], kept, strict=True)] == [[1, 2, 3], [0, 1], [4]]
+
+
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.4, 0.5, 1.0])
+def test_each_trajectory_keeps_its_share_rounded_up(keep_ratio):
+    lengths = torch.tensor([1, 2, 5, 10, 30, 7])
+    mask = torch.arange(30) < lengths[:, None]
+    scores = torch.rand(6, 30, generator=torch.Generator().manual_seed(0)).where(mask, 9.0)
+    weights = shape_and_filter(scores, mask, keep_ratio=keep_ratio, min_weight=0.9)
+    expected = [ceil(Fraction(str(keep_ratio)) * int(n)) for n in lengths]
+    assert weights.perception_mask.sum(-1).tolist() == expected
+    for row in range(6):
+        kept = weights.perception_mask[row]
+        assert not (kept & ~mask[row]).any()
+        left = scores[row][mask[row] & ~kept]
+        assert not left.numel() or scores[row][kept].min() >= left.max()
+    assert float(weights.trajectory_weights.mean()) == pytest.approx(1.0, abs=1e-6)
+    assert float(weights.trajectory_weights.min()) == pytest.approx(0.9, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ the perturbation
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(0).integers(1, 256, (height, width, 3), dtype=np.uint8)  # no black pixel
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(56, 56), (50, 33), (14, 28), (13, 5), (100, 15)])
+def test_patches_are_black_or_untouched(width, height):
+    image = noise(width, height)
+    before = np.asarray(image)
+    after = np.asarray(blacken_patches(image, seed=4, patch_size=14, probability=0.5))
+    assert after.shape == before.shape
+    black = 0
+    for top in range(0, height, 14):
+        for left in range(0, width, 14):
+            patch = after[top : top + 14, left : left + 14]
+            untouched = before[top : top + 14, left : left + 14]
+            assert (patch == 0).all() or (patch == untouched).all(), (top, left)
+            black += int((patch == 0).all())
+    assert black >= 1
+    assert (np.asarray(image) == before).all()  # the image itself is left alone
+
+
+def test_the_draw_depends_on_the_seed_alone():
+    image = noise(112, 112)
+    np.random.seed(1)
+    first = np.asarray(blacken_patches(image, seed=7))
+    np.random.seed(2)
+    assert (np.asarray(blacken_patches(image, seed=7)) == first).all()
+    assert (np.asarray(blacken_patches(image, seed=8)) != first).any()
+    assert (np.asarray(blacken_patches(noise(112, 112).rotate(90), seed=7)) == 0).all(-1).sum() == (first == 0).all(
+        -1
+    ).sum()
+
+
+def test_the_share_of_black_patches_is_the_probability():
+    image = noise(140, 140)
+    for probability in (0.1, 0.5, 0.9):
+        shares = [
+            (np.asarray(blacken_patches(image, seed=seed, probability=probability)) == 0).all(-1).mean()
+            for seed in range(60)
+        ]  # 6,000 draws: standard error at most 0.0065
+        assert np.mean(shares) == pytest.approx(probability, abs=0.026), f"seeds 0 to 59, probability {probability}"
+    assert (np.asarray(blacken_patches(image, seed=0, probability=1.0)) == 0).all()
+
+
+def test_at_least_one_patch_is_black():
+    for seed in range(50):
+        black = (np.asarray(blacken_patches(noise(42, 42), seed=seed, probability=1e-9)) == 0).all(-1)
+        assert black.sum() == 14 * 14, f"seed {seed}"
+
+
+def test_blanked_images_are_one_grey_of_the_same_size():
+    image = Image.new("RGB", (30, 17), COLOURS["red"])
+    assert blank(image).size == (30, 17) and blank(image).getcolors() == [(30 * 17, (127, 127, 127))]
+
+
+def test_seeds_of_names_are_the_same_in_every_process():
+    assert seed_of(0, "round", 3) == 0x62E20D03 != seed_of(0, "round", 4)
+    assert len({seed_of(s, name, n) for s in range(3) for name in ("warmup", "rl") for n in range(200)}) == 1200
