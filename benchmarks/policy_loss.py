@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Case, Contender
-from benchmarks.logprobs import cut_cross_entropy, eager, missing, no_compiler, ours, trl
+from benchmarks.logprobs import compiled_per_shape, cut_cross_entropy, eager, missing, no_compiler, ours, trl
 from mmrpt_kernels import LogProbs, linear_logprobs, linear_policy_loss, linear_token_loss
 
 SEQUENCES = 8
@@ -135,7 +135,7 @@ def main(argv=None) -> int:
         return harness.with_backward(fn, ("hidden", "weight"), lambda out, inputs: out)
 
     plain = partial(loss_from_logps, eager)
-    compiled = torch.compile(plain, dynamic=False)
+    compiled = compiled_per_shape(plain)
     contenders = [
         Contender("eager", step(plain), baseline=True),
         Contender("eager, compiled", step(compiled), peer=True, skip=no_compiler(args.device)),
