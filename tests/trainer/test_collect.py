@@ -1,0 +1,154 @@
+"""A round of rollouts: every number of it made again from the model's own forward pass and the rewards by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mmrpt.advantage import group_advantages
+from mmrpt.data.images import blacken_patches, seed_of
+from mmrpt.rewards.exact import is_exact
+from mmrpt.rollout.collect import collect_round
+from tests.trainer.conftest import masked_colour, response_logits
+
+
+@pytest.fixture
+def policy(looking_policy):
+    return looking_policy
+
+
+@pytest.fixture
+def asked(pairs):
+    samples = [masked_colour(pairs, i) for i in (3, 0, 5, 2, 7, 4)]
+    return samples, {s.example_id: pairs.image(s.example_id) for s in samples}
+
+
+@pytest.fixture
+def settings(small_settings):
+    return small_settings("rollout.group_size=3", "rollout.max_new_tokens=5", "reward.format=1", "reward.semantic=0")
+
+
+def batch_of(policy, group, image):
+    pixels = policy.pixels([image])
+    return policy.batch([group.prompt] * len(group.responses), group.responses, pixels, [0] * len(group.responses))
+
+
+def test_groups_hold_what_was_sampled(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    outcome = collect_round(policy, samples, images, settings, seed=1)
+    assert len(outcome.rollouts) == len(outcome.rewards) == 18
+    assert [(r.sample_id, r.group) for r in outcome.rollouts] == [
+        (s.id, i) for i, s in enumerate(samples) for _ in "abc"
+    ]
+    weight = settings.reward.format + settings.reward.exact + settings.reward.prefix + settings.reward.semantic
+    for rollout, reward in zip(outcome.rollouts, outcome.rewards, strict=True):
+        body = [t for t in rollout.token_ids if t != policy.eos_token_id]
+        assert rollout.completion == policy.tokenizer.decode(body)
+        assert rollout.finished == (rollout.token_ids[-1] == policy.eos_token_id)
+        assert rollout.finished or len(rollout.token_ids) == 5
+        assert reward == pytest.approx(weight * rewards_with_signal(rollout.completion))
+    table = torch.tensor(outcome.rewards).view(6, 3)
+    with_signal = [i for i in range(6) if len(set(table[i].tolist())) > 1]
+    assert 0 < len(with_signal) < 6, "the seed must give groups of both kinds"
+    assert [g.sample_id for g in outcome.groups] == [samples[i].id for i in with_signal]
+    advantages, _ = group_advantages(table)
+    for group, i in zip(outcome.groups, with_signal, strict=True):
+        own = outcome.rollouts[3 * i : 3 * i + 3]
+        assert group.example_id == samples[i].example_id
+        assert group.responses == [list(r.token_ids) for r in own]
+        assert group.response_tokens == sum(len(r.token_ids) for r in own)
+        assert samples[i].masked_caption in policy.tokenizer.decode(group.prompt)
+        assert torch.equal(group.rewards, table[i]) and torch.equal(group.advantages, advantages[i])
+        width = max(len(r.token_ids) for r in own)
+        assert group.logps.shape == group.perception.shape == (3, width)
+
+
+def test_log_probs_and_perception_are_those_of_full_forward_passes(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    outcome = collect_round(policy, samples, images, settings, seed=1)
+    largest = 0.0
+    for group in outcome.groups:
+        damaged = blacken_patches(
+            images[group.example_id],
+            seed=seed_of(1, group.sample_id),
+            patch_size=settings.perception.patch_size,
+            probability=settings.perception.probability,
+        )
+        with torch.no_grad():
+            clean = response_logits(policy, batch_of(policy, group, images[group.example_id]))
+            blind = response_logits(policy, batch_of(policy, group, damaged))
+        for j, response in enumerate(group.responses):
+            p, q = clean[j].double().log_softmax(-1), blind[j].double().log_softmax(-1)
+            logps = p.gather(-1, torch.tensor(response)[:, None])[:, 0]
+            np.testing.assert_allclose(group.logps[j, : len(response)], logps, rtol=1e-3, atol=1e-4)
+            kl = (p.exp() * (p - q)).nan_to_num(0.0).sum(-1)
+            np.testing.assert_allclose(group.perception[j, : len(response)], kl, rtol=1e-2, atol=1e-5)
+            assert (group.logps[j, len(response) :] == 0).all() and (group.perception[j, len(response) :] == 0).all()
+            largest = max(largest, float(kl.max()))
+    assert largest > 1e-2
+
+
+def test_a_round_depends_on_its_arguments_alone(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    rounds = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(rounds))
+        np.random.seed(len(rounds))
+        policy.model.train(len(rounds) == 0)
+        rounds.append(collect_round(policy, samples, images, settings, seed=seed))
+    assert rounds[0].rollouts == rounds[1].rollouts != rounds[2].rollouts
+    assert rounds[0].metrics == rounds[1].metrics
+    for a, b in zip(rounds[0].groups, rounds[1].groups, strict=True):
+        assert torch.equal(a.logps, b.logps) and torch.equal(a.perception, b.perception)
+
+
+def test_metrics_are_means_over_all_that_was_sampled(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    outcome = collect_round(policy, samples, images, settings, seed=3)
+    rewards = np.array(outcome.rewards).reshape(6, 3)
+    lengths = [len(r.token_ids) for r in outcome.rollouts]
+    truths = [s.answer for s in samples for _ in range(3)]
+    expected = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(1, ddof=1).mean(),
+        "accuracy": np.mean([is_exact(r.completion, t) for r, t in zip(outcome.rollouts, truths, strict=True)]),
+        "format": np.mean([rewards_with_signal(r.completion) for r in outcome.rollouts]),
+        "groups_kept": len(outcome.groups) / 6,
+        "response_length": np.mean(lengths),
+        "finished": np.mean([r.finished for r in outcome.rollouts]),
+    }
+    assert outcome.metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_signal_there_is_no_group_and_no_second_pass(policy, asked, settings, monkeypatch):
+    samples, images = asked
+    monkeypatch.setattr("mmrpt.rollout.collect.token_perception", None)  # calling it would fail
+    outcome = collect_round(policy, samples, images, settings, seed=1)
+    assert outcome.groups == [] and outcome.metrics["groups_kept"] == 0 and len(outcome.rollouts) == 18
+
+
+def test_perception_can_be_switched_off(policy, asked, settings, rewards_with_signal, monkeypatch):
+    samples, images = asked
+    monkeypatch.setattr("mmrpt.rollout.collect.token_perception", None)
+    off = replace(settings, perception=replace(settings.perception, enabled=False))
+    outcome = collect_round(policy, samples, images, off, seed=1)
+    assert outcome.groups and all((g.perception == 0).all() for g in outcome.groups)
+
+
+def test_the_same_caption_twice_in_a_round_gives_two_groups(policy, asked, settings, rewards_with_signal):
+    """At an epoch's end a sample can follow itself."""
+    samples, images = asked
+    outcome = collect_round(policy, [samples[0]] * 6, images, settings, seed=5)
+    assert len(outcome.groups) > 1
+    responses = [tuple(map(tuple, g.responses)) for g in outcome.groups]
+    assert len(set(responses)) == len(responses)  # the draws differ although the prompts do not
+
+
+def test_the_greatest_reward_wins_the_greatest_advantage(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    for group in collect_round(policy, samples, images, settings, seed=1).groups:
+        assert int(group.advantages.argmax()) == int(group.rewards.argmax())
+        assert float(group.advantages.sum()) == pytest.approx(0, abs=1e-5)
