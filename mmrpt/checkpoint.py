@@ -1,7 +1,7 @@
 """Checkpoints: plain Hugging Face folders with one file more, whole or not there at all.
 
-A phase writes `<phase>-<step>` while it runs and `<phase>` when it is done. Every draw of a phase is seeded by its step,
-so weights, optimiser state, counters and waiting groups are all there is to restore.
+A phase writes `<phase>-<step>` while it runs and `<phase>` when it is done. Every draw of a phase is seeded by its
+step, so weights, optimiser state, counters and waiting groups are all there is to restore.
 """
 
 from __future__ import annotations

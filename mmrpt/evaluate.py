@@ -1,4 +1,4 @@
-"""Does it look? Restored-span accuracy on held-out sets, each number beside the same with the image blanked and swapped."""
+"""Does it look? Restored-span accuracy on held-out sets, beside the same with the image blanked and swapped."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ PICTURES_PER_SOURCE = 6
 def write_gallery(folder: Path, sources: Sources, settings: Settings) -> None:
     """images/<id>.png, <id>_blanked.png and <id>_perturbed.png of the first examples of each file that shows some.
 
-    Training examples come from samples.jsonl (the last steps), held-out ones from answers.jsonl (the first of each set).
+    Training examples come from samples.jsonl (its last steps), held-out ones from answers.jsonl (first of each set).
     """
     target = folder / "images"
     target.mkdir(exist_ok=True)

@@ -100,7 +100,7 @@ class Policy:
         return cls(model, AutoTokenizer.from_pretrained(folder), _load_image_processor(folder))
 
     def save(self, folder: str | Path) -> None:
-        """Writes an ordinary Hugging Face folder: first beside its place, then renamed, so that no half folder stays."""
+        """Writes an ordinary Hugging Face folder, first beside its place, then renamed: no half folder stays."""
         folder = Path(folder)
         part = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The two losses: supervised next-token loss for the warm-up, and the perception-filtered clipped loss of the RL phase."""
+"""The two losses: next-token loss for the warm-up, and the perception-filtered clipped loss of the RL phase."""
 
 from __future__ import annotations
 

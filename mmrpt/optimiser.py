@@ -1,4 +1,4 @@
-"""The optimiser, a learning rate that is a function of the step alone, and the guard around a step that is not finite."""
+"""The optimiser, its learning rate as a function of the step alone, and the guard around a step that is not finite."""
 
 from __future__ import annotations
 

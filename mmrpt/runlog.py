@@ -45,9 +45,9 @@ class RunLog:
                 continue
             rows = read_jsonl(path)
             kept = [
-                r for r in rows if r.get("phase", "rl") not in later and not (
-                    r.get("phase", "rl") == phase and r["step"] >= step
-                )
+                r
+                for r in rows
+                if r.get("phase", "rl") not in later and not (r.get("phase", "rl") == phase and r["step"] >= step)
             ]
             if len(kept) < len(rows):
                 self.close(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -17,9 +17,10 @@ TOKENIZER_CAPTIONS = 1_000
 
 @dataclass(frozen=True)
 class Sources:
-    """`train` is sampled from; `held_out` maps a set's name to pairs never trained on."""
+    """`train` is sampled from, `first` by the warm-up's sentence steps; `held_out` names sets never trained on."""
 
     train: PairSource
+    first: PairSource
     held_out: dict[str, PairSource]
     world: World | None
 
@@ -38,7 +39,9 @@ def open_sources(settings: Settings) -> Sources:
     if settings.data.pairs is None:
         world = World(settings.world)
         held_out = {n: world.source(n, 2 * settings.evaluation.samples) for n in world.SPLITS if n != "train"}
-        return Sources(world.source("train", settings.data.size), held_out, world)
+        simple = World(replace(settings.world, min_cards=1, max_cards=1))
+        first = simple.source("train", settings.data.size)
+        return Sources(world.source("train", settings.data.size), first, held_out, world)
     try:
         pairs = open_pairs(settings.data.pairs)
     except (OSError, ValueError) as error:
@@ -49,7 +52,8 @@ def open_sources(settings: Settings) -> Sources:
             f"data.held_out is {settings.data.held_out} of {len(pairs)} pairs: expected at least 2 to evaluate on and "
             "at least 1 left to train on; change data.held_out or bring more pairs."
         )
-    return Sources(_Part(pairs, 0, kept), {"held_out": _Part(pairs, kept, len(pairs))}, None)
+    train = _Part(pairs, 0, kept)
+    return Sources(train, train, {"held_out": _Part(pairs, kept, len(pairs))}, None)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ reinforcement gets.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mmrpt.config import PromptSettings
@@ -15,6 +17,8 @@ from mmrpt.masking.build import random_masks
 from mmrpt.models import Policy
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
 
+THINK_WORDS = 3  # of the span's sentence, before the span: long enough to say which thing is meant
+
 
 def epoch_order(size: int, *seed: object) -> np.ndarray:
     """The order in which an epoch visits its items: a permutation that depends on the seed's parts alone."""
@@ -22,7 +26,7 @@ def epoch_order(size: int, *seed: object) -> np.ndarray:
 
 
 def items_at(first: int, count: int, size: int, *seed: object) -> list[int]:
-    """Items `first` to `first + count` of an endless stream over `size` items: epoch after epoch, each in its own order."""
+    """Items `first` to `first + count` of an endless stream over `size` items, each epoch in its own order."""
     orders: dict[int, np.ndarray] = {}
     items = []
     for position in range(first, first + count):
@@ -41,10 +45,17 @@ def supervised_batch(
     *,
     restore_fraction: float,
     seed: int,
+    one_sentence: bool = False,
 ) -> Batch:
-    """Rows of prompt and wanted response, one per item; which rows restore a word is drawn from `seed`."""
+    """Rows of prompt and wanted response, one per item; which rows restore a word is drawn from `seed`.
+
+    `one_sentence` cuts each caption down to one of its sentences: short rows, in which a larger share of the words is
+    about the image, teach a model from scratch to look before it meets whole captions.
+    """
     rng = np.random.default_rng(seed)
     examples = [source[i] for i in items]
+    if one_sentence:
+        examples = [sentence_example(example, rng) for example in examples]
     pixels = policy.pixels([source.image(e.id) for e in examples])
     counts = pixels.tokens_per_image(policy.merge_size).tolist()
     rows = [_row(example, prompts, restore_fraction, rng) for example in examples]
@@ -53,15 +64,25 @@ def supervised_batch(
     return policy.batch(encoded_prompts, responses, pixels, range(len(examples)))
 
 
+def sentence_example(example: Example, rng: np.random.Generator) -> Example:
+    """The example with one random sentence as its caption; where the truth is known, one that needs the image."""
+    spans = sentence_spans(example.caption)
+    needing = [s for s in spans if any(w.needs_image and s[0] <= w.start < s[1] for w in example.words)]
+    start, end = (needing or spans)[rng.integers(len(needing or spans))]
+    words = tuple(replace(w, start=w.start - start, end=w.end - start) for w in example.words if start <= w.start < end)
+    return Example(example.id, example.caption[start:end], words)
+
+
 def restored_response(example: Example, sample: MaskedSample) -> str:
-    """The wanted completion of a masked sample: think by restoring the sentence, then answer with the span alone."""
-    sentence = next(
-        (example.caption[a:b] for a, b in sentence_spans(example.caption) if a <= sample.start < b), example.caption
-    )
-    return f"<think> {sentence}</think><answer> {sample.answer}</answer>"
+    """The wanted completion of a masked sample: think by restoring the words up to the span, then give it alone."""
+    start = next((a for a, b in sentence_spans(example.caption) if a <= sample.start < b), 0)
+    before = example.caption[start : sample.start].split()[-THINK_WORDS:]
+    return f"<think> {' '.join([*before, sample.answer])}</think><answer> {sample.answer}</answer>"
 
 
-def _row(example: Example, prompts: PromptSettings, restore_fraction: float, rng: np.random.Generator) -> tuple[str, str]:
+def _row(
+    example: Example, prompts: PromptSettings, restore_fraction: float, rng: np.random.Generator
+) -> tuple[str, str]:
     if rng.random() < restore_fraction:
         masked = random_masks(example, 1, mask=prompts.mask, rng=rng)
         if masked:

@@ -34,9 +34,8 @@ from mmrpt.runlog import RunLog, environment, write_json
 from mmrpt.samplelog import log_step
 from mmrpt.sources import Sources, open_sources
 from mmrpt.supervised import items_at, supervised_batch
-from mmrpt.types import MaskedSample, SentenceScore
+from mmrpt.types import Batch, MaskedSample, SentenceScore
 from mmrpt.world.tiny_vlm import build_tiny_vlm
-
 
 IMAGES_FOR_START = 64  # that the tiny model's vision tower is scaled on
 
@@ -141,7 +140,9 @@ class Trainer:
             return
         buffer = GroupBuffer.from_state(state.get("buffer", []))
         number = state.get("round", 0)
-        bar = tqdm(range(start, settings.rl.steps), desc="reinforce", unit="step", initial=start, total=settings.rl.steps)
+        bar = tqdm(
+            range(start, settings.rl.steps), desc="reinforce", unit="step", initial=start, total=settings.rl.steps
+        )
         for step in bar:
             rounds = list(fill_buffer(self.policy, buffer, samples, self.images, settings, number))
             number += len(rounds)
@@ -205,23 +206,14 @@ class Trainer:
     def _supervised(
         self, phase: str, steps: int, batch_size: int, optimiser_settings: OptimiserSettings, *, first_item: int
     ) -> None:
-        settings, source = self.settings, self.sources.train
+        settings = self.settings
         previous = "warmup" if phase == "control" else None
         start, _, optimiser = self._open_phase(phase, previous, optimiser_settings)
         if start is None:
             return
         bar = tqdm(range(start, steps), desc=phase, unit="step", initial=start, total=steps)
         for step in bar:
-            items = items_at(first_item + step * batch_size, batch_size, len(source), settings.seed, "supervised")
-            batch = supervised_batch(
-                self.policy,
-                source,
-                items,
-                settings.prompts,
-                restore_fraction=settings.warmup.restore_fraction,
-                seed=seed_of(settings.seed, phase, step),
-            )
-            loss = supervised_loss(self.policy, batch)
+            loss = supervised_loss(self.policy, self._supervised_batch(phase, step, batch_size, first_item))
             loss.backward()
             metrics = optimiser.step(step, steps)
             self.log.metrics(phase, step, loss=loss.item(), **metrics)
@@ -229,6 +221,22 @@ class Trainer:
             if (step + 1) % settings.checkpoint_every == 0:
                 self._save_partial(phase, step + 1, optimiser, {})
         self._finish_phase(phase, steps)
+
+    def _supervised_batch(self, phase: str, step: int, batch_size: int, first_item: int) -> Batch:
+        settings = self.settings
+        sentences = phase == "warmup" and step < settings.warmup.sentence_steps
+        source = self.sources.first if sentences else self.sources.train
+        size = settings.warmup.sentence_batch_size if sentences else batch_size
+        items = items_at(first_item + step * size, size, len(source), settings.seed, "supervised", sentences)
+        return supervised_batch(
+            self.policy,
+            source,
+            items,
+            settings.prompts,
+            restore_fraction=settings.warmup.restore_fraction,
+            seed=seed_of(settings.seed, phase, step),
+            one_sentence=sentences,
+        )
 
     def _open_phase(
         self, phase: str, previous: str | None, optimiser_settings: OptimiserSettings

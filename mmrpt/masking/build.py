@@ -25,15 +25,14 @@ def build_masked_samples(
     """
     dependent = sorted((s for s in scores if s.score >= threshold), key=lambda s: (-s.score, s.sentence))
     queues = [
-        [(score, span) for span in choose_spans(
-            example.caption, score, count=spans_per_caption, max_words=max_span_words
-        )]
+        [
+            (score, span)
+            for span in choose_spans(example.caption, score, count=spans_per_caption, max_words=max_span_words)
+        ]
         for score in dependent
     ]
     turns = [queue[turn] for turn in range(spans_per_caption) for queue in queues if turn < len(queue)]
-    return [
-        _sample(example, score, span.start, span.end, span.mass, mask) for score, span in turns[:spans_per_caption]
-    ]
+    return [_sample(example, score, span.start, span.end, span.mass, mask) for score, span in turns[:spans_per_caption]]
 
 
 def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Generator) -> list[MaskedSample]:

@@ -67,9 +67,7 @@ def _visual_share(masses: Tensor) -> Tensor:
     return torch.where(total > 0, masses[..., 0] / total.clamp_min(1e-12), 0.0).mean(0)
 
 
-def _sentences_of(
-    example: Example, offsets: Sequence[tuple[int, int]], masses: Sequence[float]
-) -> list[SentenceScore]:
+def _sentences_of(example: Example, offsets: Sequence[tuple[int, int]], masses: Sequence[float]) -> list[SentenceScore]:
     scores = []
     for index, (start, end) in enumerate(sentence_spans(example.caption)):
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
@@ -80,7 +78,5 @@ def _sentences_of(
             truth = any(w.needs_image for w in example.words if start <= w.start < end)
         own = [masses[i] for i in inside]
         spans = tuple(tuple(offsets[i]) for i in inside)
-        scores.append(
-            SentenceScore(example.id, index, start, end, sum(own) / len(own), spans, tuple(own), truth)
-        )
+        scores.append(SentenceScore(example.id, index, start, end, sum(own) / len(own), spans, tuple(own), truth))
     return scores

@@ -23,7 +23,9 @@ def choose_threshold(
     """
     values = np.sort(np.asarray(scores, dtype=np.float64))
     if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"{values.size} scores, all finite: {bool(np.isfinite(values).all())}; expected finite scores.")
+        raise ValueError(
+            f"{values.size} scores, all finite: {bool(np.isfinite(values).all())}; expected finite scores."
+        )
     if method == "quantile":
         return float(np.quantile(values, quantile))
     if method == "mean_std":

@@ -14,11 +14,35 @@ from typing import Any
 from mmrpt.rewards.text import completion_text, extract_answer, words_of
 
 COLOURS = frozenset(
-    "red orange yellow green blue purple pink grey white black brown teal cyan magenta turquoise gold silver beige".split()
+    [
+        "red",
+        "orange",
+        "yellow",
+        "green",
+        "blue",
+        "purple",
+        "pink",
+        "grey",
+        "white",
+        "black",
+        "brown",
+        "teal",
+        "cyan",
+        "magenta",
+        "turquoise",
+        "gold",
+        "silver",
+        "beige",
+    ]
 )
-COUNTS = {w: n for n, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+COUNTS = {
+    w: n
+    for n, w in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    )
+}
 SIDES = {"left": "x", "right": "x", "top": "y", "upper": "y", "bottom": "y", "lower": "y", "centre": "c", "middle": "c"}
-RELATIONS = frozenset("above below under over beside behind inside outside near between".split())
+RELATIONS = frozenset(["above", "below", "under", "over", "beside", "behind", "inside", "outside", "near", "between"])
 SYNONYMS = {"gray": "grey", "upper": "top", "lower": "bottom", "center": "centre", "violet": "purple", "under": "below"}
 ARTICLES = frozenset({"a", "an", "the"})
 

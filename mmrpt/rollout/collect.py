@@ -22,7 +22,7 @@ from mmrpt.types import MaskedSample, Rollout
 
 @dataclass(frozen=True)
 class Round:
-    """`groups` have signal; `rollouts` and `rewards` are all that was sampled, group after group; `metrics` its means."""
+    """`groups` have signal; `rollouts` and `rewards` are all that was sampled, in order; `metrics` their means."""
 
     groups: list[Group]
     rollouts: list[Rollout]

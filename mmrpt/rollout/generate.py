@@ -83,7 +83,12 @@ def _read_prompts(
 
 
 def _decode(
-    policy: Policy, state: _State, max_new_tokens: int, temperature: float, top_p: float, generator: torch.Generator | None
+    policy: Policy,
+    state: _State,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
 ) -> Generation:
     bias = policy.sampling_bias()
     rows = state.hidden.shape[0]

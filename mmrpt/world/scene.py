@@ -47,18 +47,25 @@ class Scene:
         return ";".join(f"{card.cell} {card.object} {card.colour}" for card in self.cards)
 
 
-def place(draws: Draws, cell: int, concept: Concept, colour: str, image_size: int) -> Card:
-    """A card in its cell with jittered size, place and tint. Lengths are in 112ths of the image, rounded to pixels."""
+def place(draws: Draws, cell: int, concept: Concept, colour: str, image_size: int, jitter: float = 1.0) -> Card:
+    """A card in its cell, its size, place and tint jittered by `jitter` in [0, 1] of the room that there is.
+
+    Lengths are in 112ths of the image, rounded to pixels.
+    """
     unit = image_size / 112
-    side = round(draws.pick((46, 48, 50)) * unit)
-    room = image_size // 2 - side
+
+    def around(middle: float, reach: float) -> int:
+        return round(middle + reach * jitter * (2 * draws.uniform() - 1))
+
+    side = around(48 * unit, 2 * unit)
     border = max(1, round(unit))
-    left = cell % 2 * (image_size // 2) + border + draws.below(max(1, room - 2 * border + 1))
-    top = cell // 2 * (image_size // 2) + border + draws.below(max(1, room - 2 * border + 1))
-    size = min(round(draws.pick((36, 38, 40)) * unit), side - 2 * border - 2)
+    free = (image_size // 2 - side) / 2
+    left = cell % 2 * (image_size // 2) + around(free, free - border)
+    top = cell // 2 * (image_size // 2) + around(free, free - border)
+    size = min(around(38 * unit, 2 * unit), side - 2 * border - 2)
     slack = (side - size) // 2
-    wobble = min(slack - 1 - border, round(unit))
-    at = tuple(edge + slack + (draws.below(2 * wobble + 1) - wobble if wobble > 0 else 0) for edge in (left, top))
+    wobble = max(0, min(slack - 1 - border, round(unit)))
+    at = tuple(edge + slack + around(0, wobble) for edge in (left, top))
     return Card(
         object=concept.name,
         category=concept.category,

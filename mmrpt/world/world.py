@@ -30,12 +30,14 @@ class WorldConfig:
     `language_bias` is the probability that a card's colour is the usual one of its object's category, so that the
     object's word predicts the colour's; 0: every colour alike. `object_zipf` s > 0 gives the k-th object a frequency
     in proportion to k ** -s. `card_weights` and `sentence_weights` are relative frequencies of 1 to 4 cards and of
-    3 to 6 sentences. `image_size` in pixels; a multiple of 28 suits the tiny model.
+    3 to 6 sentences. `jitter` in [0, 1] moves and scales cards within their cells: the more, the more pictures a model
+    needs before it tells objects apart. `image_size` in pixels; a multiple of 28 suits the tiny model.
     """
 
     seed: int = 0
     concepts: int = 224
     image_size: int = 112
+    jitter: float = 0.0
     min_cards: int = 1
     max_cards: int = 4
     language_bias: float = 0.3
@@ -52,6 +54,7 @@ class WorldConfig:
         _require(1 <= self.min_cards <= 4, "min_cards", self.min_cards, "1 to 4")
         _require(self.min_cards <= self.max_cards <= 4, "max_cards", self.max_cards, "min_cards to 4")
         _require(0 <= self.language_bias <= 1, "language_bias", self.language_bias, "0 (no bias) to 1 (always)")
+        _require(0 <= self.jitter <= 1, "jitter", self.jitter, "0 (fixed places) to 1 (all the room there is)")
         _require(0 <= self.object_zipf <= 5, "object_zipf", self.object_zipf, "0 (uniform) to 5")
         for name, weights in (("card_weights", self.card_weights), ("sentence_weights", self.sentence_weights)):
             object.__setattr__(self, name, tuple(float(w) for w in weights))  # a list comes from YAML
@@ -105,7 +108,7 @@ class World:
         else:
             raise ValueError(f"no scene for split {split} in {_PATIENCE} draws; raise world.concepts or max_cards.")
         size = self.config.image_size
-        cards: tuple[Card, ...] = tuple(place(draws, *part, size) for part in plan)
+        cards: tuple[Card, ...] = tuple(place(draws, *part, size, self.config.jitter) for part in plan)
         return Scene(cards, "fluent" if split == "new_style" else "noto", draws.below(BACKGROUNDS), size)
 
     def example(self, split: str, index: int) -> Example:

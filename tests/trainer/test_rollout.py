@@ -52,7 +52,12 @@ def test_draws_depend_on_the_generator_alone(policy, pairs):
     prompts, pixels = prompts_and_pixels(policy, pairs)
     draw = [
         generate(
-            policy, prompts, pixels, range(3), group_size=2, max_new_tokens=5,
+            policy,
+            prompts,
+            pixels,
+            range(3),
+            group_size=2,
+            max_new_tokens=5,
             generator=torch.Generator().manual_seed(seed),
         ).token_ids
         for seed in (1, 1, 2)
@@ -65,7 +70,13 @@ def test_suppressed_ids_never_appear(policy, pairs):
         policy.head_weight[policy.image_token_id] = 50 * policy.head_weight.abs().sum(0)
     prompts, pixels = prompts_and_pixels(policy, pairs)
     out = generate(
-        policy, prompts, pixels, range(3), group_size=8, max_new_tokens=8, temperature=3.0,
+        policy,
+        prompts,
+        pixels,
+        range(3),
+        group_size=8,
+        max_new_tokens=8,
+        temperature=3.0,
         generator=torch.Generator().manual_seed(0),
     )
     sampled = {token for row in out.token_ids for token in row}
@@ -75,7 +86,9 @@ def test_suppressed_ids_never_appear(policy, pairs):
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])
     assert torch.equal(_nucleus(p, 0.75) > 0, torch.tensor([[True, True, False, False], [False, False, True, True]]))
-    assert torch.equal(_nucleus(p, 0.0001) > 0, torch.tensor([[True, False, False, False], [False, False, False, True]]))
+    assert torch.equal(
+        _nucleus(p, 0.0001) > 0, torch.tensor([[True, False, False, False], [False, False, False, True]])
+    )
 
 
 def test_training_mode_is_left_as_it_was(policy, pairs):
