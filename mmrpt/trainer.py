@@ -243,6 +243,7 @@ class Trainer:
     ) -> tuple[int | None, dict[str, Any], Optimiser | None]:
         """(first step, saved state, optimiser) of a phase; (None, {}, None) when it is done already."""
         if (self.checkpoints / phase).exists():
+            drop_older(self.checkpoints, phase, keep=None)  # still there after a kill between the end and its clean-up
             return None, {}, None
         partial = latest_checkpoint(self.checkpoints, phase)
         if partial is not None:
