@@ -1,0 +1,305 @@
+"""Killed at any moment and resumed, a run ends in the same weights and files, bit for bit.
+
+A kill is an exception that nothing catches, after which the dead process writes nothing: `finally` blocks that would
+clean up fail too, and the write it died in is torn. One test sends a real SIGKILL to a real process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmrpt.config import load_settings
+from mmrpt.data.jsonl import read_jsonl
+from mmrpt.rewards.combine import REWARDS
+from mmrpt.sources import Sources
+from mmrpt.train import main
+from mmrpt.trainer import Trainer
+from tests.trainer.conftest import SMALL_RUN, ColourPairs
+
+PHASES = ("warmup", "rl", "control")
+EXACT_FILES = ("scores.jsonl", "masked.jsonl", "masking.json", "answers.jsonl", "perception.jsonl", "samples.jsonl")
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in the trainer may catch it."""
+
+
+def patch_outside_world(patch: pytest.MonkeyPatch) -> None:
+    """Pairs of coloured cards, rewards that an untrained model can earn, and no plots."""
+
+    def column(completions, **_):
+        return [float(zlib.crc32(c.encode()) % 3 == 0) for c in completions]
+
+    def open_sources(settings):
+        train = ColourPairs(24)
+        return Sources(train=train, first=train, held_out={"new_scenes": ColourPairs(9, "new")}, world=None)
+
+    for name in REWARDS:
+        patch.setitem(REWARDS, name, column)
+    patch.setattr("mmrpt.trainer.open_sources", open_sources)
+    patch.setattr("mmrpt.report.write_report", lambda folder: folder / "report.md")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outside_world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch_outside_world(patch)
+        yield
+
+
+def settings_in(folder: Path, *overrides: str):
+    return load_settings(None, [f"output={folder}", "name=run", *SMALL_RUN, *overrides])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    settings = settings_in(tmp_path_factory.mktemp("straight"))
+    Trainer(settings).run()
+    return settings.run_dir
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def check_same_run(found: Path, wanted: Path) -> None:
+    assert sorted(p.name for p in (found / "checkpoints").iterdir()) == sorted(PHASES)
+    for phase in PHASES:
+        a, b = (load_file(folder / "checkpoints" / phase / "model.safetensors") for folder in (found, wanted))
+        assert a.keys() == b.keys()
+        different = [name for name in b if not torch.equal(a[name], b[name])]
+        assert not different, f"{phase}: {len(different)} of {len(b)} tensors differ, {different[:3]}"
+    for name in EXACT_FILES:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+    metrics = [without_seconds(read_jsonl(folder / "metrics.jsonl")) for folder in (found, wanted)]
+    assert metrics[0] == metrics[1]
+    results = [json.loads((folder / "evaluation.json").read_text()) for folder in (found, wanted)]
+    assert without_seconds(results[:1]) == without_seconds(results[1:])
+    names = [{str(p.relative_to(f)) for p in f.rglob("*") if p.suffix != ".tmp"} for f in (found, wanted)]
+    assert names[0] - {"config.yaml"} == names[1]  # which the command line writes
+
+
+# ------------------------------------------------------------------------------------------------ killing
+
+
+class Mortal:
+    """Wraps functions so that the process "dies" in one of them; what it would write after that fails too."""
+
+    WRITES = (
+        "os.replace",
+        "shutil.rmtree",
+        "torch.save",
+        "pathlib.Path.write_text",
+        "pathlib.Path.unlink",
+        "pathlib.Path.mkdir",
+        "mmrpt.data.jsonl.JsonlWriter.write",
+        "mmrpt.models.Policy.write_files",
+    )
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.dead, self.writes, self.die_in_write = patch, False, 0, 0
+        for path in self.WRITES:
+            self._wrap(path, self._write)
+
+    def at(self, path: str, call: int, *, after: bool = False) -> None:
+        """Dies in the given call (from 1) of a function, before or after its work."""
+        count = 0
+
+        def counted(function, *args, **kwargs):
+            nonlocal count
+            count += 1
+            if count < call:
+                return function(*args, **kwargs)
+            if after:
+                function(*args, **kwargs)
+            self.die()
+
+        self._wrap(path, counted)
+
+    def die(self) -> None:
+        self.dead = True
+        raise Killed
+
+    def _write(self, function, *args, **kwargs):
+        if self.dead:
+            raise Killed
+        self.writes += 1
+        if self.writes == self.die_in_write:
+            self._tear(function, args)
+            self.die()
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _tear(function, args) -> None:
+        """Half of what the call would have written."""
+        if function.__name__ == "save":
+            Path(args[1]).write_bytes(b"PK\x03\x04 half")
+        elif function.__name__ == "write_text":
+            args[0].write_bytes(args[1].encode()[: len(args[1]) // 2])
+        elif function.__name__ == "write":
+            line = json.dumps(args[1], ensure_ascii=False)
+            args[0]._file.write(line[: len(line) // 2])
+            args[0]._file.flush()
+        elif function.__name__ == "write_files":
+            (args[1] / "model.safetensors").write_bytes(b"half")
+        elif function.__name__ == "rmtree":
+            for file in list(Path(args[0]).glob("*.json")):
+                os.remove(file)
+
+    def _wrap(self, path: str, around) -> None:
+        owner, name = path.rsplit(".", 1)
+        try:
+            owner = importlib.import_module(owner)
+        except ModuleNotFoundError:  # a class in a module
+            module, cls = owner.rsplit(".", 1)
+            owner = getattr(importlib.import_module(module), cls)
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            return around(function, *args, **kwargs)
+
+        wrapped.__name__ = function.__name__
+        self.patch.setattr(owner, name, wrapped)
+
+
+def kill(settings, path: str, call: int, *, after: bool = False) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        mortal = Mortal(patch)
+        mortal.at(path, call, after=after)
+        with pytest.raises(Killed):
+            Trainer(settings).run()
+
+
+MOMENTS = {
+    "in the warm-up, between checkpoints": ("mmrpt.trainer.supervised_loss", 4, False),
+    "in the warm-up, before its first checkpoint": ("mmrpt.trainer.supervised_loss", 2, False),
+    "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 4, False),
+    "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 4, True),
+    "right after a checkpoint": ("mmrpt.trainer.drop_older", 1, False),
+    "between the last checkpoint of a phase and its end": ("mmrpt.trainer.save_checkpoint", 3, False),
+    "while captions are scored": ("mmrpt.trainer.score_sentences", 2, False),
+    "between scores and masks": ("mmrpt.trainer.choose_threshold", 1, False),
+    "while rollouts are sampled": ("mmrpt.reinforce.collect_round", 4, False),
+    "in a step of reinforcement": ("mmrpt.reinforce.policy_loss", 4, False),
+    "between a step of reinforcement and its log": ("mmrpt.trainer.log_step", 4, False),
+    "at the end of reinforcement": ("mmrpt.trainer.log_step", 6, True),
+    "in the control": ("mmrpt.trainer.supervised_loss", 5 + 4, False),
+    "between two models' evaluation": ("mmrpt.trainer.evaluate_policy", 2, False),
+    "in an evaluation": ("mmrpt.evaluate.answer_samples", 5, False),
+    "among the pictures": ("mmrpt.trainer.write_gallery", 1, False),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_as_if_nothing_had_been(straight, tmp_path, moment):
+    settings = settings_in(tmp_path)
+    path, call, after = MOMENTS[moment]
+    kill(settings, path, call, after=after)
+    Trainer(settings).run()
+    check_same_run(settings.run_dir, straight)
+
+
+def test_groups_that_wait_and_epochs_that_turn_survive(straight, tmp_path):
+    """Killed in reinforcement with groups in the buffer, before a round that ends an epoch of samples and begins one."""
+    settings = settings_in(tmp_path)
+    size = len(read_jsonl(straight / "masked.jsonl"))
+    per_round, waited, turned = settings.rollout.prompts, [], []
+    for call in (3, 5):
+        shutil.rmtree(settings.run_dir, ignore_errors=True)
+        kill(settings, "mmrpt.trainer.train_on_groups", call)
+        (checkpoint,) = (settings.run_dir / "checkpoints").glob("rl-*")
+        state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
+        rounds = range(state["round"], state["round"] + 3)
+        waited.append(len(state["buffer"]))
+        turned.append(any(n * per_round // size < ((n + 1) * per_round - 1) // size for n in rounds))
+        Trainer(settings).run()
+        check_same_run(settings.run_dir, straight)
+    assert max(waited) > 0, f"no group waited at the checkpoints {waited}: these settings test nothing"
+    assert any(turned), f"no round met the end of an epoch of {size} samples: these settings test nothing"
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_killed_again_and_again(straight, tmp_path, seed):
+    """Dies in the middle of a write, every few writes, each torn, until it is through."""
+    settings, rng = settings_in(tmp_path), np.random.default_rng(seed)
+    deaths = 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            mortal = Mortal(patch)
+            mortal.die_in_write = int(rng.integers(10, 45))
+            try:
+                Trainer(settings).run()
+                break
+            except Killed:
+                deaths += 1
+                assert deaths < 40, f"seed {seed}: no progress"
+    assert deaths >= 2, f"seed {seed}: only {deaths} deaths, {mortal.writes} writes in the last life"
+    check_same_run(settings.run_dir, straight)
+
+
+def test_a_finished_run_is_left_as_it_is(straight):
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
+    Trainer(settings_in(straight.parent)).run()
+    changed = {p.name for p, at in before.items() if p.stat().st_mtime_ns != at}
+    assert changed <= {"environment.json", "seconds.json", "evaluation.json"}, changed  # wall times alone
+    assert {p for p in straight.rglob("*") if p.is_file()} == set(before)
+
+
+def test_another_seed_is_another_run(straight, tmp_path):
+    settings = settings_in(tmp_path, "seed=1", "control.enabled=false", "evaluation.samples=2")  # and no control
+    Trainer(settings).run()
+    for phase in ("warmup", "rl"):
+        a, b = (load_file(f / "checkpoints" / phase / "model.safetensors") for f in (settings.run_dir, straight))
+        assert not any(torch.equal(a[name], b[name]) for name in b if a[name].ndim > 1), phase
+    assert not (settings.run_dir / "checkpoints" / "control").exists()
+
+
+def test_checkpoints_do_not_change_the_run(straight, tmp_path):
+    """How often a run saves leaves no trace in its weights."""
+    settings = settings_in(tmp_path, "checkpoint_every=1000")
+    Trainer(settings).run()
+    check_same_run(settings.run_dir, straight)
+
+
+# ------------------------------------------------------------------------------------------------ a real process
+
+
+def child(arguments: list[str]) -> None:
+    """What the killed process runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch_outside_world(patch)
+        sys.exit(main(arguments))
+
+
+def test_a_process_that_gets_sigkill_is_resumed_by_the_command_line(straight, tmp_path):
+    arguments = [f"output={tmp_path}", "name=run", *SMALL_RUN]
+    code = f"from tests.trainer.test_resume import child; child({arguments!r})"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, stderr=subprocess.DEVNULL)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        rows = read_jsonl(metrics) if metrics.exists() else []
+        if any(row["phase"] == "rl" and row["step"] >= 2 for row in rows):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait(10) == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (tmp_path / "run" / "checkpoints" / "rl").exists()
+    assert main(["--resume", f"output={tmp_path}", "name=run"]) == 0
+    check_same_run(tmp_path / "run", straight)
