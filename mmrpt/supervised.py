@@ -7,10 +7,11 @@ reinforcement gets.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
-from mmrpt.config import PromptSettings
+from mmrpt.config import PromptSettings, WarmupSettings
 from mmrpt.data.images import seed_of
 from mmrpt.data.sentences import sentence_spans
 from mmrpt.masking.build import random_masks
@@ -35,6 +36,27 @@ def items_at(first: int, count: int, size: int, *seed: object) -> list[int]:
             orders[epoch] = epoch_order(size, *seed, epoch)
         items.append(int(orders[epoch][offset]))
     return items
+
+
+Lesson = Literal["first sentences", "sentences", "captions"]
+
+
+def lesson_of(step: int, settings: WarmupSettings, seed: int) -> Lesson:
+    """What a warm-up step trains on: single sentences of simple scenes first, then more and more whole captions.
+
+    A sudden change from sentences to captions undoes what the sentences taught, so after `sentence_steps` the share of
+    captions rises from a quarter to three quarters, and single sentences of all scenes stay in between.
+    """
+    if step < settings.sentence_steps:
+        return "first sentences"
+    if settings.sentence_steps == 0:
+        return "captions"
+    done = (step - settings.sentence_steps) / max(1, settings.steps - settings.sentence_steps)
+    draw = np.random.default_rng(seed_of(seed, "lesson", step)).random()
+    captions = min(0.75, 0.25 + done)
+    return (
+        "captions" if draw < captions else "sentences" if draw < captions + 0.75 * (1 - captions) else "first sentences"
+    )
 
 
 def supervised_batch(

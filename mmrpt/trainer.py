@@ -1,5 +1,5 @@
-"""The whole method, in the order of the pipeline. Each phase leaves its result on disk; a phase whose result is there is
-read back instead of run again, and a phase that was cut off goes on from its last checkpoint.
+"""The whole method, in the order of the pipeline. Each phase leaves its result on disk; a phase whose result is there
+is read back instead of run again, and a phase that was cut off goes on from its last checkpoint.
 
     pairs -> warm-up -> dependency scores -> masked samples -> reinforcement -> control -> evaluation -> report
 """
@@ -33,7 +33,7 @@ from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json
 from mmrpt.samplelog import log_step
 from mmrpt.sources import Sources, open_sources
-from mmrpt.supervised import items_at, supervised_batch
+from mmrpt.supervised import items_at, lesson_of, supervised_batch
 from mmrpt.types import Batch, MaskedSample, SentenceScore
 from mmrpt.world.tiny_vlm import build_tiny_vlm
 
@@ -125,8 +125,8 @@ class Trainer:
             )
         if not samples:
             raise RuntimeError(
-                f"no sentence of {len(by_example)} captions passed the threshold {threshold:.3f}: look at scores.jsonl, "
-                "and set masking.threshold=quantile or score more pairs."
+                f"no sentence of {len(by_example)} captions passed the threshold {threshold:.3f}: look at "
+                "scores.jsonl, and set masking.threshold=quantile or score more pairs."
             )
         write_json(self.folder / "masking.json", _masking_summary(scores, samples, threshold, options.threshold))
         write_jsonl(path, (s.to_json() for s in samples))
@@ -224,10 +224,11 @@ class Trainer:
 
     def _supervised_batch(self, phase: str, step: int, batch_size: int, first_item: int) -> Batch:
         settings = self.settings
-        sentences = phase == "warmup" and step < settings.warmup.sentence_steps
-        source = self.sources.first if sentences else self.sources.train
+        lesson = lesson_of(step, settings.warmup, settings.seed) if phase == "warmup" else "captions"
+        sentences = lesson != "captions"
+        source = self.sources.first if lesson == "first sentences" else self.sources.train
         size = settings.warmup.sentence_batch_size if sentences else batch_size
-        items = items_at(first_item + step * size, size, len(source), settings.seed, "supervised", sentences)
+        items = items_at(first_item + step * size, size, len(source), settings.seed, "supervised", lesson)
         return supervised_batch(
             self.policy,
             source,

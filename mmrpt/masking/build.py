@@ -36,10 +36,20 @@ def build_masked_samples(
 
 
 def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Generator) -> list[MaskedSample]:
-    """`count` random content words hidden, one a sample: what the warm-up uses to teach the answer's form."""
-    words = [w for w in word_offsets(example.caption) if example.caption[w[0] : w[1]].casefold() not in FUNCTION_WORDS]
-    chosen = rng.choice(len(words), size=min(count, len(words)), replace=False) if words else []
-    return [_sample(example, None, *words[i], 0.0, mask) for i in chosen]
+    """`count` random spans hidden, one a sample: what the warm-up uses to teach the answer's form.
+
+    A span is a content word and, one time in three, the word that follows it in the same sentence ("top left").
+    """
+    words = word_offsets(example.caption)
+    content = [i for i, (a, b) in enumerate(words) if example.caption[a:b].casefold() not in FUNCTION_WORDS]
+    chosen = rng.choice(content, size=min(count, len(content)), replace=False) if content else []
+    samples = []
+    for i in chosen:
+        start, end = words[i]
+        if rng.random() < 1 / 3 and i + 1 < len(words) and example.caption[end : words[i + 1][0]].isspace():
+            end = words[i + 1][1]
+        samples.append(_sample(example, None, start, end, 0.0, mask))
+    return samples
 
 
 def truth_masks(example: Example, *, mask: str) -> list[MaskedSample]:

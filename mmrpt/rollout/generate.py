@@ -1,4 +1,4 @@
-"""Sampling with a KV cache: each prompt is read once, its group shares the reading, and decoding stops when all ended."""
+"""Sampling with a KV cache: each prompt is read once, its group shares the reading; decoding stops when all ended."""
 
 from __future__ import annotations
 
