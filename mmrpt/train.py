@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run of that name where it was cut off")
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example rl.steps=50 name=mine")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         settings = load_settings(options.config, options.overrides)
         if options.show:
