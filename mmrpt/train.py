@@ -104,7 +104,8 @@ def _newest(settings: Settings) -> Path:
 
 
 def _next_free(settings: Settings) -> str:
-    return f"{settings.name}-{max((_number(p, settings.name) for p in _numbered(settings)), default=1) + 1 or 2}"
+    numbers = [_number(path, settings.name) for path in _numbered(settings)]
+    return f"{settings.name}-{max([1, *numbers]) + 1}"
 
 
 if __name__ == "__main__":
