@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.show:
             print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
             return 0
-        named = any(o.startswith("name=") for o in options.overrides) or options.config is not None
-        settings = resolve_run(settings, resume=options.resume, named=named, given=bool(options.overrides))
+        settings = resolve_run(settings, resume=options.resume, given=_given(options.config, options.overrides))
         from mmrpt.trainer import Trainer
 
         trainer = Trainer(settings)
@@ -44,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def resolve_run(settings: Settings, *, resume: bool, named: bool, given: bool) -> Settings:
-    """Which folder the run uses, and with which settings it goes on.
+def resolve_run(settings: Settings, *, resume: bool, given: Collection[str]) -> Settings:
+    """Which folder the run uses, and with which settings it goes on. `given` are the dotted names that were set.
 
     A new run never writes into a folder that exists: an unnamed one takes the next free number, a named one is refused.
     A resumed run uses the settings saved with it; overrides that say otherwise are refused, because the weights would
     no longer be those of one run.
     """
+    named = "name" in given
     if resume:
         folder = settings.run_dir if named else _newest(settings)
         saved = folder / CONFIG_FILE
@@ -58,10 +58,10 @@ def resolve_run(settings: Settings, *, resume: bool, named: bool, given: bool) -
             raise SettingsError(f"there is no run to resume at {folder}: start one without --resume, or give name=...")
         stored = load_settings(saved)
         stored = replace(stored, output=settings.output, name=folder.name)
-        if (given or named) and _differ(settings, stored):
+        if different := _differ(settings, stored, given):
             raise SettingsError(
-                f"the settings differ from those saved in {saved}: {', '.join(_differ(settings, stored))}. Resume "
-                "without them, or start a new run under another name."
+                f"the settings differ from those saved in {saved}: {', '.join(different)}. Resume without them, or "
+                "start a new run under another name."
             )
         return stored
     folder = settings.run_dir
@@ -74,10 +74,16 @@ def resolve_run(settings: Settings, *, resume: bool, named: bool, given: bool) -
     return settings
 
 
-def _differ(given: Settings, stored: Settings) -> list[str]:
-    """Dotted names of settings that the command line changed from their default to something the run does not have."""
-    new, old, default = _flat(asdict(given)), _flat(asdict(stored)), _flat(asdict(Settings()))
-    return [k for k in new if new[k] != old.get(k) and new[k] != default.get(k) and k != "name"]
+def _given(config: str | None, overrides: Sequence[str]) -> set[str]:
+    """Dotted names of what a settings file and overrides say; a name can stand for a group of settings."""
+    names = {override.partition("=")[0].strip().lstrip("-") for override in overrides}
+    return names if config is None else names | set(_flat(yaml.safe_load(Path(config).read_text()) or {}))
+
+
+def _differ(new: Settings, stored: Settings, given: Collection[str]) -> list[str]:
+    """Dotted names of settings that were given and are not what the run has."""
+    ours, theirs = _flat(asdict(new)), _flat(asdict(stored))
+    return [k for k in ours if ours[k] != theirs[k] and any(k == g or k.startswith(f"{g}.") for g in given)]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
