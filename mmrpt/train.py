@@ -6,6 +6,7 @@ With no argument it runs the whole method on the drawn world with a tiny model, 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
@@ -34,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = resolve_run(settings, resume=options.resume, given=_given(options.config, options.overrides))
         from mmrpt.trainer import Trainer
 
-        trainer = Trainer(settings)
-    except (SettingsError, FileNotFoundError) as error:
+        try:
+            trainer = Trainer(settings)
+        except (OSError, ValueError):
+            if not options.resume:  # the mended command must find its name free
+                shutil.rmtree(settings.run_dir)
+            raise
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report = trainer.run()
