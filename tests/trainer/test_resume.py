@@ -215,7 +215,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(straight, tmp_path, moment):
 
 
 def test_groups_that_wait_and_epochs_that_turn_survive(straight, tmp_path):
-    """Killed in reinforcement with groups in the buffer, before a round that ends an epoch of samples and begins one."""
+    """Killed in reinforcement with groups in the buffer, before a round that ends an epoch and begins the next."""
     settings = settings_in(tmp_path)
     size = len(read_jsonl(straight / "masked.jsonl"))
     per_round, waited, turned = settings.rollout.prompts, [], []
