@@ -141,7 +141,7 @@ def step_settings(aggregation="token_mean", micro_batch=100, perception=True, te
 # ------------------------------------------------------------------------------------------------ supervised loss
 
 
-def test_supervised_loss_is_cross_entropy_over_the_response(policy, pairs):
+def test_supervised_loss_is_the_mean_of_the_rows_cross_entropies(policy, pairs):
     pixels = policy.pixels([pairs.image(pairs[i].id) for i in range(3)])
     prompts = [policy.encode_prompt("describe" + " card" * i, 4) for i in range(3)]
     responses = [policy.encode_text("the card is red. cards"[: 6 + 8 * i]) for i in range(3)]
@@ -151,8 +151,8 @@ def test_supervised_loss_is_cross_entropy_over_the_response(policy, pairs):
     found = gradients(policy)
     policy.model.zero_grad(set_to_none=True)
     policy.suppressed_ids = []  # the supervised loss is over the whole vocabulary
-    logits = torch.cat(response_logits(policy, batch))
-    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([t for r in responses for t in r]))
+    rows = zip(response_logits(policy, batch), responses, strict=True)
+    wanted = sum(torch.nn.functional.cross_entropy(logits, torch.tensor(ids)) for logits, ids in rows) / 3
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     check_same_gradients(found, gradients(policy))

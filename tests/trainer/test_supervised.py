@@ -8,12 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrpt.config import OptimiserSettings, PromptSettings
+from mmrpt.config import OptimiserSettings, PromptSettings, WarmupSettings
 from mmrpt.masking import random_masks
 from mmrpt.objective import supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.rewards.exact import is_exact
-from mmrpt.supervised import epoch_order, items_at, restored_response, supervised_batch
+from mmrpt.supervised import (
+    epoch_order,
+    items_at,
+    lesson_of,
+    restored_response,
+    sentence_example,
+    supervised_batch,
+)
+from mmrpt.types import Example, Word
 from tests.trainer.conftest import ColourPairs, make_policy
 
 PROMPTS = PromptSettings()
@@ -72,6 +80,39 @@ def test_rows_describe_or_restore(policy, pairs):
 
 def every_mask(example):
     return random_masks(example, 99, mask=PROMPTS.mask, rng=np.random.default_rng(0))
+
+
+def test_a_sentence_keeps_its_words_and_prefers_to_need_the_image():
+    caption = "paper is thin. a red card! it is one of three."
+    words = (Word(17, 20, "colour", True), Word(21, 25, "object", False), Word(40, 45, "count", True))
+    assert [caption[w.start : w.end] for w in words] == ["red", "card", "three"]
+    seen = set()
+    for seed in range(20):
+        part = sentence_example(Example("e", caption, words), np.random.default_rng(seed))
+        seen.add((part.caption, *((part.caption[w.start : w.end], w.kind, w.needs_image) for w in part.words)))
+    assert seen == {
+        ("a red card!", ("red", "colour", True), ("card", "object", False)),
+        ("it is one of three.", ("three", "count", True)),
+    }
+    unknown = {sentence_example(Example("e", caption), np.random.default_rng(seed)).caption for seed in range(20)}
+    assert len(unknown) == 3  # without truth, any sentence
+
+
+def test_single_sentences_are_rows_of_their_own(policy, pairs):
+    batch = supervised_batch(policy, pairs, [0, 1], PROMPTS, restore_fraction=0.0, seed=0, one_sentence=True)
+    said = [policy.tokenizer.decode(i[m][:-1]) for i, m in zip(batch.input_ids, batch.response_mask, strict=True)]
+    assert said == ["a red card.", "the card is green."]
+
+
+def test_lessons_go_from_sentences_to_captions():
+    settings = WarmupSettings(steps=2000, sentence_steps=500)
+    lessons = [lesson_of(step, settings, 0) for step in range(2000)]
+    assert lessons == [lesson_of(step, settings, 0) for step in range(2000)]
+    assert set(lessons[:500]) == {"first sentences"}
+    early, late = lessons[500:800].count("captions") / 300, lessons[1700:].count("captions") / 300
+    assert 0.25 < early < 0.5 and 0.65 < late < 0.85  # of a quarter that rises to three quarters
+    plain = WarmupSettings(steps=10, sentence_steps=0)
+    assert {lesson_of(step, plain, 0) for step in range(10)} == {"captions"}
 
 
 def test_each_row_shows_the_image_of_its_own_pair(policy, pairs):
