@@ -96,8 +96,8 @@ def make_looking_policy(seed: int = 0) -> Policy:
     with torch.no_grad():
         for name, parameter in policy.text_model.named_parameters():
             if name.endswith("_proj.weight"):
-                parameter.mul_(6)
-        policy.head_weight.mul_(6)
+                parameter.mul_(0.12 / parameter.std())
+        policy.head_weight.mul_(0.12 / policy.head_weight.std())
     return policy
 
 
