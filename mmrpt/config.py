@@ -228,16 +228,29 @@ class RLSettings:
 
 @checked(frozen=True, config=_STRICT)
 class ControlSettings:
-    """The comparison: the warm start trained on for as many optimiser steps, on the same pairs, as plain warm-up."""
+    """The comparison: the warm start trained on for as many optimiser steps on captions it has not seen.
+
+    `restore_fraction` 0 is plain caption training; the warm-up's own value is a stricter control, which goes on
+    practising the answer's form and the restoring of random words.
+    """
 
     enabled: bool = True
     batch_size: int = 32
+    restore_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"control.batch_size is {self.batch_size}: expected at least 1.")
+        _require(0 <= self.restore_fraction <= 1, "control.restore_fraction: expected 0 to 1.")
 
 
 @checked(frozen=True, config=_STRICT)
 class EvaluationSettings:
     samples: int = 192  # masked captions of each held-out set
     batch_size: int = 96
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 2, f"evaluation.samples is {self.samples}: expected at least 2, to swap their images.")
+        _require(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}: expected at least 1.")
 
 
 @checked(frozen=True, config=_STRICT)

@@ -234,7 +234,7 @@ class Trainer:
             source,
             items,
             settings.prompts,
-            restore_fraction=settings.warmup.restore_fraction,
+            restore_fraction=(settings.warmup if phase == "warmup" else settings.control).restore_fraction,
             seed=seed_of(settings.seed, phase, step),
             one_sentence=sentences,
         )
