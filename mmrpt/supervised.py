@@ -14,7 +14,7 @@ import numpy as np
 from mmrpt.config import PromptSettings, WarmupSettings
 from mmrpt.data.images import seed_of
 from mmrpt.data.sentences import sentence_spans
-from mmrpt.masking.build import random_masks
+from mmrpt.masking.build import random_masks, truth_masks
 from mmrpt.models import Policy
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
 
@@ -67,30 +67,34 @@ def supervised_batch(
     *,
     restore_fraction: float,
     seed: int,
-    one_sentence: bool = False,
+    sentences: int = 0,
 ) -> Batch:
     """Rows of prompt and wanted response, one per item; which rows restore a word is drawn from `seed`.
 
-    `one_sentence` cuts each caption down to one of its sentences: short rows, in which a larger share of the words is
-    about the image, teach a model from scratch to look before it meets whole captions.
+    `sentences` above 0 cuts each caption down to at most so many of its sentences and, where the truth is known, hides
+    words that need the image: short rows about the image teach a model from scratch to look before whole captions do.
     """
     rng = np.random.default_rng(seed)
     examples = [source[i] for i in items]
-    if one_sentence:
-        examples = [sentence_example(example, rng) for example in examples]
+    if sentences:
+        examples = [sentence_example(example, rng, sentences) for example in examples]
     pixels = policy.pixels([source.image(e.id) for e in examples])
     counts = pixels.tokens_per_image(policy.merge_size).tolist()
-    rows = [_row(example, prompts, restore_fraction, rng) for example in examples]
+    rows = [_row(example, prompts, restore_fraction, rng, visual=sentences > 0) for example in examples]
     encoded_prompts = [policy.encode_prompt(ask, count) for (ask, _), count in zip(rows, counts, strict=True)]
     responses = [[*policy.encode_text(answer), policy.eos_token_id] for _, answer in rows]
     return policy.batch(encoded_prompts, responses, pixels, range(len(examples)))
 
 
-def sentence_example(example: Example, rng: np.random.Generator) -> Example:
-    """The example with one random sentence as its caption; where the truth is known, one that needs the image."""
+def sentence_example(example: Example, rng: np.random.Generator, most: int = 1) -> Example:
+    """The example with 1 to `most` sentences as its caption, one of which needs the image where the truth is known."""
     spans = sentence_spans(example.caption)
-    needing = [s for s in spans if any(w.needs_image and s[0] <= w.start < s[1] for w in example.words)]
-    start, end = (needing or spans)[rng.integers(len(needing or spans))]
+    needing = [i for i, s in enumerate(spans) if any(w.needs_image and s[0] <= w.start < s[1] for w in example.words)]
+    options = needing or range(len(spans))
+    chosen = options[rng.integers(len(options))]
+    count = min(len(spans), 1 + int(rng.integers(most)))
+    first = rng.integers(max(0, chosen - count + 1), min(chosen, len(spans) - count) + 1)
+    start, end = spans[first][0], spans[first + count - 1][1]
     words = tuple(replace(w, start=w.start - start, end=w.end - start) for w in example.words if start <= w.start < end)
     return Example(example.id, example.caption[start:end], words)
 
@@ -103,11 +107,13 @@ def restored_response(example: Example, sample: MaskedSample) -> str:
 
 
 def _row(
-    example: Example, prompts: PromptSettings, restore_fraction: float, rng: np.random.Generator
+    example: Example, prompts: PromptSettings, restore_fraction: float, rng: np.random.Generator, *, visual: bool
 ) -> tuple[str, str]:
     if rng.random() < restore_fraction:
-        masked = random_masks(example, 1, mask=prompts.mask, rng=rng)
+        masked = truth_masks(example, mask=prompts.mask) if visual else []
+        masked = masked or random_masks(example, 1, mask=prompts.mask, rng=rng)
         if masked:
-            ask = prompts.restore.format(masked_caption=masked[0].masked_caption)
-            return ask, restored_response(example, masked[0])
+            chosen = masked[rng.integers(len(masked))]
+            ask = prompts.restore.format(masked_caption=chosen.masked_caption)
+            return ask, restored_response(example, chosen)
     return prompts.describe, example.caption

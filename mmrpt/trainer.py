@@ -236,7 +236,7 @@ class Trainer:
             settings.prompts,
             restore_fraction=(settings.warmup if phase == "warmup" else settings.control).restore_fraction,
             seed=seed_of(settings.seed, phase, step),
-            one_sentence=sentences,
+            sentences={"first sentences": 1, "sentences": 3, "captions": 0}[lesson],
         )
 
     def _open_phase(

@@ -99,7 +99,7 @@ def test_a_sentence_keeps_its_words_and_prefers_to_need_the_image():
 
 
 def test_single_sentences_are_rows_of_their_own(policy, pairs):
-    batch = supervised_batch(policy, pairs, [0, 1], PROMPTS, restore_fraction=0.0, seed=0, one_sentence=True)
+    batch = supervised_batch(policy, pairs, [0, 1], PROMPTS, restore_fraction=0.0, seed=0, sentences=1)
     said = [policy.tokenizer.decode(i[m][:-1]) for i, m in zip(batch.input_ids, batch.response_mask, strict=True)]
     assert said == ["a red card.", "the card is green."]
 
