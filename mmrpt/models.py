@@ -69,7 +69,7 @@ class Policy:
     """A causal vision-language model of the Qwen2-VL family with its tokenizer and image processor."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
-        model_type = model.config.model_type
+        model_type = type(model.config).model_type  # 4.57's instance answers with its text model's, once loaded
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(
                 f"model type {model_type!r} is not supported by the trainer: expected one of {SUPPORTED_MODEL_TYPES}. "
@@ -93,9 +93,9 @@ class Policy:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in {folder}: expected a Hugging Face model folder at model.path.")
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"{folder} holds a {config.model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
+        model_type = type(AutoConfig.from_pretrained(folder)).model_type
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(f"{folder} holds a {model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
         return cls(model, AutoTokenizer.from_pretrained(folder), _load_image_processor(folder))
 
