@@ -129,6 +129,7 @@ class MaskingSettings:
     first_layer: float = 0.5  # the recorded layers L, as fractions of the depth: the upper middle
     last_layer: float = 1.0
     align: Literal["predicting", "token"] = "predicting"  # the row that predicts a token, or the token's own row
+    baseline: Literal["position", "none"] = "position"  # subtract the corpus mean at a token's place, or nothing
     threshold: Literal["otsu", "quantile", "mean_std"] = "otsu"
     quantile: float = 0.5
     std_factor: float = 0.5

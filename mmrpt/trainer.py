@@ -23,7 +23,7 @@ from mmrpt.data.images import seed_of
 from mmrpt.data.jsonl import read_jsonl, write_jsonl
 from mmrpt.evaluate import evaluate_policy, held_out_samples
 from mmrpt.gallery import write_gallery
-from mmrpt.masking import build_masked_samples, choose_threshold, score_sentences
+from mmrpt.masking import build_masked_samples, choose_threshold, score_sentences, subtract_position_baseline
 from mmrpt.metrics import roc_auc
 from mmrpt.models import Policy
 from mmrpt.objective import supervised_loss
@@ -97,6 +97,8 @@ class Trainer:
                 last_layer=options.last_layer,
                 align=options.align,
             )
+        if options.baseline == "position":
+            scores = subtract_position_baseline(scores)
         captions = {source[i].id: source[i].caption for i in range(count)}
         write_jsonl(path, ({**asdict(s), "text": captions[s.example_id][s.start : s.end]} for s in scores))
         return scores
