@@ -255,7 +255,7 @@ class EvaluationSettings:
 
 
 def demo_world() -> WorldConfig:
-    """The drawn world as a laptop's run meets it: shorter captions, fewer cards, and objects as unequal as words are."""
+    """The drawn world as a laptop meets it: shorter captions, fewer cards, objects as unequal as words are."""
     return WorldConfig(object_zipf=1.0, card_weights=(0.35, 0.3, 0.2, 0.15), sentence_weights=(0.5, 0.3, 0.15, 0.05))
 
 

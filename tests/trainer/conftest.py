@@ -43,6 +43,7 @@ SMALL_RUN = (
     "warmup.sentence_steps=2",
     "warmup.sentence_batch_size=4",
     "warmup.batch_size=4",
+    "warmup.optimiser.vision_start=1",
     "masking.pairs=6",
     "masking.batch_size=3",
     "rollout.prompts=5",
