@@ -144,6 +144,7 @@ class MaskingSettings:
             f"masking layers run from {self.first_layer} to {self.last_layer}: expected 0 <= first < last <= 1.",
         )
         _require(0 < self.quantile < 1, f"masking.quantile is {self.quantile}: expected between 0 and 1.")
+        _require(self.batch_size >= 1, f"masking.batch_size is {self.batch_size}: expected at least 1.")
         _require(self.spans_per_caption >= 1, "masking.spans_per_caption must be at least 1.")
         _require(self.max_span_words >= 1, "masking.max_span_words must be at least 1.")
 
@@ -225,6 +226,9 @@ class RLSettings:
         _require(self.micro_batch >= 1, "rl.micro_batch must be at least 1.")
         _require(0 < self.clip_low < 1, f"rl.clip_low is {self.clip_low}: expected between 0 and 1.")
         _require(self.clip_high > 0, f"rl.clip_high is {self.clip_high}: expected above 0.")
+        _require(
+            self.dual_clip is None or self.dual_clip > 1, f"rl.dual_clip is {self.dual_clip}: expected above 1, or null."
+        )
 
 
 @checked(frozen=True, config=_STRICT)
@@ -282,7 +286,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.name) and Path(self.name).name == self.name,
+            bool(self.name.strip(".")) and Path(self.name).name == self.name,  # "..": not a folder of its own
             f"name is {self.name!r}: it names a folder inside output; use letters, digits, '-' and '_'.",
         )
         _require(self.checkpoint_every >= 1, "checkpoint_every must be at least 1 step.")
