@@ -227,7 +227,8 @@ class RLSettings:
         _require(0 < self.clip_low < 1, f"rl.clip_low is {self.clip_low}: expected between 0 and 1.")
         _require(self.clip_high > 0, f"rl.clip_high is {self.clip_high}: expected above 0.")
         _require(
-            self.dual_clip is None or self.dual_clip > 1, f"rl.dual_clip is {self.dual_clip}: expected above 1, or null."
+            self.dual_clip is None or self.dual_clip > 1,
+            f"rl.dual_clip is {self.dual_clip}: expected above 1, or null.",
         )
 
 
