@@ -6,9 +6,9 @@ With no argument it runs the whole method on the drawn world with a tiny model, 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer = Trainer(settings)
         except (OSError, ValueError):
             if not options.resume:  # the mended command must find its name free
-                shutil.rmtree(settings.run_dir)
+                _give_back(settings.run_dir)
             raise
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,6 +78,14 @@ def resolve_run(settings: Settings, *, resume: bool, given: Collection[str]) -> 
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     save_settings(settings, settings.run_dir / CONFIG_FILE)
     return settings
+
+
+def _give_back(folder: Path) -> None:
+    """Removes the folder of a run that has not begun; what such a run does not write stays, and the folder with it."""
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / "checkpoints").rmdir()
+        folder.rmdir()
 
 
 def _given(config: str | None, overrides: Sequence[str]) -> set[str]:
