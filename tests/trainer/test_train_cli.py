@@ -143,6 +143,10 @@ def test_show_prints_settings_that_load_back(tmp_path, started, capsys):
         (["rollout.group_size=1"], "group of one"),
         (["perception.keep_ratio=1.5"], "perception.keep_ratio is 1.5"),
         (["rl.lr=1"], "unknown setting 'rl.lr'"),
+        (["rl.dual_clip=1"], "rl.dual_clip is 1.0: expected above 1"),
+        (["masking.batch_size=0"], "masking.batch_size is 0"),
+        (["evaluation.samples=1"], "evaluation.samples is 1"),
+        (["name=.."], "names a folder inside output"),
         (["--config", "nowhere.yaml"], "cannot read the settings file nowhere.yaml"),
     ],
 )
@@ -225,6 +229,21 @@ def test_a_model_that_cannot_be_opened_is_refused_at_the_start(tmp_path, capsys)
     assert run(tmp_path / "runs", *SMALL_RUN, f"model.path={tmp_path / 'model'}") == 2
     assert "the trainer serves" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "demo").exists()
+
+
+def test_giving_a_folder_back_takes_nothing_else_along(tmp_path):
+    (tmp_path / "runs" / "it").mkdir(parents=True)  # empty: a run may begin in it
+    broken = [*SMALL_RUN, f"data.pairs={tmp_path / 'nowhere'}", "name=it"]
+    assert run(tmp_path / "runs", *broken) == 2 and not (tmp_path / "runs" / "it").exists()
+
+    def write_beside(settings):
+        (settings.run_dir / "notes.txt").write_text("mine")
+        raise ValueError("no")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmrpt.trainer.Trainer", write_beside)
+        assert run(tmp_path / "runs", "name=it") == 2
+    assert [p.name for p in (tmp_path / "runs" / "it").iterdir()] == ["notes.txt"]
 
 
 def test_a_refused_resume_leaves_the_run_as_it_is(tmp_path, capsys):
