@@ -233,7 +233,7 @@ def test_groups_that_wait_and_epochs_that_turn_survive(straight, tmp_path):
     assert any(turned), f"no round met the end of an epoch of {size} samples: these settings test nothing"
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_again_and_again(straight, tmp_path, seed):
     """Dies in the middle of a write, every few writes, each torn, until it is through."""
     settings, rng = settings_in(tmp_path), np.random.default_rng(seed)
@@ -241,7 +241,7 @@ def test_killed_again_and_again(straight, tmp_path, seed):
     while True:
         with pytest.MonkeyPatch.context() as patch:
             mortal = Mortal(patch)
-            mortal.die_in_write = int(rng.integers(10, 45))
+            mortal.die_in_write = int(rng.integers(15, 60))
             try:
                 Trainer(settings).run()
                 break
