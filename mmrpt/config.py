@@ -206,7 +206,7 @@ class PerceptionSettings:
 class RLSettings:
     """Group-relative reinforcement with the perception-filtered clipped loss."""
 
-    steps: int = 80
+    steps: int = 85
     groups_per_step: int = 12  # groups with signal that one optimiser step consumes
     max_rounds: int = 4  # sampling rounds spent on filling a step before it goes on with fewer groups
     micro_batch: int = 128
@@ -214,10 +214,10 @@ class RLSettings:
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = 3.0
-    entropy_coef: float = 0.02  # a bonus: without it a tiny policy soon answers every question alike
+    entropy_coef: float = 0.03  # a bonus: without it a tiny policy soon answers every question alike
     entropy_scope: Literal["response", "kept"] = "kept"
     aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
-    optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(lr=2e-4, warmup_steps=5))
+    optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(lr=3e-4, warmup_steps=5))
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"rl.steps is {self.steps}: expected 0 or more.")
@@ -251,7 +251,7 @@ class ControlSettings:
 
 @checked(frozen=True, config=_STRICT)
 class EvaluationSettings:
-    samples: int = 192  # masked captions of each held-out set
+    samples: int = 150  # masked captions of each held-out set
     batch_size: int = 96
 
     def __post_init__(self) -> None:

@@ -32,13 +32,19 @@ def subtract_position_baseline(scores: Sequence[SentenceScore], *, window: int =
         total[place] += score.token_masses
         count[place] += 1
     kernel = np.ones(window)
-    half = window // 2
-    smooth = np.convolve(total, kernel)[half : half + length] / np.convolve(count, kernel)[half : half + length]
+    # The first token's predicting row has no text before it: its share is always 1 and must not leak to its neighbours.
+    smooth = np.concatenate((total[:1] / count[:1], _smoothed(total[1:], kernel) / _smoothed(count[1:], kernel)))
     corrected = []
     for score, place in zip(scores, places, strict=True):
         masses = np.asarray(score.token_masses) - smooth[place]
         corrected.append(replace(score, score=float(masses.mean()), token_masses=tuple(masses.tolist())))
     return corrected
+
+
+def _smoothed(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Sums over a centred window that is cut at both ends; the same length as `values`."""
+    half = len(kernel) // 2
+    return np.convolve(values, kernel)[half : half + len(values)] if len(values) else values
 
 
 def _places(scores: Sequence[SentenceScore]) -> list[np.ndarray]:
