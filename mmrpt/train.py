@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
             return 0
         settings = resolve_run(settings, resume=options.resume, given=_given(options.config, options.overrides))
+        from transformers.utils import logging as transformers_logging
+
         from mmrpt.trainer import Trainer
+
+        transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
 
         try:
             trainer = Trainer(settings)

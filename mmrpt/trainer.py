@@ -27,7 +27,7 @@ from mmrpt.masking import build_masked_samples, choose_threshold, score_sentence
 from mmrpt.metrics import roc_auc
 from mmrpt.models import Policy
 from mmrpt.objective import supervised_loss
-from mmrpt.optimiser import Optimiser
+from mmrpt.optimiser import Optimiser, continued
 from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json
@@ -164,7 +164,11 @@ class Trainer:
         if options.control.enabled:
             seen = options.warmup.steps * options.warmup.batch_size
             self._supervised(
-                "control", options.rl.steps, options.control.batch_size, options.warmup.optimiser, first_item=seen
+                "control",
+                options.rl.steps,
+                options.control.batch_size,
+                continued(options.warmup.optimiser),
+                first_item=seen,
             )
 
     def evaluate(self, samples: list[MaskedSample]) -> dict[str, Any]:

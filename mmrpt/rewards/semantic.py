@@ -14,26 +14,10 @@ from typing import Any
 from mmrpt.rewards.text import completion_text, extract_answer, words_of
 
 COLOURS = frozenset(
-    [
-        "red",
-        "orange",
-        "yellow",
-        "green",
-        "blue",
-        "purple",
-        "pink",
-        "grey",
-        "white",
-        "black",
-        "brown",
-        "teal",
-        "cyan",
-        "magenta",
-        "turquoise",
-        "gold",
-        "silver",
-        "beige",
-    ]
+    """
+    red orange yellow green blue purple pink grey white black brown teal cyan magenta turquoise gold silver
+    beige
+    """.split()  # noqa: SIM905
 )
 COUNTS = {
     w: n
@@ -42,7 +26,11 @@ COUNTS = {
     )
 }
 SIDES = {"left": "x", "right": "x", "top": "y", "upper": "y", "bottom": "y", "lower": "y", "centre": "c", "middle": "c"}
-RELATIONS = frozenset(["above", "below", "under", "over", "beside", "behind", "inside", "outside", "near", "between"])
+RELATIONS = frozenset(
+    """
+    above across below under over beside behind inside outside near between
+    """.split()  # noqa: SIM905
+)
 SYNONYMS = {"gray": "grey", "upper": "top", "lower": "bottom", "center": "centre", "violet": "purple", "under": "below"}
 ARTICLES = frozenset({"a", "an", "the"})
 

@@ -268,7 +268,7 @@ def two_sentences():
     example = Example(
         "e/1", caption, (Word(12, 15, "colour", True), Word(26, 29, "count", True), Word(4, 8, "object", False))
     )
-    masses = {"the": 0.1, "card": 0.3, "is": 0.1, "red.": 0.7, "It": 0.1, "shows": 0.2, "two": 0.9, "cats.": 0.2}
+    masses = {"the": 0.1, "card": 0.3, "is": 0.1, "red.": 0.7, "It": 0.1, "shows": 0.2, "two": 0.9, "cats.": 0.5}
     first = score_words(caption, masses, (0, 16), 0.4)
     second = score_words(caption, masses, (17, 35), 0.6)
     second = SentenceScore("e/1", 1, 17, 35, 0.6, second.token_spans, second.token_masses)
