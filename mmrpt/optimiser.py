@@ -75,7 +75,8 @@ class Optimiser:
 def continued(settings: OptimiserSettings) -> OptimiserSettings:
     """The settings of a phase that goes on where these ended: their last learning rate, held. A restart at the peak
     would first undo what the decay settled, and a control that loses by that is no control."""
-    return replace(settings, lr=settings.lr * settings.final_fraction, final_fraction=1.0, vision_start=0)
+    last = settings.final_fraction or 0.1  # a schedule that ended at zero would train nothing
+    return replace(settings, lr=settings.lr * last, final_fraction=1.0, vision_start=0)
 
 
 def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:

@@ -1,6 +1,6 @@
 """The supervised phase: captions, with a share of rows that restore random words in the answer's form.
 
-Used twice: for the warm-up, and for the control that trains the warm start on with plain captions for as many steps as
+Used twice: for the warm-up, and for the control that trains the warm start on in the same way for as many steps as
 reinforcement gets.
 """
 

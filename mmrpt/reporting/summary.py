@@ -55,7 +55,7 @@ def in_words(files: RunFiles, evaluation: Evaluation) -> str:
     if control is not None:
         caption = evaluation.pooled("caption", "image", sets)
         sentences.append(
-            f"As many steps of plain caption training reach {percent(caption.rate)} with the image: reinforcement is "
+            f"As many steps of further caption training reach {percent(caption.rate)} with the image: reinforcement is "
             f"{abs(100 * control.value):.1f} points {'above' if control.value >= 0 else 'below'} that."
         )
     return " ".join(sentences)
