@@ -165,7 +165,9 @@ def test_supervised_loss_is_the_mean_of_the_rows_cross_entropies(policy, pairs):
 @pytest.mark.parametrize(("perception", "temperature"), [(True, 1.0), (False, 0.8)])
 def test_a_step_is_the_papers_loss(policy, pairs, aggregation, perception, temperature):
     groups = make_groups(policy, pairs)
-    settings = step_settings(aggregation, perception=perception, temperature=temperature, dual_clip=1.5, entropy_coef=0.0)
+    settings = step_settings(
+        aggregation, perception=perception, temperature=temperature, dual_clip=1.5, entropy_coef=0.0
+    )
     recorder = Recorder(policy)
     metrics, weights = train_on_groups(policy, recorder, groups, ImageCache(pairs), settings, step=0)
     assert (weights is not None) == perception
