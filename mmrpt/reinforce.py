@@ -89,7 +89,7 @@ def train_on_groups(
         result = policy_loss(
             policy,
             _batch(policy, part, images.many([g.example_id for g in part])),
-            _targets(part, weights, rows, stack_rows(groups, "logps").shape[1]),
+            _targets(part, weights, rows),
             settings.rl,
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
@@ -144,11 +144,11 @@ def _batch(policy: Policy, groups: list[Group], images: Mapping[str, Image.Image
     return policy.batch(prompts, responses, pixels, index)
 
 
-def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice, width: int) -> PolicyTargets:
+def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice) -> PolicyTargets:
     old = stack_rows(groups, "logps")
     return PolicyTargets(
         advantages=torch.cat([g.advantages for g in groups]),
         old_logps=old,
-        perception_mask=None if weights is None else weights.perception_mask[rows, :width],
+        perception_mask=None if weights is None else weights.perception_mask[rows],
         trajectory_weights=None if weights is None else weights.trajectory_weights[rows],
     )
