@@ -38,10 +38,6 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
     return torch.load(folder / STATE_FILE, weights_only=True)
 
 
-def final_checkpoint(root: Path, phase: str) -> Path:
-    return root / phase
-
-
 def latest_checkpoint(root: Path, phase: str) -> Path | None:
     """The newest unfinished checkpoint of a phase, or None."""
     pattern = re.compile(rf"{re.escape(phase)}-(\d+)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import string
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic.dataclasses import dataclass as checked
 from mmrpt.world.tiny_vlm import TinyVLMConfig
 from mmrpt.world.world import WorldConfig
 
+SIGHT_STEPS = 200  # that the tiny model gets by default
 _STRICT = ConfigDict(extra="forbid", validate_default=False)
 
 
@@ -57,16 +59,26 @@ class ModelSettings:
 
 @checked(frozen=True, config=_STRICT)
 class PromptSettings:
-    """What the user turn says, and the marks of the answer's format."""
+    """What the user turn says, and the mark of what is hidden. `restore` may hold {masked_caption} and
+    {masked_sentence}, the sentence of the mask alone: a small model that must first find the mask in a long caption
+    spends its few steps on that instead of on the image."""
 
     describe: str = "describe"
-    restore: str = "restore: {masked_caption}"
+    restore: str = "{masked_caption} restore: {masked_sentence}"
     mask: str = "<mask>"
 
     def __post_init__(self) -> None:
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(self.restore) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"prompts.restore is {self.restore!r}: {error}; write {{{{ for a brace.") from error
         _require(
-            "{masked_caption}" in self.restore,
+            "masked_caption" in fields,
             f"prompts.restore is {self.restore!r}: it must contain {{masked_caption}}, where the caption goes.",
+        )
+        _require(
+            fields <= {"masked_caption", "masked_sentence"},
+            f"prompts.restore is {self.restore!r}: it may hold {{masked_caption}} and {{masked_sentence}} alone.",
         )
         _require(bool(self.mask.strip()), "prompts.mask is empty: the model would not see what is missing.")
 
@@ -91,6 +103,20 @@ class OptimiserSettings:
         _require(self.lr > 0, f"lr is {self.lr}: expected a positive number.")
         _require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}: expected a positive number.")
         _require(0 <= self.final_fraction <= 1, f"final_fraction is {self.final_fraction}: expected 0 to 1.")
+
+
+@checked(frozen=True, config=_STRICT)
+class SightSettings:
+    """The vision tower's own training, before the warm-up. `steps` None: 200 for the tiny model, none for one that is
+    given, whose tower can see."""
+
+    steps: int | None = None
+    batch_size: int = 32
+    optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(lr=3e-3, final_fraction=0.05))
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.steps >= 0, f"sight.steps is {self.steps}: expected 0 or more, or null.")
+        _require(self.batch_size >= 1, f"sight.batch_size is {self.batch_size}: expected at least 1.")
 
 
 @checked(frozen=True, config=_STRICT)
@@ -135,6 +161,7 @@ class MaskingSettings:
     std_factor: float = 0.5
     spans_per_caption: int = 2
     max_span_words: int = 2
+    balance: bool = True  # hide each word class (colour, number, side, relation, other) about as often
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -217,6 +244,9 @@ class RLSettings:
     entropy_coef: float = 0.03  # a bonus: without it a tiny policy soon answers every question alike
     entropy_scope: Literal["response", "kept"] = "kept"
     aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
+    # Weight of the supervised loss on the control's own batches in each step; 0 leaves them out. It keeps what no
+    # reward asks for (InstructGPT's pre-training mix, arXiv 2203.02155), and the control lacks rewards alone.
+    caption_weight: float = 0.5
     optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(lr=3e-4, warmup_steps=5))
 
     def __post_init__(self) -> None:
@@ -224,6 +254,7 @@ class RLSettings:
         _require(self.groups_per_step >= 1, "rl.groups_per_step must be at least 1.")
         _require(self.max_rounds >= 1, "rl.max_rounds must be at least 1.")
         _require(self.micro_batch >= 1, "rl.micro_batch must be at least 1.")
+        _require(self.caption_weight >= 0, f"rl.caption_weight is {self.caption_weight}: expected 0 or more.")
         _require(0 < self.clip_low < 1, f"rl.clip_low is {self.clip_low}: expected between 0 and 1.")
         _require(self.clip_high > 0, f"rl.clip_high is {self.clip_high}: expected above 0.")
         _require(
@@ -276,6 +307,7 @@ class Settings:
     world: WorldConfig = field(default_factory=demo_world)
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
+    sight: SightSettings = field(default_factory=SightSettings)
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     masking: MaskingSettings = field(default_factory=MaskingSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
@@ -292,6 +324,13 @@ class Settings:
         )
         _require(self.checkpoint_every >= 1, "checkpoint_every must be at least 1 step.")
         _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: expected at least 1.")
+
+    @property
+    def sight_steps(self) -> int:
+        """Steps of the vision tower's own training."""
+        if self.sight.steps is not None:
+            return self.sight.steps
+        return SIGHT_STEPS if self.model.path is None else 0
 
     @property
     def run_dir(self) -> Path:

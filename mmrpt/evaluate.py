@@ -16,6 +16,7 @@ from mmrpt.masking.build import random_masks, truth_masks
 from mmrpt.models import Policy
 from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import generate
+from mmrpt.rollout.prompts import restore_prompts
 from mmrpt.types import Example, MaskedSample, PairSource
 
 Condition = Literal["image", "blanked", "swapped"]
@@ -79,14 +80,9 @@ def answer_samples(
     for start in range(0, len(samples), size):
         part = samples[start : start + size]
         pixels = policy.pixels(images[start : start + size])
-        counts = pixels.tokens_per_image(policy.merge_size).tolist()
-        prompts = [
-            policy.encode_prompt(settings.prompts.restore.format(masked_caption=s.masked_caption), count)
-            for s, count in zip(part, counts, strict=True)
-        ]
         out = generate(
             policy,
-            prompts,
+            restore_prompts(policy, part, pixels, settings.prompts),
             pixels,
             range(len(part)),
             max_new_tokens=settings.rollout.max_new_tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
+from mmrpt.grouped import shared_mask, shared_positions, sharing_saves
 from mmrpt.types import Batch
 from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
@@ -189,6 +190,35 @@ class Policy:
             torch.as_tensor(image_index, device=device),
         )
 
+    def group_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        groups: Sequence[Sequence[Sequence[int]]],
+        pixels: PixelBatch,
+        image_index: Sequence[int],
+        *,
+        share: bool | None = None,
+    ) -> Batch:
+        """Prompts with all their responses: a row a group, or a row a response, whichever costs less (`share` decides).
+
+        `response_slices` gives the responses in the same order for both. Raises ValueError for an empty response.
+        """
+        if not all(len(response) for responses in groups for response in responses):
+            raise ValueError("a response has no token: expected at least one, the end-of-turn token if nothing else.")
+        if share is None:
+            lengths = [[len(response) for response in responses] for responses in groups]
+            share = sharing_saves([len(prompt) for prompt in prompts], lengths, self.head_weight.shape[1])
+        if not share:
+            rows = [(prompt, r, i) for prompt, rs, i in zip(prompts, groups, image_index, strict=True) for r in rs]
+            return self.batch(*zip(*((prompt, r) for prompt, r, _ in rows), strict=True), pixels, [i for *_, i in rows])
+        flat = [[token for response in responses for token in response] for responses in groups]
+        batch = self.batch(prompts, flat, pixels, image_index)
+        segments = torch.full(batch.input_ids.shape, -1)
+        for row, (prompt, responses) in enumerate(zip(prompts, groups, strict=True)):
+            sizes = torch.tensor([len(prompt), *map(len, responses)])
+            segments[row, : int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return replace(batch, segments=segments.to(self.device))
+
     # ---------------------------------------------------------------- forward
 
     @property
@@ -234,8 +264,12 @@ class Policy:
             self.image_token_id,
             self.merge_size,
         )
-        # A batch without padding needs no mask at all, which lets attention take its causal fast path.
-        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        if batch.segments is not None:
+            mask: Tensor | None = shared_mask(batch.segments)
+            positions = shared_positions(positions, batch.segments)
+        else:
+            # A batch without padding needs no mask at all, which lets attention take its causal fast path.
+            mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         out = self.text_model(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -246,16 +280,18 @@ class Policy:
         return out.last_hidden_state
 
     def step(self, token_ids: Tensor, positions: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
-        """(R, H): one decoding step over the cache. `token_ids` and `positions` are (R,), the mask (R, past + 1)."""
-        embeds = self.model.get_input_embeddings()(token_ids[:, None])
+        """(P, n, H): one decoding step of n tokens a row, which do not see each other, over the cache.
+
+        `token_ids` and `positions` (P, n); `attention_mask` (P, 1, n, past + n) bool, True = may be attended.
+        """
         out = self.text_model(
-            inputs_embeds=embeds,
-            position_ids=positions[None, :, None].expand(3, -1, -1),
+            inputs_embeds=self.model.get_input_embeddings()(token_ids),
+            position_ids=positions.expand(3, -1, -1),
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=True,
         )
-        return out.last_hidden_state[:, -1]
+        return out.last_hidden_state
 
     def _keeps_size(self, image: Image.Image) -> bool:
         unit = self.merge_size * self.model.config.vision_config.patch_size

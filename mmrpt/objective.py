@@ -28,7 +28,7 @@ def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
 
     A caption has five times the tokens of a restored span; with a plain token mean the spans would hardly count.
     """
-    hidden, targets, mask = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
+    hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     shares = (mask / mask.sum(-1, keepdim=True) / mask.shape[0]).flatten()
     return linear_token_loss(
         hidden, policy.head_weight, targets, lambda logps, entropy, rows: -logps * shares[rows], active_mask=mask
@@ -39,7 +39,7 @@ def policy_loss(
     policy: Policy, batch: Batch, targets: PolicyTargets, settings: RLSettings, *, normalizer: float, temperature: float
 ) -> PolicyLoss:
     """The clipped surrogate of a micro-batch, divided by the whole step's normaliser so that micro-batches add up."""
-    hidden, ids, mask = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
+    hidden, ids, mask = response_slices(policy.hidden(batch), batch)
     width = mask.shape[1]
     kept = targets.perception_mask
     return linear_policy_loss(

@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmrpt.grouped import response_places
 from mmrpt.models import PixelBatch, Policy
+from mmrpt.types import Batch
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
 
 __all__ = ["PerceptionWeights", "response_slices", "shape_and_filter", "token_perception"]
@@ -18,7 +20,7 @@ __all__ = ["PerceptionWeights", "response_slices", "shape_and_filter", "token_pe
 def token_perception(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sequence[int]]],
     perturbed: PixelBatch,
     image_index: Sequence[int],
     clean_hidden: Tensor,
@@ -26,13 +28,14 @@ def token_perception(
     kind: Literal["kl", "k3", "js"] = "kl",
     temperature: float = 1.0,
 ) -> Tensor:
-    """S(s_t) = KL( pi(. | q, o_<t, I) || pi(. | q, o_<t, I') ) for every response token: (R, T) float32 >= 0.
+    """S(s_t) = KL( pi(. | q, o_<t, I) || pi(. | q, o_<t, I') ) for every response token: (N, T) float32 >= 0.
 
-    `clean_hidden` (R, T, H) is what the rollout saw with the true image, so only the perturbed view is computed here.
-    Tokens past a row's end score 0.
+    `groups[i]` are the responses to prompt i, `image_index[i]` its image among the perturbed ones; N counts all
+    responses, a prompt's beside each other. `clean_hidden` (N, T, H) is what the rollout saw with the true image, so
+    only the perturbed view is computed here. Tokens past a row's end score 0.
     """
-    batch = policy.batch(prompts, responses, perturbed, image_index)
-    hidden, targets, mask = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
+    batch = policy.group_batch(prompts, groups, perturbed, image_index)
+    hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     clean = clean_hidden[:, : hidden.shape[1]]
     scores = torch.zeros(mask.shape, device=hidden.device)
     result = linear_token_divergence(
@@ -55,17 +58,15 @@ def shape_and_filter(
     return perception_weights(scores, response_mask, keep_ratio=keep_ratio, min_weight=min_weight)
 
 
-def response_slices(hidden: Tensor, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The response alone, moved to the left: (hidden that predicts it (R, T', H), its ids (R, T'), mask (R, T')).
+def response_slices(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The responses alone, one a row: (hidden that predicts them (N, W, H), their ids (N, W), mask (N, W)).
 
-    The state at position t - 1 predicts the token at t. T' is the longest response.
+    The state before a token predicts it: the prompt's last one for a response's first token. W is the longest response;
+    ids past a row's end are 0.
     """
-    lengths = response_mask.sum(-1)
-    first = response_mask.int().argmax(-1)
-    width = int(lengths.max())
-    offsets = torch.arange(width, device=hidden.device)
-    mask = offsets < lengths[:, None]
-    at = (first[:, None] + offsets).clamp_max(input_ids.shape[1] - 1)
-    targets = input_ids.gather(1, at).masked_fill(~mask, 0)
-    index = (at - 1).clamp_min(0)[..., None].expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index), targets, mask
+    segments = batch.response_mask.long() if batch.segments is None else batch.segments
+    row, place, mask = response_places(segments)
+    before = (place - 1).clamp_min(0)
+    if batch.segments is not None:  # another response stands before a response's first token
+        before[:, 0] = (segments == 0).sum(-1)[row[:, 0]] - 1
+    return hidden[row, before], batch.input_ids[row, place].masked_fill(~mask, 0), mask

@@ -11,13 +11,13 @@ from PIL import Image
 from mmrpt.config import Settings
 from mmrpt.data.images import seed_of
 from mmrpt.models import Policy
-from mmrpt.objective import PolicyTargets, policy_loss
+from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.rollout.collect import Round, collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.supervised import items_at
-from mmrpt.types import MaskedSample, PairSource
+from mmrpt.types import Batch, MaskedSample, PairSource
 
 
 class ImageCache:
@@ -74,8 +74,12 @@ def train_on_groups(
     images: ImageCache,
     settings: Settings,
     step: int,
+    captions: Batch | None = None,
 ) -> tuple[dict[str, Any], PerceptionWeights | None]:
-    """One optimiser step. Perception statistics run over all groups; micro-batches only bound the memory."""
+    """One optimiser step. Perception statistics run over all groups; micro-batches only bound the memory.
+
+    With `captions`, their supervised loss times `rl.caption_weight` is part of the step.
+    """
     groups = list(groups)
     n = len(groups[0].responses)
     weights = _perception_weights(groups, settings)
@@ -86,18 +90,26 @@ def train_on_groups(
     for start in range(0, len(groups), per_micro):
         part = groups[start : start + per_micro]
         rows = slice(start * n, (start + len(part)) * n)
+        targets = _targets(part, weights, rows)
         result = policy_loss(
             policy,
             _batch(policy, part, images.many([g.example_id for g in part])),
-            _targets(part, weights, rows),
+            targets,
             settings.rl,
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
         )
         result.loss.backward()
         loss_value += result.loss.item()
-        share = sum(g.response_tokens for g in part) / sum(g.response_tokens for g in groups)
-        _add_statistics(totals, result.statistics, share)
+        tokens = sum(g.response_tokens for g in part)
+        # Both are 0 past a row's end. A gap before any step was taken is a fault of the sampler or of the forward pass.
+        gap = (result.logps - targets.old_logps[:, : result.logps.shape[1]]).abs().sum() / tokens
+        share = tokens / sum(g.response_tokens for g in groups)
+        _add_statistics(totals, {**result.statistics, "rollout_logp_gap": gap}, share)
+    if captions is not None:
+        caption_loss = supervised_loss(policy, captions)
+        (settings.rl.caption_weight * caption_loss).backward()
+        totals["caption_loss"] = caption_loss.item()
     return {"loss": loss_value, **totals, **optimiser.step(step, settings.rl.steps)}, weights
 
 
@@ -136,12 +148,9 @@ def _normalizer(groups: list[Group], aggregation: str) -> float:
     return float(sum(len(g.responses) for g in groups)) if aggregation == "sequence_mean" else 1.0
 
 
-def _batch(policy: Policy, groups: list[Group], images: Mapping[str, Image.Image]) -> Any:
+def _batch(policy: Policy, groups: list[Group], images: Mapping[str, Image.Image]) -> Batch:
     pixels = policy.pixels([images[g.example_id] for g in groups])
-    prompts = [g.prompt for g in groups for _ in g.responses]
-    responses = [r for g in groups for r in g.responses]
-    index = [i for i, g in enumerate(groups) for _ in g.responses]
-    return policy.batch(prompts, responses, pixels, index)
+    return policy.group_batch([g.prompt for g in groups], [g.responses for g in groups], pixels, range(len(groups)))
 
 
 def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice) -> PolicyTargets:

@@ -14,7 +14,7 @@ import torch
 
 from mmrpt.data.jsonl import JsonlWriter, read_jsonl, write_jsonl
 
-PHASES = ("warmup", "rl", "control")
+PHASES = ("sight", "warmup", "rl", "control")
 STEP_FILES = ("metrics.jsonl", "samples.jsonl", "perception.jsonl")
 
 

@@ -16,6 +16,7 @@ from mmrpt.data.images import seed_of
 from mmrpt.data.sentences import sentence_spans
 from mmrpt.masking.build import random_masks, truth_masks
 from mmrpt.models import Policy
+from mmrpt.rollout.prompts import restore_text
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
 
 THINK_WORDS = 3  # of the span's sentence, before the span: long enough to say which thing is meant
@@ -114,6 +115,5 @@ def _row(
         masked = masked or random_masks(example, 1, mask=prompts.mask, rng=rng)
         if masked:
             chosen = masked[rng.integers(len(masked))]
-            ask = prompts.restore.format(masked_caption=chosen.masked_caption)
-            return ask, restored_response(example, chosen)
+            return restore_text(chosen, prompts), restored_response(example, chosen)
     return prompts.describe, example.caption

@@ -1,14 +1,15 @@
 """The whole method, in the order of the pipeline. Each phase leaves its result on disk; a phase whose result is there
 is read back instead of run again, and a phase that was cut off goes on from its last checkpoint.
 
-    pairs -> warm-up -> dependency scores -> masked samples -> reinforcement -> control -> evaluation -> report
+    pairs -> sight -> warm-up -> dependency scores -> masked samples -> reinforcement -> control -> evaluation -> report
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,12 +33,14 @@ from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json
 from mmrpt.samplelog import log_step
+from mmrpt.sight import rarity, sight_loss
 from mmrpt.sources import Sources, open_sources
 from mmrpt.supervised import items_at, lesson_of, supervised_batch
 from mmrpt.types import Batch, MaskedSample, SentenceScore
 from mmrpt.world.tiny_vlm import build_tiny_vlm
 
-IMAGES_FOR_START = 64  # that the tiny model's vision tower is scaled on
+IMAGES_FOR_START = 128  # that the tiny model's vision tower starts from
+CAPTIONS_FOR_RARITY = 1_000
 
 
 class Trainer:
@@ -58,6 +61,9 @@ class Trainer:
 
     def run(self) -> Path:
         """Runs every phase in order and returns the path of the report."""
+        if self.settings.sight_steps:
+            with self._timed("sight"):
+                self.sight()
         with self._timed("warmup"):
             self.warmup()
         with self._timed("scoring"):
@@ -67,15 +73,35 @@ class Trainer:
         with self._timed("control"):
             self.control()
         with self._timed("evaluation"):
-            self.evaluate(samples)
+            self.evaluate()
         return self.report()
 
     # ---------------------------------------------------------------- phases
 
+    def sight(self) -> None:
+        """The vision tower's own training, where the model starts from scratch."""
+        options, steps = self.settings.sight, self.settings.sight_steps
+        source = self.sources.train
+        weights = rarity(self.policy, (source[i].caption for i in range(min(CAPTIONS_FOR_RARITY, len(source)))))
+
+        def loss_of(step: int) -> torch.Tensor:
+            items = items_at(step * options.batch_size, options.batch_size, len(source), self.settings.seed, "sight")
+            examples = [source[i] for i in items]
+            pixels = self.policy.pixels([source.image(e.id) for e in examples])
+            return sight_loss(self.policy, pixels, [e.caption for e in examples], weights)
+
+        self._train("sight", steps, options.optimiser, loss_of, after=None)
+
     def warmup(self) -> None:
         """Caption training from the start model; stops well below what the model could learn."""
         options = self.settings.warmup
-        self._supervised("warmup", options.steps, options.batch_size, options.optimiser, first_item=0)
+        self._train(
+            "warmup",
+            options.steps,
+            options.optimiser,
+            lambda step: supervised_loss(self.policy, self._supervised_batch("warmup", step, options.batch_size, 0)),
+            after="sight" if self.settings.sight_steps else None,
+        )
 
     def score(self) -> list[SentenceScore]:
         """Dependency scores of the training captions under the warm start; one line a sentence in scores.jsonl."""
@@ -115,6 +141,7 @@ class Trainer:
         for score in scores:
             by_example.setdefault(score.example_id, []).append(score)
         samples: list[MaskedSample] = []
+        used: Counter[str] | None = Counter() if options.balance else None
         for index in range(min(options.pairs, len(self.sources.train))):
             example = self.sources.train[index]
             samples += build_masked_samples(
@@ -124,6 +151,7 @@ class Trainer:
                 mask=self.settings.prompts.mask,
                 spans_per_caption=options.spans_per_caption,
                 max_span_words=options.max_span_words,
+                used=used,
             )
         if not samples:
             raise RuntimeError(
@@ -150,7 +178,10 @@ class Trainer:
             number += len(rounds)
             groups = buffer.take(settings.rl.groups_per_step)
             if groups:
-                metrics, weights = train_on_groups(self.policy, optimiser, groups, self.images, settings, step)
+                captions = self._later_captions(step) if settings.rl.caption_weight else None
+                metrics, weights = train_on_groups(
+                    self.policy, optimiser, groups, self.images, settings, step, captions
+                )
                 log_step(self.log, self.policy, samples, step, groups, weights, rounds, metrics)
                 bar.set_postfix(reward=f"{rounds[-1].metrics['reward']:.2f}" if rounds else "-")
             if (step + 1) % settings.checkpoint_every == 0:
@@ -160,18 +191,17 @@ class Trainer:
 
     def control(self) -> None:
         """The warm start trained on with captions for as many optimiser steps: what reinforcement has to beat."""
-        options = self.settings
-        if options.control.enabled:
-            seen = options.warmup.steps * options.warmup.batch_size
-            self._supervised(
+        settings = self.settings
+        if settings.control.enabled:
+            self._train(
                 "control",
-                options.rl.steps,
-                options.control.batch_size,
-                continued(options.warmup.optimiser),
-                first_item=seen,
+                settings.rl.steps,
+                continued(settings.warmup.optimiser),
+                lambda step: supervised_loss(self.policy, self._later_captions(step)),
+                after="warmup",
             )
 
-    def evaluate(self, samples: list[MaskedSample]) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """Accuracy of every model on every held-out set and condition, and the AUC of the dependency scores."""
         path, settings = self.folder / "evaluation.json", self.settings
         if path.exists():
@@ -209,22 +239,27 @@ class Trainer:
 
     # ---------------------------------------------------------------- what the phases share
 
-    def _supervised(
-        self, phase: str, steps: int, batch_size: int, optimiser_settings: OptimiserSettings, *, first_item: int
+    def _train(
+        self,
+        phase: str,
+        steps: int,
+        optimiser_settings: OptimiserSettings,
+        loss_of: Callable[[int], torch.Tensor],
+        *,
+        after: str | None,
     ) -> None:
-        settings = self.settings
-        previous = "warmup" if phase == "control" else None
-        start, _, optimiser = self._open_phase(phase, previous, optimiser_settings)
+        """A phase of gradient descent on `loss_of(step)`, from where the phase `after` ended."""
+        start, _, optimiser = self._open_phase(phase, after, optimiser_settings)
         if start is None:
             return
         bar = tqdm(range(start, steps), desc=phase, unit="step", initial=start, total=steps)
         for step in bar:
-            loss = supervised_loss(self.policy, self._supervised_batch(phase, step, batch_size, first_item))
+            loss = loss_of(step)
             loss.backward()
             metrics = optimiser.step(step, steps)
             self.log.metrics(phase, step, loss=loss.item(), **metrics)
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if (step + 1) % settings.checkpoint_every == 0:
+            if (step + 1) % self.settings.checkpoint_every == 0:
                 self._save_partial(phase, step + 1, optimiser, {})
         self._finish_phase(phase, steps)
 
@@ -243,6 +278,13 @@ class Trainer:
             restore_fraction=(settings.warmup if phase == "warmup" else settings.control).restore_fraction,
             seed=seed_of(settings.seed, phase, step),
             sentences={"first sentences": 1, "sentences": 3, "captions": 0}[lesson],
+        )
+
+    def _later_captions(self, step: int) -> Batch:
+        """Captions past those of the warm-up: what the control trains on, and reinforcement too where it mixes them."""
+        warmup = self.settings.warmup
+        return self._supervised_batch(
+            "control", step, self.settings.control.batch_size, warmup.steps * warmup.batch_size
         )
 
     def _open_phase(

@@ -95,9 +95,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one forward pass, padded on the right. R rollouts, T tokens, P images.
+    """The tensors of one forward pass, padded on the right. R rows, T tokens, P images.
 
     Images are stored once each; `image_index` says which one a row shows, so that a group's vision tower runs once.
+    A row holds one response behind its prompt, or, with `segments`, all responses of a group (`mmrpt.grouped`).
     """
 
     input_ids: torch.Tensor  # (R, T) int64
@@ -106,3 +107,4 @@ class Batch:
     pixel_values: torch.Tensor  # (P * patches, C * temporal * patch * patch) float32, as the processor gives it
     image_grid_thw: torch.Tensor  # (P, 3) int64
     image_index: torch.Tensor  # (R,) int64 into P
+    segments: torch.Tensor | None = None  # (R, T) int64: 0 prompt, 1 to n the responses, -1 padding; None: one a row

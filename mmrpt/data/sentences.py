@@ -61,6 +61,15 @@ def sentence_spans(caption: str) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
+def sentence_at(text: str, position: int) -> str:
+    """The sentence of `text` that holds character `position`.
+
+    >>> sentence_at("a cat. it weighs 3.5 kg!", 10)
+    'it weighs 3.5 kg!'
+    """
+    return next(text[start:end] for start, end in sentence_spans(text) if position < end)
+
+
 def _append(spans: list[tuple[int, int]], caption: str, start: int, end: int) -> None:
     text = caption[start:end]
     stripped = text.strip()

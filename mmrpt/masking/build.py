@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from mmrpt.masking.spans import FUNCTION_WORDS, choose_spans
+from mmrpt.data.words import visual_phrases
+from mmrpt.masking.spans import FUNCTION_WORDS, Span, choose_spans
 from mmrpt.types import Example, MaskedSample, SentenceScore, Word
 
 
@@ -18,36 +20,46 @@ def build_masked_samples(
     mask: str,
     spans_per_caption: int,
     max_span_words: int,
+    used: Counter[str] | None = None,
 ) -> list[MaskedSample]:
     """The masked samples of one caption: its best spans, from the sentences that score `threshold` or more.
 
-    Sentences take turns, the highest score first, so that one sentence does not give every span.
+    Spans go by mass. With `used`, a count of the word classes hidden so far that this call adds to, they go by class
+    first, the class least used: a model looks most at what it can already tell, and would never be asked for the rest.
     """
-    dependent = sorted((s for s in scores if s.score >= threshold), key=lambda s: (-s.score, s.sentence))
-    queues = [
-        [
-            (score, span)
-            for span in choose_spans(example.caption, score, count=spans_per_caption, max_words=max_span_words)
-        ]
-        for score in dependent
+    candidates = [
+        (score, span)
+        for score in scores
+        if score.score >= threshold
+        for span in choose_spans(example.caption, score, count=len(example.caption), max_words=max_span_words)
     ]
-    turns = [queue[turn] for turn in range(spans_per_caption) for queue in queues if turn < len(queue)]
-    return [_sample(example, score, span.start, span.end, span.mass, mask) for score, span in turns[:spans_per_caption]]
+    chosen: list[tuple[SentenceScore, Span]] = []
+    while candidates and len(chosen) < spans_per_caption:
+        best = min(candidates, key=lambda c: (used[c[1].word_class] if used is not None else 0, -c[1].mass, c[1].start))
+        candidates.remove(best)
+        chosen.append(best)
+        if used is not None:
+            used[best[1].word_class] += 1
+    return [_sample(example, score, span.start, span.end, span.mass, mask) for score, span in chosen]
 
 
 def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Generator) -> list[MaskedSample]:
     """`count` random spans hidden, one a sample: what the warm-up uses to teach the answer's form.
 
-    A span is a content word and, one time in three, the word that follows it in the same sentence ("top left").
+    A span is a listed phrase ("red", "top left", "left of") or another content word and, one time in three, the content
+    word that follows it in the same sentence: the kinds of span that `choose_spans` hides, whatever a model looks at.
     """
-    words = word_offsets(example.caption)
-    content = [i for i, (a, b) in enumerate(words) if example.caption[a:b].casefold() not in FUNCTION_WORDS]
-    chosen = rng.choice(content, size=min(count, len(content)), replace=False) if content else []
+    caption = example.caption
+    listed = [phrase[:2] for phrase in visual_phrases(caption, 0, len(caption), max_words=2)]
+    words = [w for w in word_offsets(caption) if not any(w[0] < end and start < w[1] for start, end in listed)]
+    others = [(a, b) for a, b in words if caption[a:b].casefold() not in FUNCTION_WORDS]
+    spans = sorted([*listed, *others])
+    chosen = rng.choice(len(spans), size=min(count, len(spans)), replace=False) if spans else []
     samples = []
     for i in chosen:
-        start, end = words[i]
-        if rng.random() < 1 / 3 and i + 1 < len(words) and example.caption[end : words[i + 1][0]].isspace():
-            end = words[i + 1][1]
+        start, end = spans[i]
+        if rng.random() < 1 / 3 and spans[i] in others and spans[i + 1 : i + 2] and spans[i + 1] in others:
+            end = spans[i + 1][1] if caption[end : spans[i + 1][0]].isspace() else end
         samples.append(_sample(example, None, start, end, 0.0, mask))
     return samples
 

@@ -9,6 +9,7 @@ from mmrpt.reporting.measured import Evaluation
 from mmrpt.reporting.runfiles import PHASES, RunFiles, flatten, number
 
 PHASE_NAMES = {
+    "sight": "vision tower",
     "warmup": "caption warm-up",
     "scoring": "dependency scores and masking",
     "rl": "reinforcement",
@@ -21,7 +22,7 @@ TIMED_AS = {"rl": "reinforcement"}  # the name under which a phase's seconds are
 def planned_steps(files: RunFiles) -> dict[str, int]:
     """Steps that the settings ask of each phase; a phase whose number is not in them is left out."""
     config = flatten(files.document("config.yaml"))
-    asked = {phase: config.get(f"{phase}.steps") for phase in ("warmup", "rl")}
+    asked = {phase: config.get(f"{phase}.steps") for phase in ("sight", "warmup", "rl")}
     asked["control"] = asked["rl"] if config.get("control.enabled", True) else None
     return {phase: steps for phase, steps in asked.items() if isinstance(steps, int)}
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Row = dict[str, Any]
 
-PHASES = ("warmup", "rl", "control")
+PHASES = ("sight", "warmup", "rl", "control")
 
 
 class RunFiles:

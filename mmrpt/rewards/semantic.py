@@ -11,27 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmrpt.data.words import COLOURS, NUMBERS, RELATIONS, SIDES, SYNONYMS
 from mmrpt.rewards.text import completion_text, extract_answer, words_of
 
-COLOURS = frozenset(
-    """
-    red orange yellow green blue purple pink grey white black brown teal cyan magenta turquoise gold silver
-    beige
-    """.split()  # noqa: SIM905
-)
-COUNTS = {
-    w: n
-    for n, w in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    )
-}
-SIDES = {"left": "x", "right": "x", "top": "y", "upper": "y", "bottom": "y", "lower": "y", "centre": "c", "middle": "c"}
-RELATIONS = frozenset(
-    """
-    above across below under over beside behind inside outside near between
-    """.split()  # noqa: SIM905
-)
-SYNONYMS = {"gray": "grey", "upper": "top", "lower": "bottom", "center": "centre", "violet": "purple", "under": "below"}
 ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -58,7 +40,7 @@ def similarity(given: str | None, truth: str) -> float:
 
 def _normal(text: str) -> tuple[str, ...]:
     words = [SYNONYMS.get(word, word) for word in words_of(text) if word not in ARTICLES]
-    return tuple(str(COUNTS[word]) if word in COUNTS else _singular(word) for word in words)
+    return tuple(str(NUMBERS[word]) if word in NUMBERS else _singular(word) for word in words)
 
 
 def _singular(word: str) -> str:

@@ -17,6 +17,7 @@ from mmrpt.rewards import combine_rewards
 from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import Generation, generate
 from mmrpt.rollout.group import Group
+from mmrpt.rollout.prompts import restore_prompts
 from mmrpt.types import MaskedSample, Rollout
 
 
@@ -38,11 +39,7 @@ def collect_round(
     Depends on the policy's weights, its arguments and `seed` alone.
     """
     pixels = policy.pixels([images[s.example_id] for s in samples])
-    counts = pixels.tokens_per_image(policy.merge_size).tolist()
-    prompts = [
-        policy.encode_prompt(settings.prompts.restore.format(masked_caption=s.masked_caption), count)
-        for s, count in zip(samples, counts, strict=True)
-    ]
+    prompts = restore_prompts(policy, samples, pixels, settings.prompts)
     n = settings.rollout.group_size
     generation = generate(
         policy,
@@ -132,10 +129,10 @@ def _perception(
     )
     scores = token_perception(
         policy,
-        [prompts[row // n] for row in rows],
-        [generation.token_ids[row] for row in rows],
+        [prompts[i] for i in kept],
+        [generation.token_ids[i * n : (i + 1) * n] for i in kept],
         perturbed,
-        [position for position in range(len(kept)) for _ in range(n)],
+        range(len(kept)),
         generation.hidden[rows],
         kind=options.kind,
         temperature=settings.rollout.temperature,

@@ -1,4 +1,8 @@
-"""Sampling with a KV cache: each prompt is read once, its group shares the reading; decoding stops when all ended."""
+"""Sampling with a KV cache: each prompt is read once, and its group shares the cache; decoding stops when all ended.
+
+A group's rollouts are n tokens of one row at every step, behind a mask that shows each the prompt and its own past: the
+prompt's keys are never copied, and the cache holds P rows instead of P * n.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +61,9 @@ def generate(
 @dataclass
 class _State:
     cache: DynamicCache
-    hidden: Tensor  # (R, H) the state the next token is drawn from
-    attention_mask: Tensor  # (R, past)
-    position: Tensor  # (R,) rotary position of the next token
+    hidden: Tensor  # (P, n, H) the states the next tokens are drawn from
+    seen: Tensor  # (P, 1, n, past) bool: which cached keys each rollout may attend to
+    position: Tensor  # (P, n) rotary position of the next token
 
 
 def _read_prompts(
@@ -67,18 +71,16 @@ def _read_prompts(
 ) -> _State:
     batch = policy.batch(prompts, [[]] * len(prompts), pixels, image_index, pad_left=True)
     cache = DynamicCache(config=policy.model.config.get_text_config())
-    hidden = policy.hidden(batch, cache=cache)[:, -1]
+    hidden = policy.hidden(batch, cache=cache)[:, -1:]
     grid = batch.image_grid_thw[batch.image_index]
     tokens = grid.prod(-1) // policy.merge_size**2
     # An image's tokens advance the text by the longer side of its grid, not by their number.
     position = batch.attention_mask.sum(-1) - tokens + grid[:, 1:].amax(-1) // policy.merge_size
-    if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
     return _State(
         cache,
-        hidden.repeat_interleave(group_size, 0),
-        batch.attention_mask.repeat_interleave(group_size, 0),
-        position.repeat_interleave(group_size, 0),
+        hidden.expand(-1, group_size, -1),
+        batch.attention_mask.bool()[:, None, None].expand(-1, 1, group_size, -1),
+        position[:, None].expand(-1, group_size),
     )
 
 
@@ -91,21 +93,23 @@ def _decode(
     generator: torch.Generator | None,
 ) -> Generation:
     bias = policy.sampling_bias()
-    rows = state.hidden.shape[0]
-    alive = torch.ones(rows, dtype=torch.bool, device=state.hidden.device)
+    prompts, n, _ = state.hidden.shape
+    own = torch.eye(n, dtype=torch.bool, device=bias.device).expand(prompts, 1, n, n)
+    alive = torch.ones(prompts * n, dtype=torch.bool, device=bias.device)
     tokens, logps, hiddens, masks = [], [], [], []
     for _ in range(max_new_tokens):
-        token, logp = _draw(policy.head_weight, state.hidden, bias, temperature, top_p, generator)
+        hidden = state.hidden.flatten(0, 1)
+        token, logp = _draw(policy.head_weight, hidden, bias, temperature, top_p, generator)
         token = torch.where(alive, token, policy.pad_token_id)
         tokens.append(token)
         logps.append(logp * alive)
-        hiddens.append(state.hidden * alive[:, None])
+        hiddens.append(hidden * alive[:, None])
         masks.append(alive)
         alive = alive & (token != policy.eos_token_id)
         if not alive.any() or len(tokens) == max_new_tokens:
             break
-        state.attention_mask = torch.cat((state.attention_mask, state.attention_mask.new_ones(rows, 1)), -1)
-        state.hidden = policy.step(token, state.position, state.attention_mask, state.cache)
+        state.seen = torch.cat((state.seen, own), -1)
+        state.hidden = policy.step(token.view(prompts, n), state.position, state.seen, state.cache)
         state.position = state.position + 1
     lengths = torch.stack(masks, -1).sum(-1).tolist()
     ids = torch.stack(tokens, -1).tolist()
@@ -127,8 +131,19 @@ def _draw(
         return token, torch.log_softmax(logits, -1).gather(-1, token[:, None])[:, 0]
     logps = torch.log_softmax(logits / temperature, -1)
     probabilities = _nucleus(logps.exp(), top_p) if top_p < 1 else logps.exp()
-    token = torch.multinomial(probabilities, 1, generator=generator)
-    return token[:, 0], logps.gather(-1, token)[:, 0]
+    token = _inverse_cdf(probabilities, generator)
+    return token, logps.gather(-1, token[:, None])[:, 0]
+
+
+def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(R,) ids drawn from rows of (R, V) weights; an id of weight 0 is never drawn. Several times torch.multinomial's
+    speed on a CPU, and one uniform number a row whatever V is."""
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(total.shape, generator=generator, device=total.device, dtype=torch.float64)
+    # Right of the draw stands the first id whose weight reaches past it; rounding must not put the draw at the end.
+    draw = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, draw, right=True)[:, 0]
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

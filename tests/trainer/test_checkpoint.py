@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from mmrpt.checkpoint import (
     STATE_FILE,
     drop_older,
-    final_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -146,7 +145,6 @@ def test_the_latest_is_the_one_of_most_steps(tmp_path):
     assert latest_checkpoint(tmp_path, "rl") == tmp_path / "rl-100"
     assert latest_checkpoint(tmp_path, "warmup") == tmp_path / "warmup-300"
     assert latest_checkpoint(tmp_path, "control") is None
-    assert final_checkpoint(tmp_path, "rl") == tmp_path / "rl"
 
 
 def test_older_ones_go_and_others_stay(tmp_path):

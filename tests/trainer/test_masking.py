@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
 from mmrpt.data.sentences import sentence_spans
+from mmrpt.data.words import PHRASES
 from mmrpt.masking import build_masked_samples, choose_spans, choose_threshold, random_masks, score_sentences
 from mmrpt.masking.build import truth_masks, word_offsets
 from mmrpt.masking.score import layer_range
@@ -215,43 +217,47 @@ WORDS = st.sampled_from(["the", "of", "The", "is", "red", "cat", "card", "left",
 def test_spans_obey_their_laws(data, words, count, max_words):
     caption = " ".join(words) + "."
     masses = data.draw(st.lists(st.sampled_from([0.0, 0.5, 0.55, 0.9]), min_size=len(words), max_size=len(words)))
-    spans = choose_spans(caption, score_words(caption, masses), count=count, max_words=max_words)
-    mass_at = {caption_start: m for (caption_start, _), m in zip(word_offsets(caption), masses, strict=True)}
-    content = [w for w in words if w.casefold() not in FUNCTION_WORDS]
-    assert len(spans) <= count and (len(spans) >= 1) == bool(content)
-    seeds = []
+    score = score_words(caption, masses)
+    every = choose_spans(caption, score, count=99, max_words=max_words)
+    assert choose_spans(caption, score, count=count, max_words=max_words) == every[:count]
+    assert [s.mass for s in every] == sorted((s.mass for s in every), reverse=True)
+    mass_at = {start: m for (start, _), m in zip(word_offsets(caption), masses, strict=True)}
     taken = set()
-    for span in spans:
+    for span in every:
         inside = [(a, b) for a, b in word_offsets(caption) if a >= span.start and b <= span.end]
         assert (span.start, span.end) == (inside[0][0], inside[-1][1])  # whole words
         assert 1 <= len(inside) <= max_words
-        assert not any(caption[a:b].casefold() in FUNCTION_WORDS for a, b in inside)
         assert not taken & {a for a, _ in inside}, "two spans overlap"
         taken |= {a for a, _ in inside}
         own = [mass_at[a] for a, _ in inside]
-        assert span.mass == pytest.approx(sum(own) / len(own))
-        assert min(own) >= GROWTH * max(own) - 1e-12
-        seeds.append(max(own))
-    assert seeds == sorted(seeds, reverse=True)
-    if content:
-        best = max(m for w, m in zip(words, masses, strict=True) if w.casefold() not in FUNCTION_WORDS)
-        assert seeds[0] == best
-    if len(spans) < count:  # the sentence ran out of content words
-        assert len(taken) == len(content)
+        if span.word_class == "other":
+            assert not any(caption[a:b].casefold() in FUNCTION_WORDS for a, b in inside)
+            assert span.mass == pytest.approx(sum(own) / len(own))
+            assert min(own) >= GROWTH * max(own) - 1e-12
+        else:
+            assert caption[span.start : span.end].casefold() in PHRASES[span.word_class]
+            assert span.mass == own[0]
+    # Every content word lies in a span, and so does every listed one.
+    left = [caption[a:b].casefold() for a, b in word_offsets(caption) if a not in taken]
+    assert all(word in FUNCTION_WORDS for word in left) and not {"red", "left", "top", "three"} & set(left)
 
 
-def test_a_phrase_is_hidden_as_a_whole_where_its_masses_are_close():
-    caption = "the card at the top left is red."
-    masses = {"the": 0.9, "card": 0.3, "at": 0.1, "top": 0.80, "left": 0.78, "is": 0.1, "red.": 0.6}
-    score = score_words(caption, masses)
-    assert texts(caption, choose_spans(caption, score, count=3, max_words=2)) == ["top left", "red", "card"]
-    assert texts(caption, choose_spans(caption, score, count=3, max_words=1)) == ["top", "left", "red"]
+def test_listed_phrases_are_hidden_whole_and_the_longest_wins():
+    caption = "the card at the Top Left is red, left of two cards below."
+    spans = choose_spans(caption, score_words(caption, [0.5] * 13), count=99, max_words=2)
+    classes = {caption[s.start : s.end]: s.word_class for s in spans if s.word_class != "other"}
+    assert classes == {"Top Left": "side", "red": "colour", "left of": "relation", "two": "number", "below": "relation"}
+    single = choose_spans(caption, score_words(caption, [0.5] * 13), count=99, max_words=1)
+    assert {"Top", "Left", "left"} <= set(texts(caption, single))
 
 
-def test_a_phrase_whose_masses_differ_is_not():
-    caption = "a red card lies here."
-    score = score_words(caption, {"a": 0.1, "red": 0.8, "card": 0.19, "lies": 0.04, "here.": 0.01})
-    assert texts(caption, choose_spans(caption, score, count=2, max_words=3)) == ["red", "card"]
+def test_a_name_is_hidden_as_a_whole_where_its_masses_are_close():
+    caption = "a polar bear lies on ice cream."
+    score = score_words(
+        caption, {"a": 0.9, "polar": 0.8, "bear": 0.78, "lies": 0.1, "on": 0.1, "ice": 0.5, "cream.": 0.1}
+    )
+    assert texts(caption, choose_spans(caption, score, count=3, max_words=2)) == ["polar bear", "ice", "lies"]
+    assert texts(caption, choose_spans(caption, score, count=3, max_words=1)) == ["polar", "bear", "ice"]
 
 
 def test_spans_stay_inside_their_sentence():
@@ -286,7 +292,7 @@ def check_restores(example, sample, mask="<mask>"):
 @pytest.mark.parametrize(
     ("threshold", "count", "answers"),
     [
-        (0.0, 3, ["two", "red", "cats"]),  # sentences take turns, the higher score first
+        (0.0, 3, ["two", "red", "cats"]),  # by mass
         (0.4, 2, ["two", "red"]),  # exactly at the threshold passes
         (0.41, 3, ["two", "cats", "shows"]),
         (0.6, 1, ["two"]),
@@ -316,10 +322,32 @@ def test_masked_samples_carry_the_truth_of_their_words():
 
 
 def test_a_span_of_two_words_takes_the_truth_that_needs_the_image():
-    example = Example("e", "red card", (Word(0, 3, "colour", True), Word(4, 8, "object", False)))
-    score = score_words("red card", [0.5, 0.5])
+    example = Example("e", "polar bear", (Word(0, 5, "object", True), Word(6, 10, "plain", False)))
+    score = score_words("polar bear", [0.5, 0.5])
     (sample,) = build_masked_samples(example, [score], 0.0, mask="<mask>", spans_per_caption=1, max_span_words=2)
-    assert (sample.answer, sample.kind, sample.needs_image) == ("red card", "colour", True)
+    assert (sample.answer, sample.kind, sample.needs_image) == ("polar bear", "object", True)
+
+
+def test_balanced_classes_take_turns_over_captions():
+    caption = "the red card is left of the blue one here."
+    masses = {
+        "the": 0.0,
+        "red": 0.9,
+        "card": 0.5,
+        "is": 0.0,
+        "left": 0.1,
+        "of": 0.0,
+        "blue": 0.8,
+        "one": 0.0,
+        "here.": 0.0,
+    }
+    score, example = score_words(caption, masses), Example("e", caption)
+    options = {"mask": "<mask>", "spans_per_caption": 2, "max_span_words": 2}
+    assert [s.answer for s in build_masked_samples(example, [score], 0.0, **options)] == ["red", "blue"]
+    used = Counter()
+    asked = [[s.answer for s in build_masked_samples(example, [score], 0.0, **options, used=used)] for _ in range(3)]
+    assert asked == [["red", "card"], ["left of", "one"], ["red", "card"]]
+    assert used == {"colour": 2, "other": 2, "relation": 1, "number": 1}
 
 
 def test_random_masks_hide_different_content_words_and_depend_on_the_draw_alone():
@@ -329,6 +357,9 @@ def test_random_masks_hide_different_content_words_and_depend_on_the_draw_alone(
     assert {s.answer for s in every} == content and len(every) == len(content)
     for sample in every:
         check_restores(example, sample)
+    phrases = Example("e", "at the top left the card lies left of two others.")
+    hidden = {s.answer for k in range(9) for s in random_masks(phrases, 99, mask="_", rng=np.random.default_rng(k))}
+    assert {"top left", "left of", "two", "card", "card lies"} <= hidden and not {"left", "top"} & hidden
     draws = [[s.id for s in random_masks(example, 2, mask="_", rng=np.random.default_rng(k))] for k in (1, 1, 2, 3, 4)]
     assert draws[0] == draws[1] and len({tuple(d) for d in draws}) > 1
     assert random_masks(Example("e", "it is the"), 1, mask="_", rng=np.random.default_rng(0)) == []

@@ -201,7 +201,11 @@ def test_statistics_of_a_step_do_not_depend_on_its_micro_batches(policy, pairs):
         train_on_groups(policy, Recorder(policy), groups, ImageCache(pairs), step_settings(micro_batch=size), 0)[0]
         for size in (2, 100)
     ]
-    for name in ("kept_fraction", "logp_mean", "entropy_mean", "ratio_mean", "approx_kl", "tokens"):
+    now = logps_by_row(policy, pairs, groups)
+    old = [row for group in groups for row in group.logps]
+    gaps = [(row - then[: len(row)]).abs() for row, then in zip(now, old, strict=True)]
+    assert rows[0]["rollout_logp_gap"] == pytest.approx(torch.cat(gaps).mean().item(), rel=1e-3)
+    for name in ("kept_fraction", "logp_mean", "entropy_mean", "ratio_mean", "approx_kl", "tokens", "rollout_logp_gap"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
     for name in ("ratio_max", "max_logp"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4), name

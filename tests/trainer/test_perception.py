@@ -34,12 +34,19 @@ def views(policy, pairs):
     return prompts, responses, index, clean, perturbed
 
 
+def score(policy, views, perturbed, hidden, **options):
+    """token_perception of the views' rows, three of which share a prompt."""
+    prompts, responses, index, *_ = views
+    groups = [responses[i : i + 3] for i in range(0, len(responses), 3)]
+    return token_perception(policy, prompts[::3], groups, perturbed, index[::3], hidden, **options)
+
+
 def perceive(policy, views, perturbed=None, **options):
     prompts, responses, index, clean, damaged = views
     batch = policy.batch(prompts, responses, clean, index)
     with torch.no_grad():
-        hidden, *_ = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
-    return token_perception(policy, prompts, responses, perturbed or damaged, index, hidden, **options)
+        hidden, *_ = response_slices(policy.hidden(batch), batch)
+    return score(policy, views, perturbed or damaged, hidden, **options)
 
 
 def divergence(kind, p, q, target):
@@ -81,11 +88,11 @@ def test_nothing_is_perceived_where_the_image_is_the_same(policy, views):
 
 
 def test_scores_past_the_end_are_zero_whatever_the_states_hold(policy, views):
-    prompts, responses, index, _, damaged = views
+    _, responses, _, _, damaged = views
     hidden = torch.full((6, 7, 32), torch.nan)  # wider than the longest response, as a generation's can be
     for row, response in enumerate(responses):
         hidden[row, : len(response)] = 0.1
-    scores = token_perception(policy, prompts, responses, damaged, index, hidden)
+    scores = score(policy, views, damaged, hidden)
     for row, response in enumerate(responses):
         assert (scores[row, len(response) :] == 0).all() and torch.isfinite(scores[row]).all()
 
@@ -100,19 +107,10 @@ def test_states_of_the_rollout_serve_as_the_clean_view(policy, pairs):
     )
     rows, index = [p for p in prompts for _ in range(3)], [0, 0, 0, 1, 1, 1]
     damaged = policy.pixels([blank(image) for image in images])
-    found = token_perception(policy, rows, out.token_ids, damaged, index, out.hidden)
-    wanted = perceive(policy, (rows, out.token_ids, index, pixels, damaged))
+    views = (rows, out.token_ids, index, pixels, damaged)
+    found = score(policy, views, damaged, out.hidden)
+    wanted = perceive(policy, views)
     torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=1e-3, atol=1e-6)
-
-
-def test_response_slices_move_each_response_to_the_left():
-    ids = torch.tensor([[5, 6, 7, 8, 9, 0], [5, 6, 7, 0, 0, 0], [4, 5, 6, 7, 8, 9]])
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
-    hidden = torch.arange(6.0).expand(3, 6)[..., None]
-    states, targets, kept = response_slices(hidden, ids, mask)
-    assert kept.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
-    assert targets.tolist() == [[7, 8, 9], [6, 7, 0], [9, 0, 0]]
-    assert [row[m].tolist() for row, m in zip(states[..., 0], kept, strict=True)] == [[1, 2, 3], [0, 1], [4]]
 
 
 @pytest.mark.parametrize("keep_ratio", [0.1, 0.4, 0.5, 1.0])

@@ -30,7 +30,7 @@ from mmrpt.train import main
 from mmrpt.trainer import Trainer
 from tests.trainer.conftest import SMALL_RUN, ColourPairs
 
-PHASES = ("warmup", "rl", "control")
+PHASES = ("sight", "warmup", "rl", "control")
 EXACT_FILES = ("scores.jsonl", "masked.jsonl", "masking.json", "answers.jsonl", "perception.jsonl", "samples.jsonl")
 
 
@@ -186,12 +186,14 @@ def kill(settings, path: str, call: int, *, after: bool = False) -> None:
 
 
 MOMENTS = {
+    "while the vision tower trains": ("mmrpt.trainer.sight_loss", 3, False),
+    "between the vision tower and the warm-up": ("mmrpt.trainer.supervised_loss", 1, False),
     "in the warm-up, between checkpoints": ("mmrpt.trainer.supervised_loss", 4, False),
     "in the warm-up, before its first checkpoint": ("mmrpt.trainer.supervised_loss", 2, False),
-    "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 4, False),
-    "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 4, True),
+    "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 3 + 4, False),
+    "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 3 + 4, True),
     "right after a checkpoint": ("mmrpt.trainer.drop_older", 1, False),
-    "between the last checkpoint of a phase and its end": ("mmrpt.trainer.save_checkpoint", 3, False),
+    "between the last checkpoint of a phase and its end": ("mmrpt.trainer.save_checkpoint", 2 + 3, False),
     "while captions are scored": ("mmrpt.trainer.score_sentences", 2, False),
     "between scores and masks": ("mmrpt.trainer.choose_threshold", 1, False),
     "while rollouts are sampled": ("mmrpt.reinforce.collect_round", 4, False),

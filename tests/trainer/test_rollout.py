@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt.rollout.generate import _nucleus, generate
+from mmrpt.perception import response_slices
+from mmrpt.rollout.generate import _inverse_cdf, _nucleus, generate
 
 
 def prompts_and_pixels(policy, pairs, count=3):
@@ -29,8 +30,6 @@ def test_greedy_decoding_equals_recomputing_every_step(policy, pairs):
 
 
 def test_sampled_logps_and_states_are_those_of_a_full_forward_pass(policy, pairs):
-    from mmrpt.perception import response_slices
-
     prompts, pixels = prompts_and_pixels(policy, pairs)
     out = generate(
         policy, prompts, pixels, range(3), group_size=4, max_new_tokens=7, generator=torch.Generator().manual_seed(5)
@@ -38,7 +37,7 @@ def test_sampled_logps_and_states_are_those_of_a_full_forward_pass(policy, pairs
     rows = [p for p in prompts for _ in range(4)]
     index = [i for i in range(3) for _ in range(4)]
     batch = policy.batch(rows, out.token_ids, pixels, index)
-    hidden, targets, mask = response_slices(policy.hidden(batch), batch.input_ids, batch.response_mask)
+    hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     assert [tuple(t[m].tolist()) for t, m in zip(targets, mask, strict=True)] == out.token_ids
     width = mask.shape[1]
     torch.testing.assert_close(out.hidden[:, :width][mask], hidden[mask], rtol=1e-4, atol=1e-5)
@@ -89,6 +88,15 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     assert torch.equal(
         _nucleus(p, 0.0001) > 0, torch.tensor([[True, False, False, False], [False, False, False, True]])
     )
+
+
+def test_draws_follow_the_weights_and_never_a_weight_of_zero():
+    weights = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0]])
+    drawn = _inverse_cdf(weights.expand(20_000, 6), torch.Generator().manual_seed(3))
+    share = torch.bincount(drawn, minlength=6) / 20_000
+    assert share[[0, 2, 5]].tolist() == [0, 0, 0]
+    # Three standard deviations of a share of 20,000 draws are at most 0.011.
+    torch.testing.assert_close(share, weights[0], rtol=0, atol=0.011)
 
 
 def test_training_mode_is_left_as_it_was(policy, pairs):

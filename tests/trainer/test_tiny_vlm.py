@@ -18,6 +18,7 @@ from mmrpt.world.tiny_vlm import (
     build_tiny_vlm,
     spread_features,
     train_tokenizer,
+    whiten_patches,
 )
 from tests.trainer.conftest import TINY, ColourPairs, make_policy
 
@@ -79,6 +80,23 @@ def test_spread_features_have_mean_zero_and_the_wanted_deviation(std):
     # one scale and one shift: how images differ from each other is otherwise untouched
     scale = std / before.std(0).mean()
     torch.testing.assert_close(after, (before - before.mean(0)) * scale, atol=1e-4 * std, rtol=1e-3)
+
+
+def test_whitened_patches_are_uncorrelated_components_of_the_wanted_deviation():
+    policy, pairs = make_policy(), ColourPairs()
+    images = [pairs.image(pairs[i].id) for i in range(16)]
+    pixels = policy.pixels(images).pixel_values
+    whiten_patches(policy, images, std=4.0)
+    embedded = policy.model.model.visual.patch_embed(pixels).detach().double()
+    assert embedded.std(0).square().mean().sqrt().item() == pytest.approx(4.0, rel=1e-4)
+    covariance = torch.cov(embedded.T)
+    outside = covariance - covariance.diag().diag()
+    assert outside.abs().max() < 1e-3 * covariance.diag().max()
+    # A component of deviation s becomes one of deviation s ** 0.25, and the largest comes first.
+    own = torch.linalg.eigvalsh(torch.cov(pixels.double().T)).flip(0)[: embedded.shape[1]].clamp_min(0).sqrt()
+    strong = own > 0.01 * own[0]
+    ratio = embedded.std(0)[strong] / own[strong] ** 0.25
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-2, atol=0)
 
 
 def test_building_with_images_spreads_their_features():
