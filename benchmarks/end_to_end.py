@@ -26,6 +26,7 @@ from benchmarks.harness import DEFAULT_RESULTS, result_path
 ROOT = Path(__file__).resolve().parent.parent
 # A few steps of everything: shows that all runs, measures nothing.
 QUICK = (
+    "sight.steps=2",
     "warmup.steps=4",
     "masking.pairs=64",
     "masking.threshold=quantile",

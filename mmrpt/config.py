@@ -127,9 +127,9 @@ class WarmupSettings:
     source: what a vision encoder's own pre-training gives a larger model. Set it to 0 for a model that can see.
     """
 
-    steps: int = 800
+    steps: int = 360
     batch_size: int = 16
-    sentence_steps: int = 250
+    sentence_steps: int = 110
     sentence_batch_size: int = 32
     restore_fraction: float = 0.7  # rows that restore random words, any words, instead of describing
     optimiser: OptimiserSettings = field(
@@ -182,7 +182,7 @@ class RolloutSettings:
     group_size: int = 8
     max_new_tokens: int = 28
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 0.98
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, f"rollout.prompts is {self.prompts}: expected at least 1.")
@@ -233,7 +233,7 @@ class PerceptionSettings:
 class RLSettings:
     """Group-relative reinforcement with the perception-filtered clipped loss."""
 
-    steps: int = 85
+    steps: int = 220
     groups_per_step: int = 12  # groups with signal that one optimiser step consumes
     max_rounds: int = 4  # sampling rounds spent on filling a step before it goes on with fewer groups
     micro_batch: int = 128
@@ -241,13 +241,15 @@ class RLSettings:
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = 3.0
-    entropy_coef: float = 0.03  # a bonus: without it a tiny policy soon answers every question alike
+    entropy_coef: float = 0.0
     entropy_scope: Literal["response", "kept"] = "kept"
     aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     # Weight of the supervised loss on the control's own batches in each step; 0 leaves them out. It keeps what no
     # reward asks for (InstructGPT's pre-training mix, arXiv 2203.02155), and the control lacks rewards alone.
-    caption_weight: float = 0.5
-    optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(lr=3e-4, warmup_steps=5))
+    caption_weight: float = 0.3
+    optimiser: OptimiserSettings = field(
+        default_factory=lambda: OptimiserSettings(lr=6e-4, warmup_steps=5, final_fraction=0.1)
+    )
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"rl.steps is {self.steps}: expected 0 or more.")

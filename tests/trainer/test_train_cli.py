@@ -265,7 +265,7 @@ def test_real_pairs_run_from_start_to_report(tmp_path, capsys):
     """Through every phase with the real rewards and the report's plots; nothing of the drawn world is needed."""
     write_pairs(tmp_path / "pairs", 12)
     pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
-    short = ["rl.steps=1", "rl.max_rounds=1", "warmup.steps=2", "evaluation.samples=2"]
+    short = ["sight.steps=1", "rl.steps=1", "rl.max_rounds=1", "warmup.steps=2", "evaluation.samples=2"]
     assert run(tmp_path / "runs", *SMALL_RUN, *short, pairs, "data.held_out=4", "name=real") == 0
     folder = tmp_path / "runs" / "real"
     assert f"report: {folder / 'report.md'}" in capsys.readouterr().out
