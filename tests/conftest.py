@@ -8,6 +8,10 @@ import random
 import pytest
 import torch
 
+# Before any kernel is imported: without a GPU Triton's interpreter runs them. (Compile tests do so in a child process.)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 SEED = int(os.environ.get("MMRPT_TEST_SEED", "0"))
 
 
