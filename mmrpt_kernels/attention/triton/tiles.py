@@ -1,8 +1,9 @@
 """Device helpers that the kernels share: where a program works, which pairs of a tile may attend, scores.
 
-Positions count along the whole tensor, packed or not: a sequence is rows [row_lo, row_hi) against keys [key_lo, key_hi),
-and row t stands at key position t + shift with shift = key_hi - row_hi (bottom-right alignment). Key blocks start at
-multiples of the block size wherever a sequence begins, so that one classification of the key weights serves them all.
+Positions count along the whole tensor, packed or not: a sequence is rows [row_lo, row_hi) against keys
+[key_lo, key_hi), and row t stands at key position t + shift with shift = key_hi - row_hi (bottom-right alignment). Key
+blocks start at multiples of the block size wherever a sequence begins, so that one classification of the key weights
+serves them all.
 Scores are in units of log2: exp2(x) is exp of what the definition calls s.
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "capped_scores",
     "keys_of_every_row",
     "keys_of_rows",
+    "load_tile",
     "place_of_program",
     "rows_of_every_key",
     "rows_of_keys",
@@ -100,8 +102,25 @@ def rows_of_every_key(key_first, key_last, shift, row_lo, row_hi, left, right, L
 
 
 @triton.jit
+def load_tile(pointers, keep, column, SOME: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile (N, BLOCK) of q, k, v or dout: 0 beyond DIM columns and, where SOME rows may be missing, outside `keep`.
+
+    Args:
+        keep: (N, 1) bool. column: (1, BLOCK) int.
+    """
+    if SOME and DIM < BLOCK:
+        return tl.load(pointers, mask=keep & (column < DIM), other=0.0)
+    elif SOME:
+        return tl.load(pointers, mask=keep, other=0.0)
+    elif DIM < BLOCK:
+        return tl.load(pointers, mask=column < DIM, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def band_allows(row, key, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Bool, of the shape that `row` and `key` broadcast to: the pairs inside the band and inside the sequence's keys."""
+    """Bool, shaped as `row` and `key` broadcast: the pairs inside the band and inside the sequence's keys."""
     allowed = (key >= key_lo) & (key < key_hi)
     if LEFT:
         allowed = allowed & (key >= row + (shift - left))
@@ -127,8 +146,10 @@ def tanh(x):
 
 @triton.jit
 def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
-    """(scores in units of log2, d scores / d (scale * products)) of raw products q . k, softcap c tanh(s / c) or none."""
+    """(scores in units of log2, d s / d (scale * products)) of raw products q . k, s bent to c tanh(s / c) if CAPPED."""
     if CAPPED:
         bend = tanh(products * (scale / softcap))
-        return bend * (softcap * LOG2_E), 1.0 - bend * bend
-    return products * (scale * LOG2_E), 1.0
+        scores, slope = bend * (softcap * LOG2_E), 1.0 - bend * bend
+    else:
+        scores, slope = products * (scale * LOG2_E), 1.0
+    return scores, slope

@@ -1,0 +1,130 @@
+"""Launch settings of the fused attention: tables by architecture, dtype and head size.
+
+Every row has been compiled ahead of time for its architecture with no register spilled and shared memory within the
+block's limit (tests/kernels/test_attention_triton_compile.py); none has been timed on hardware yet. A row is the
+largest tile that passed, warps chosen so that a thread's part of the float32 accumulators stays under 128 registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["ARCHITECTURES", "L2_BYTES", "MAX_GROUPS", "SIZES", "Settings", "forward_settings", "keys_settings"]
+__all__ += ["rows_settings"]
+
+# Groups of weights that one visit of the keys serves; each costs a float32 per row in registers.
+MAX_GROUPS = 8
+# Keys and values of heads that run side by side; 40 MB of L2 on A100, 50 on H100, 60 on H200: some is left for the rest.
+L2_BYTES = 32 * 2**20
+
+ARCHITECTURES = (80, 90, 100)
+SIZES = (64, 128, 256)  # the larger of D and Dv, up to the next of these
+
+
+class Settings(NamedTuple):
+    """One launch."""
+
+    rows: int  # query rows of a tile
+    keys: int  # keys of a tile
+    warps: int
+    stages: int  # depth of the load pipeline
+
+
+# Small and uneven, so that a short test crosses many tile borders.
+INTERPRETER = Settings(32, 16, 4, 1)
+
+# (architecture, bytes of an element, head size): the forward pass.
+FORWARD = {
+    (80, 2, 64): Settings(128, 64, 4, 3),
+    (80, 2, 128): Settings(128, 64, 8, 3),
+    (80, 2, 256): Settings(64, 64, 8, 2),
+    (80, 4, 64): Settings(64, 32, 4, 2),
+    (80, 4, 128): Settings(64, 32, 8, 2),
+    (80, 4, 256): Settings(32, 32, 8, 2),
+    (90, 2, 64): Settings(128, 128, 8, 3),
+    (90, 2, 128): Settings(128, 128, 8, 2),
+    (90, 2, 256): Settings(128, 64, 8, 2),
+    (90, 4, 64): Settings(64, 32, 4, 2),
+    (90, 4, 128): Settings(64, 32, 8, 2),
+    (90, 4, 256): Settings(32, 32, 8, 2),
+    (100, 2, 64): Settings(128, 128, 8, 3),
+    (100, 2, 128): Settings(128, 128, 8, 2),
+    (100, 2, 256): Settings(128, 64, 8, 2),
+    (100, 4, 64): Settings(64, 32, 4, 2),
+    (100, 4, 128): Settings(64, 32, 8, 2),
+    (100, 4, 256): Settings(32, 32, 8, 2),
+}
+
+# The backward pass over a block of keys: dk, dv, dw.
+KEYS = {
+    (80, 2, 64): Settings(64, 128, 8, 2),
+    (80, 2, 128): Settings(32, 128, 8, 2),
+    (80, 2, 256): Settings(32, 64, 8, 1),
+    (80, 4, 64): Settings(32, 64, 8, 1),
+    (80, 4, 128): Settings(16, 32, 8, 1),
+    (80, 4, 256): Settings(16, 16, 8, 1),
+    (90, 2, 64): Settings(64, 128, 8, 2),
+    (90, 2, 128): Settings(64, 128, 8, 2),
+    (90, 2, 256): Settings(64, 64, 8, 1),
+    (90, 4, 64): Settings(32, 64, 8, 1),
+    (90, 4, 128): Settings(16, 32, 8, 1),
+    (90, 4, 256): Settings(16, 16, 8, 1),
+    (100, 2, 64): Settings(64, 128, 8, 2),
+    (100, 2, 128): Settings(64, 128, 8, 2),
+    (100, 2, 256): Settings(64, 64, 8, 1),
+    (100, 4, 64): Settings(32, 64, 8, 1),
+    (100, 4, 128): Settings(16, 32, 8, 1),
+    (100, 4, 256): Settings(16, 16, 8, 1),
+}
+
+# The backward pass over a block of rows: dq.
+ROWS = {
+    (80, 2, 64): Settings(128, 64, 8, 2),
+    (80, 2, 128): Settings(128, 32, 8, 2),
+    (80, 2, 256): Settings(64, 32, 8, 1),
+    (80, 4, 64): Settings(64, 32, 8, 1),
+    (80, 4, 128): Settings(32, 16, 8, 1),
+    (80, 4, 256): Settings(16, 16, 8, 1),
+    (90, 2, 64): Settings(128, 64, 8, 2),
+    (90, 2, 128): Settings(128, 64, 8, 2),
+    (90, 2, 256): Settings(64, 64, 8, 1),
+    (90, 4, 64): Settings(64, 32, 8, 1),
+    (90, 4, 128): Settings(32, 16, 8, 1),
+    (90, 4, 256): Settings(16, 16, 8, 1),
+    (100, 2, 64): Settings(128, 64, 8, 2),
+    (100, 2, 128): Settings(128, 64, 8, 2),
+    (100, 2, 256): Settings(64, 64, 8, 1),
+    (100, 4, 64): Settings(64, 32, 8, 1),
+    (100, 4, 128): Settings(32, 16, 8, 1),
+    (100, 4, 256): Settings(16, 16, 8, 1),
+}
+
+
+def _row(table: dict[tuple[int, int, int], Settings], architecture: int, dtype: torch.dtype, size: int) -> Settings:
+    if architecture == 0:
+        return INTERPRETER
+    known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    return table[known, dtype.itemsize, next(s for s in SIZES if size <= s)]
+
+
+def forward_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+    """The forward pass's row.
+
+    Args:
+        architecture: compute capability times ten, 0 for the interpreter; the nearest older row serves.
+        dtype: float16, bfloat16 or float32.
+        size: the larger of D and Dv, at most 256.
+    """
+    return _row(FORWARD, architecture, dtype, size)
+
+
+def keys_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+    """The row of the backward pass over keys (dk, dv, dw)."""
+    return _row(KEYS, architecture, dtype, size)
+
+
+def rows_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+    """The row of the backward pass over rows (dq)."""
+    return _row(ROWS, architecture, dtype, size)
