@@ -11,13 +11,26 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ARCHITECTURES", "L2_BYTES", "MAX_GROUPS", "SIZES", "Settings", "forward_settings", "keys_settings"]
-__all__ += ["rows_settings"]
+__all__ = [
+    "ARCHITECTURES",
+    "L2_BYTES",
+    "MAX_GROUPS",
+    "PROGRAMS_WANTED",
+    "SIZES",
+    "Settings",
+    "forward_settings",
+    "keys_settings",
+    "rows_settings",
+]
 
 # Groups of weights that one visit of the keys serves; each costs a float32 per row in registers.
 MAX_GROUPS = 8
-# Keys and values of heads that run side by side; 40 MB of L2 on A100, 50 on H100, 60 on H200: some is left for the rest.
+# Keys and values of heads that run side by side. The L2 cache has 40 MB on A100, 50 on H100, 60 on H200.
 L2_BYTES = 32 * 2**20
+
+# The backward pass over keys spreads the query heads of a key head over programs until there are so many: an H100 has
+# 132 multiprocessors.
+PROGRAMS_WANTED = 256
 
 ARCHITECTURES = (80, 90, 100)
 SIZES = (64, 128, 256)  # the larger of D and Dv, up to the next of these

@@ -27,6 +27,7 @@ __all__ = [
     "rows_of_every_key",
     "rows_of_keys",
     "tanh",
+    "weigh",
 ]
 
 # What a block of keys holds of one group's weights: zeros alone, ones alone, or anything. kinds (B, blocks, G) int8.
@@ -67,9 +68,7 @@ def keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: 
 
 
 @triton.jit
-def keys_of_every_row(
-    row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr
-):
+def keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """[first, stop): the keys that every row of row_first .. row_last may attend to."""
     first, stop = key_lo, key_hi
     if LEFT:
@@ -146,10 +145,50 @@ def tanh(x):
 
 @triton.jit
 def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
-    """(scores in units of log2, d s / d (scale * products)) of raw products q . k, s bent to c tanh(s / c) if CAPPED."""
+    """(scores in units of log2, d s / d (scale * products)) of raw products q . k, s bent to c tanh(s / c) or not."""
     if CAPPED:
         bend = tanh(products * (scale / softcap))
         scores, slope = bend * (softcap * LOG2_E), 1.0 - bend * bend
     else:
         scores, slope = products * (scale * LOG2_E), 1.0
     return scores, slope
+
+
+@triton.jit
+def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
+    """One group's part of `weigh`."""
+    kind = tl.load(block_kind, mask=exists, other=0)
+    dmass = tl.load(dmass_ptrs, mask=live & (kind != FREE), other=0.0)  # (rows,)
+    extra += tl.where(kind == FULL, dmass, 0.0)
+    if kind == MIXED:
+        w = tl.load(w_ptrs, mask=keep, other=0).to(tl.float32)  # (keys,)
+        if KEYS_FIRST:
+            dp += w[:, None] * dmass[None, :]
+        else:
+            dp += dmass[:, None] * w[None, :]
+    return dp, extra
+
+
+@triton.jit
+def weigh(
+    dp, extra, w_ptrs, w_g, keep, dmass_ptrs, dm_g, live, block_kinds, groups,
+    GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(dp with the mixed groups' weight_j * dmass_t, extra (rows,) with the full groups' dmass_t).
+
+    Args:
+        KEYS_FIRST: dp is (keys, rows), else (rows, keys).
+        GROUPS: groups up to a power of two, 0 when they are too many to unroll.
+        keep (keys,), live (rows,): what exists.
+    """
+    if GROUPS == 0:
+        for g in range(groups):
+            dp, extra = weigh_group(
+                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g * dm_g, live, block_kinds + g, True, KEYS_FIRST
+            )
+    else:
+        for g in tl.static_range(GROUPS):
+            dp, extra = weigh_group(
+                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g * dm_g, live, block_kinds + g, g < groups, KEYS_FIRST
+            )
+    return dp, extra

@@ -1,0 +1,173 @@
+"""The backward pass over keys: dk, dv and dw of a block of keys, from all rows that may attend to it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mmrpt_kernels.attention.triton.tiles import (
+    LOG2_E,
+    band_allows,
+    capped_scores,
+    load_tile,
+    place_of_program,
+    rows_of_every_key,
+    rows_of_keys,
+    weigh,
+)
+
+__all__ = ["backward_keys"]
+
+
+@triton.jit
+def _keys_blocks(
+    dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base, dm_base, kinds,
+    q_t, do_t, w_g, mask_t, mask_s, dm_t, dm_g,
+    origin, blocks, gap_first, gap, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right, scale, softcap,
+    EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
+    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the rows of blocks [0, blocks), counted from row `origin`, to dk, dv, dw; `gap` from gap_first on left out.
+
+    Keys that do not exist collect anything: the caller drops them. EDGE: the band may forbid pairs, or rows be missing.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    place = tl.arange(0, BLOCK_M)
+    q_offsets = place[:, None] * q_t + dim[None, :]
+    do_offsets = place[:, None] * do_t + dim_v[None, :]
+    for index in range(gap_first if not EDGE else 0, blocks - gap if EDGE else gap_first + gap):
+        block = index + tl.where(index >= gap_first, gap, 0) if EDGE else index
+        first = origin + block * BLOCK_M
+        row = first + place
+        start = first.to(tl.int64)
+        live = row < row_hi  # (BLOCK_M,)
+        q_tile = load_tile((q_base + start * q_t) + q_offsets, live[:, None], dim[None, :], EDGE, DIM, BLOCK_D)
+        lse = tl.load(lse_base + start + place, mask=live, other=float("inf"))  # (BLOCK_M,)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a dead row's probabilities are 0
+        delta = tl.load(delta_base + start + place, mask=live, other=0.0)  # (BLOCK_M,)
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        x, bend = capped_scores(products, scale, softcap, CAPPED)
+        p = tl.exp2(x - (lse * LOG2_E)[None, :])
+        if EDGE:
+            allowed = band_allows(row[None, :], key[:, None], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+            if MASKED:
+                inside = live[None, :] & (key < key_hi)[:, None]
+                mask_ptrs = mask_base + row.to(tl.int64)[None, :] * mask_t + key.to(tl.int64)[:, None] * mask_s
+                allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
+            p = tl.where(allowed, p, 0.0)
+        dp = tl.zeros_like(p)
+        if HAS_DOUT:
+            do_ptrs = (do_base + start * do_t) + do_offsets
+            do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], EDGE, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+            dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        if HAS_DMASS:
+            live = live & (lse != float("inf"))
+            dm_ptrs = (dm_base + start * dm_t) + place * dm_t
+            dp, extra = weigh(dp, -delta, w_ptrs, w_g, keep, dm_ptrs, dm_g, live, kinds, groups, GROUPS, True)
+            delta = -extra
+            if DW_GROUPS > 0:
+                column = tl.arange(0, DW_GROUPS)[None, :]
+                for g in tl.static_range(DW_GROUPS):
+                    wanted = live & (dw_first + g < groups)
+                    dmass = tl.load(dm_ptrs + (dw_first + g) * dm_g, mask=wanted, other=0.0)  # (BLOCK_M,)
+                    dw = tl.where(column == g, dw + tl.sum(p * dmass[None, :], 1)[:, None], dw)
+        ds = p * (dp - delta[None, :]) * bend
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv, dw
+
+
+@triton.jit
+def backward_keys(
+    q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dk_out, dv_out, dw_out,
+    cu_q, cu_k, tile_sequence, tile_first,
+    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
+    do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g,
+    num_rows, num_keys, num_tiles, num_heads, heads, repeat, splits, section, groups, dw_first, left, right,
+    scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
+    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key head, against the rows of its query heads, or of one split of them.
+
+    dk_out (splits, B, S, Hkv, D), dv_out (splits, B, S, Hkv, Dv), dw_out (B, Hkv, splits, S, groups) float32.
+    """
+    tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
+    heads_kv = heads // repeat
+    batch = (head_all // (heads_kv * splits)).to(tl.int64)
+    head_kv = head_all // splits % heads_kv
+    split = head_all % splits
+    row_lo, row_hi, key_lo, key_hi, key_first = 0, num_rows, 0, num_keys, tile * BLOCK_N
+    if PACKED:
+        sequence = tl.load(tile_sequence + tile)
+        if sequence < 0:
+            return
+        row_lo = tl.load(cu_q + sequence).to(tl.int32)
+        row_hi = tl.load(cu_q + sequence + 1).to(tl.int32)
+        key_lo = tl.load(cu_k + sequence).to(tl.int32)
+        key_hi = tl.load(cu_k + sequence + 1).to(tl.int32)
+        key_first = tl.load(tile_first + tile)
+    shift = key_hi - row_hi
+    key = key_first + tl.arange(0, BLOCK_N)
+    own = (key >= key_lo) & (key < key_hi)
+    keep = own
+    if PADDED:
+        keep = keep & (tl.load(padding + batch * pad_b + key * pad_s, mask=own, other=0) != 0)
+    key_64 = key.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    k_ptrs = k + batch * k_b + head_kv.to(tl.int64) * k_h + key_64[:, None] * k_s + dim[None, :]
+    v_ptrs = v + batch * v_b + head_kv.to(tl.int64) * v_h + key_64[:, None] * v_s + dim_v[None, :]
+    k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
+
+    a, b = max(key_first, key_lo), min(key_first + BLOCK_N, key_hi) - 1
+    origin, stop = rows_of_keys(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
+    first, last = rows_of_every_key(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
+    blocks = tl.where(origin < stop, tl.cdiv(stop - origin, BLOCK_M), 0)
+    gap_first = min(tl.cdiv(max(first - origin, 0), BLOCK_M), blocks)
+    gap = max(max(last - origin, 0) // BLOCK_M - gap_first, 0)
+    gap = min(gap, blocks - gap_first)
+    if MASKED:
+        gap = 0
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    dw = tl.zeros((BLOCK_N, max(1, DW_GROUPS)), tl.float32)
+    block_kinds = kinds + (batch * tl.cdiv(num_keys, BLOCK_N) + key_first // BLOCK_N) * groups
+    w_ptrs = weights + batch * w_b + key_64 * w_s
+    mask_base = mask + batch * mask_b if MASKED else mask
+    per_split = repeat // splits
+    for member in range(per_split):
+        head = (head_kv * repeat + split * per_split + member).to(tl.int64)
+        q_base = q + batch * q_b + head * q_h
+        do_base = dout + batch * do_b + head * do_h if HAS_DOUT else dout
+        dm_base = dmass + batch * dm_b + head * dm_h if HAS_DMASS else dmass
+        places = (batch * heads + head) * num_rows
+        for part in tl.static_range(2):
+            dk, dv, dw = _keys_blocks(
+                dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_in + places,
+                delta_in + places, dm_base, block_kinds,
+                q_t, do_t, w_g, mask_t, mask_s, dm_t, dm_g,
+                origin, blocks, gap_first, gap, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
+                scale, softcap,
+                part == 1, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
+                LEFT, RIGHT, MASKED, CAPPED, PRECISION,
+            )  # fmt: skip
+
+    # Keys beyond the sequence are another program's; padded ones collected nonsense and get 0.
+    rows_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + key_64) * heads_kv + head_kv
+    dk = tl.where(keep[:, None], dk * scale, 0.0).to(dk_out.dtype.element_ty)
+    tl.store(dk_out + rows_out[:, None] * DIM + dim[None, :], dk, mask=own[:, None] & (dim < DIM)[None, :])
+    if HAS_DOUT:
+        dv = tl.where(keep[:, None], dv, 0.0).to(dv_out.dtype.element_ty)
+        tl.store(dv_out + rows_out[:, None] * DIM_V + dim_v[None, :], dv, mask=own[:, None] & (dim_v < DIM_V)[None, :])
+    if DW_GROUPS > 0:
+        group = dw_first + tl.arange(0, DW_GROUPS)[None, :]
+        places = ((batch * heads_kv + head_kv) * splits + split) * num_keys + key_64
+        dw = tl.where(keep[:, None], dw, 0.0)
+        tl.store(dw_out + places[:, None] * groups + group, dw, mask=own[:, None] & (group < groups))

@@ -1,0 +1,182 @@
+"""The backward pass over rows: dq of a block of rows, from all keys that they may attend to; and every row's delta."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mmrpt_kernels.attention.triton.tiles import (
+    LOG2_E,
+    band_allows,
+    capped_scores,
+    keys_of_every_row,
+    keys_of_rows,
+    load_tile,
+    place_of_program,
+    weigh,
+)
+
+__all__ = ["backward_rows", "row_deltas"]
+
+
+@triton.jit
+def row_deltas(
+    q, out, dout, mass_in, dmass, lse_in, dlse, delta, num_rows, heads, groups,
+    do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g, dl_b, dl_h, dl_t,
+    DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta (B, Hq, T) float32, 0 in dead rows. Programs: blocks of rows x heads x batch. q is not read."""
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    head_all = tl.program_id(0) // num_tiles
+    batch = (head_all // heads).to(tl.int64)
+    head = (head_all % heads).to(tl.int64)
+    row = (tl.program_id(0) % num_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < num_rows
+    row = row.to(tl.int64)
+    dim = tl.arange(0, BLOCK_V)
+    places = (batch * heads + head) * num_rows + row
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_DOUT:
+        keep = inside[:, None] & (dim < DIM_V)[None, :]
+        out_tile = tl.load(out + ((batch * num_rows + row) * heads + head)[:, None] * DIM_V + dim, mask=keep, other=0.0)
+        do_tile = tl.load(dout + batch * do_b + head * do_h + row[:, None] * do_t + dim, mask=keep, other=0.0)
+        total += tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # of (BLOCK_M, BLOCK_V)
+    if HAS_DMASS:
+        for g in range(groups):
+            share = tl.load(mass_in + places * groups + g, mask=inside, other=0.0)
+            total += share * tl.load(dmass + batch * dm_b + head * dm_h + row * dm_t + g * dm_g, mask=inside, other=0.0)
+    if HAS_DLSE:
+        total -= tl.load(dlse + batch * dl_b + head * dl_h + row * dl_t, mask=inside, other=0.0)
+    dead = tl.load(lse_in + places, mask=inside, other=0.0) == float("-inf")
+    tl.store(delta + places, tl.where(dead, 0.0, total), mask=inside)
+
+
+@triton.jit
+def _rows_blocks(
+    dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs, kinds_base,
+    k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s, dm_g,
+    first, gap_first, gap, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
+    EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq after key blocks [first, stop), `gap` blocks from gap_first on left out; lse in units of log2."""
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    place = tl.arange(0, BLOCK_N)
+    k_offsets = place[:, None] * k_s + dim[None, :]
+    v_offsets = place[:, None] * v_s + dim_v[None, :]
+    for index in range(first, stop - gap):
+        block = index + tl.where(index >= gap_first, gap, 0) if EDGE else index
+        key = block * BLOCK_N + place
+        start = (block * BLOCK_N).to(tl.int64)
+        keep = (key >= key_lo) & (key < key_hi)  # (BLOCK_N,)
+        if PADDED:
+            keep = keep & (tl.load(pad_base + key * pad_s, mask=keep, other=0) != 0)
+        some_keys: tl.constexpr = EDGE or PADDED
+        k_tile = load_tile((k_base + start * k_s) + k_offsets, keep[:, None], dim[None, :], some_keys, DIM, BLOCK_D)
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        x, bend = capped_scores(products, scale, softcap, CAPPED)
+        p = tl.exp2(x - lse[:, None])
+        if EDGE:
+            allowed = band_allows(row[:, None], key[None, :], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+            if MASKED:
+                inside = (row < row_hi)[:, None] & (key < key_hi)[None, :]
+                mask_ptrs = mask_base + row.to(tl.int64)[:, None] * mask_t + key.to(tl.int64)[None, :] * mask_s
+                allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
+            p = tl.where(allowed, p, 0.0)
+        if PADDED:
+            p = tl.where(keep[None, :], p, 0.0)
+        dp = tl.zeros_like(p)
+        if HAS_DOUT:
+            v_ptrs = (v_base + start * v_s) + v_offsets
+            v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], some_keys, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        extra = -delta
+        if HAS_DMASS:
+            w_ptrs = (w_base + start * w_s) + place * w_s
+            kinds = kinds_base + block.to(tl.int64) * groups
+            dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, dm_g, live, kinds, groups, GROUPS, False)
+        ds = p * (dp + extra[:, None]) * bend
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def backward_rows(
+    q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dq_out,
+    cu_q, cu_k, tile_sequence, tile_first,
+    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
+    do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g,
+    num_rows, num_keys, num_tiles, num_heads, heads, repeat, section, groups, left, right, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows of one head against their keys. dq_out (B, T, Hq, D)."""
+    tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
+    tile = num_tiles - 1 - tile  # under causality the last rows have the most keys
+    batch = (head_all // heads).to(tl.int64)
+    head = head_all % heads
+    head_kv = (head // repeat).to(tl.int64)
+    row_first, row_hi, key_lo, key_hi = tile * BLOCK_M, num_rows, 0, num_keys
+    if PACKED:
+        sequence = tl.load(tile_sequence + tile)
+        if sequence < 0:
+            return
+        row_first = tl.load(tile_first + tile)
+        row_hi = tl.load(cu_q + sequence + 1).to(tl.int32)
+        key_lo = tl.load(cu_k + sequence).to(tl.int32)
+        key_hi = tl.load(cu_k + sequence + 1).to(tl.int32)
+    shift = key_hi - row_hi
+    row_last = min(row_first + BLOCK_M, row_hi) - 1
+    row = row_first + tl.arange(0, BLOCK_M)
+    live = row < row_hi
+    row_64 = row.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+
+    first, stop = keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+    first_block = first // BLOCK_N
+    stop_block = tl.where(first < stop, tl.cdiv(stop, BLOCK_N), first_block)
+    first, stop = keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+    inner_first = min(max(tl.cdiv(first, BLOCK_N), first_block), stop_block)
+    inner_stop = min(max(max(stop, 0) // BLOCK_N, inner_first), stop_block)
+    if MASKED:
+        inner_stop = inner_first
+
+    head = head.to(tl.int64)
+    q_ptrs = q + batch * q_b + head * q_h + row_64[:, None] * q_t + dim[None, :]
+    q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    do_tile = q_tile
+    if HAS_DOUT:
+        do_ptrs = dout + batch * do_b + head * do_h + row_64[:, None] * do_t + dim_v[None, :]
+        do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+    places = (batch * heads + head) * num_rows + row_64
+    lse = tl.load(lse_in + places, mask=live, other=float("inf"))  # (BLOCK_M,)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a dead row's probabilities are 0
+    delta = tl.load(delta_in + places, mask=live, other=0.0)  # (BLOCK_M,)
+    dm_ptrs = dmass + batch * dm_b + head * dm_h + row_64 * dm_t if HAS_DMASS else row_64
+    has_keys = live & (lse != float("inf"))
+    k_base = k + batch * k_b + head_kv * k_h
+    v_base = v + batch * v_b + head_kv * v_h
+    w_base = weights + batch * w_b
+    pad_base = padding + batch * pad_b if PADDED else padding
+    mask_base = mask + batch * mask_b if MASKED else mask
+    kinds_base = kinds + batch * tl.cdiv(num_keys, BLOCK_N) * groups
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for part in tl.static_range(2):
+        dq = _rows_blocks(
+            dq, q_tile, do_tile, row, has_keys, lse * LOG2_E, delta, k_base, v_base, w_base, pad_base, mask_base,
+            dm_ptrs, kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s, dm_g,
+            first_block if part == 1 else inner_first, inner_first, inner_stop - inner_first if part == 1 else 0,
+            stop_block if part == 1 else inner_stop,
+            shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
+            part == 1, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
+            LEFT, RIGHT, PADDED, MASKED, CAPPED, PRECISION,
+        )  # fmt: skip
+    dq_ptrs = dq_out + ((batch * num_rows + row_64) * heads + head)[:, None] * DIM + dim[None, :]
+    tl.store(dq_ptrs, (dq * scale).to(dq_out.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :])
