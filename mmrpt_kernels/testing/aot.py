@@ -5,6 +5,9 @@
     compiled, = compile_kernels([spec])     # raises ResourceError when it spills or needs too much shared memory
     assert "wgmma" in compiled.ptx
 
+Or let a launcher write the specs: inside `recorded_launches(module, arch=90)` a module's kernels do not run but are
+written down, as Triton would specialise them. Tensors on torch's "meta" device will do, at any size.
+
 The work is done in a child process: a process whose Triton interprets (TRITON_INTERPRET=1) cannot compile. Triton's own
 cache makes a second run quick.
 """
@@ -19,9 +22,13 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+
+import torch
 
 __all__ = [
     "SHARED_LIMIT",
@@ -31,11 +38,26 @@ __all__ = [
     "ResourceError",
     "check_resources",
     "compile_kernels",
+    "recorded_launches",
     "table",
 ]
 
 # Shared memory that one block may use, bytes, by compute capability (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+# Triton's words for what a tensor holds.
+ELEMENTS = {
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
 
 
 class CompileError(RuntimeError):
@@ -113,6 +135,57 @@ def compile_kernels(specs: Sequence[KernelSpec], *, check: bool = True, timeout:
     return compiled
 
 
+class _Recorder:
+    """Stands for a kernel: `recorder[grid](*arguments)` appends a KernelSpec instead of launching."""
+
+    def __init__(self, kernel: Any, module: str, name: str, arch: int, into: list[KernelSpec]):
+        self.kernel, self.module, self.name, self.arch, self.into = kernel, module, name, arch, into
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *positional, num_warps: int = 4, num_stages: int = 3, **named) -> None:
+        options = {name: named.pop(name) for name in ("maxnreg", "num_ctas") if name in named}
+        given = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
+        signature, constants = {}, {}
+        constexprs = {p.name for p in getattr(self.kernel, "params", ()) if p.is_constexpr} or {
+            name for name in self.kernel.arg_names if "constexpr" in str(self.kernel.fn.__annotations__.get(name, ""))
+        }
+        for name, value in given.items():
+            if name in constexprs or value is None or (type(value) is int and value == 1):
+                constants[name] = getattr(value, "value", value)
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + ELEMENTS[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+                signature[name] = kind + ":16" * (value % 16 == 0)
+        self.into.append(
+            KernelSpec(self.module, self.name, self.arch, signature, constants, num_warps, num_stages, options)
+        )
+
+
+@contextmanager
+def recorded_launches(*modules: ModuleType, arch: int) -> Iterator[list[KernelSpec]]:
+    """Inside the block, kernels that these modules hold are written down instead of launched; yields the list.
+
+    A module's kernel is any attribute that Triton's jit made; each launcher must look it up in its own module.
+    """
+    specs: list[KernelSpec] = []
+    real = []
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "arg_names") and hasattr(value, "fn") and value.fn.__module__ == module.__name__:
+                real.append((module, name, value))
+                setattr(module, name, _Recorder(value, module.__name__, name, arch, specs))
+    try:
+        yield specs
+    finally:
+        for module, name, value in real:
+            setattr(module, name, value)
+
+
 def check_resources(compiled: Sequence[Compiled]) -> None:
     """Raise ResourceError unless every kernel keeps to its registers and to the architecture's shared memory."""
     wrong = []
@@ -184,7 +257,7 @@ def _compile(spec: KernelSpec) -> dict[str, Any]:
         made = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
         registers, spilled = _resources(made.asm["cubin"], spec.arch)
     except Exception:  # whatever the compiler throws is the answer
-        return {"error": traceback.format_exc()[-4000:]}
+        return {"error": traceback.format_exc()[-1500:]}
     return {
         "registers": registers,
         "spill_bytes": spilled,

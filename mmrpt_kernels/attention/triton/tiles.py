@@ -171,7 +171,7 @@ def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, K
 
 @triton.jit
 def weigh(
-    dp, extra, w_ptrs, w_g, keep, dmass_ptrs, dm_g, live, block_kinds, groups,
+    dp, extra, w_ptrs, w_g, keep, dmass_ptrs, live, block_kinds, groups,
     GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """(dp with the mixed groups' weight_j * dmass_t, extra (rows,) with the full groups' dmass_t).
@@ -184,11 +184,11 @@ def weigh(
     if GROUPS == 0:
         for g in range(groups):
             dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g * dm_g, live, block_kinds + g, True, KEYS_FIRST
+                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
             )
     else:
         for g in tl.static_range(GROUPS):
             dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g * dm_g, live, block_kinds + g, g < groups, KEYS_FIRST
+                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
             )
     return dp, extra
