@@ -16,6 +16,7 @@ __all__ = [
     "L2_BYTES",
     "MAX_GROUPS",
     "PROGRAMS_WANTED",
+    "ROW_TERMS",
     "SIZES",
     "Settings",
     "forward_settings",
@@ -47,6 +48,9 @@ class Settings(NamedTuple):
 
 # Small and uneven, so that a short test crosses many tile borders.
 INTERPRETER = Settings(32, 16, 4, 1)
+
+# What the backward pass needs of every row: rows alone, no products.
+ROW_TERMS = Settings(64, 0, 4, 1)
 
 # (architecture, bytes of an element, head size): the forward pass.
 FORWARD = {

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import triton
 
-from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, Settings, keys_settings, rows_settings
+from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, ROW_TERMS, keys_settings, rows_settings
 from mmrpt_kernels.attention.triton.backward_keys import backward_keys
-from mmrpt_kernels.attention.triton.backward_rows import backward_rows, row_deltas
+from mmrpt_kernels.attention.triton.backward_rows import backward_rows, row_terms
 from mmrpt_kernels.attention.triton.call import Problem, architecture, last_contiguous, launch, packed_tiles
 from mmrpt_kernels.attention.triton.kinds import classify
 
@@ -43,12 +43,14 @@ def _tiling(problem: Problem, block: int, of_keys: bool) -> dict[str, Any]:
     return {"tile_sequence": sequence, "tile_first": first, "num_tiles": first.shape[0]}
 
 
-def _make_deltas(problem: Problem, grads: dict[str, Any], results: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """(B, Hq, T) float32: what every dS of a row has taken off."""
+def _row_terms(
+    problem: Problem, results: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """lse in units of log2, delta (B, Hq, T), dmass (B, Hq, T, G): as `row_terms` says."""
     out, mass, lse = results
-    dout, dmass, dlse = grads["dout"], grads["dmass"], grads["dlse"]
-    delta = torch.empty_like(lse)
-    block = 64 if problem.q.device.type == "cuda" else 32
+    dout, dmass, dlse = gradients
+    made = (torch.empty_like(lse), torch.empty_like(lse), None if dmass is None else torch.empty_like(mass))
+    block = ROW_TERMS.rows
     arguments = {
         "q": problem.q,
         "out": out,
@@ -57,7 +59,9 @@ def _make_deltas(problem: Problem, grads: dict[str, Any], results: tuple[torch.T
         "dmass": dmass,
         "lse_in": lse,
         "dlse": dlse,
-        "delta": delta,
+        "lse_out": made[0],
+        "delta_out": made[1],
+        "dmass_out": made[2],
         "num_rows": lse.shape[2],
         "heads": lse.shape[1],
         "groups": mass.shape[3],
@@ -71,9 +75,8 @@ def _make_deltas(problem: Problem, grads: dict[str, Any], results: tuple[torch.T
         "HAS_DMASS": dmass is not None,
         "HAS_DLSE": dlse is not None,
     }
-    programs = triton.cdiv(lse.shape[2], block) * lse.shape[0] * lse.shape[1]
-    launch(row_deltas, programs, arguments, Settings(block, 0, 4, 1))
-    return delta
+    launch(row_terms, triton.cdiv(lse.shape[2], block) * lse.shape[0] * lse.shape[1], arguments, ROW_TERMS)
+    return made
 
 
 def _strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]:
@@ -105,14 +108,14 @@ def backward(
     dw = None if problem.boolean else torch.zeros(problem.weights.shape, dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return dq, dk, dv, dw
-    grads = {"dout": None if dout is None else last_contiguous(dout), "dmass": dmass, "dlse": dlse}
+    dout = None if dout is None else last_contiguous(dout)
+    lse_rows, delta, dmass_rows = _row_terms(problem, results, (dout, dmass, dlse))
     shared = problem.arguments() | {
-        "dout": grads["dout"],
-        "dmass": dmass,
-        "lse_in": results[2],
-        "delta_in": _make_deltas(problem, grads, results),
-        **_strides("do", "bth", grads["dout"]),
-        **_strides("dm", "bhtg", dmass),
+        "dout": dout,
+        "dmass": dmass_rows,
+        "lse_in": lse_rows,
+        "delta_in": delta,
+        **_strides("do", "bth", dout),
         "groups": groups,
         "GROUPS": triton.next_power_of_2(groups) if groups <= MAX_GROUPS else 0,
         "HAS_DOUT": dout is not None,

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.attention.triton.tiles import (
-    LOG2_E,
     band_allows,
     capped_scores,
     load_tile,
@@ -20,62 +19,62 @@ __all__ = ["backward_keys"]
 
 
 @triton.jit
-def _keys_blocks(
+def _rows_of_head(
     dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base, dm_base, kinds,
-    q_t, do_t, w_g, mask_t, mask_s, dm_t, dm_g,
-    origin, blocks, gap_first, gap, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right, scale, softcap,
-    EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
-    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_t, do_t, w_g, mask_t, mask_s,
+    origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
+    scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of blocks [0, blocks), counted from row `origin`, to dk, dv, dw; `gap` from gap_first on left out.
+    """dk, dv, dw after the rows of one query head: `blocks` blocks from row `origin` on.
 
-    Keys that do not exist collect anything: the caller drops them. EDGE: the band may forbid pairs, or rows be missing.
+    The band cuts only blocks outside [inner_first, inner_stop). Keys that do not exist collect anything: the caller
+    drops them. One loop with a branch, not one for each kind of block: two would not fit the registers.
     """
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
     place = tl.arange(0, BLOCK_M)
     q_offsets = place[:, None] * q_t + dim[None, :]
     do_offsets = place[:, None] * do_t + dim_v[None, :]
-    for index in range(gap_first if not EDGE else 0, blocks - gap if EDGE else gap_first + gap):
-        block = index + tl.where(index >= gap_first, gap, 0) if EDGE else index
+    for block in range(0, blocks):
         first = origin + block * BLOCK_M
         row = first + place
         start = first.to(tl.int64)
         live = row < row_hi  # (BLOCK_M,)
-        q_tile = load_tile((q_base + start * q_t) + q_offsets, live[:, None], dim[None, :], EDGE, DIM, BLOCK_D)
-        lse = tl.load(lse_base + start + place, mask=live, other=float("inf"))  # (BLOCK_M,)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a dead row's probabilities are 0
-        delta = tl.load(delta_base + start + place, mask=live, other=0.0)  # (BLOCK_M,)
+        q_ptrs = (q_base + start * q_t) + q_offsets
+        q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        lse = tl.load((lse_base + start) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
+        delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         x, bend = capped_scores(products, scale, softcap, CAPPED)
-        p = tl.exp2(x - (lse * LOG2_E)[None, :])
-        if EDGE:
+        p = tl.exp2(x - lse[None, :])
+        if MASKED or (block < inner_first) | (block >= inner_stop):
             allowed = band_allows(row[None, :], key[:, None], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
             if MASKED:
                 inside = live[None, :] & (key < key_hi)[:, None]
                 mask_ptrs = mask_base + row.to(tl.int64)[None, :] * mask_t + key.to(tl.int64)[:, None] * mask_s
                 allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
             p = tl.where(allowed, p, 0.0)
-        dp = tl.zeros_like(p)
+        dp = tl.zeros_like(p) - delta[None, :]
         if HAS_DOUT:
             do_ptrs = (do_base + start * do_t) + do_offsets
-            do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], EDGE, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+            do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
             dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+            dp = tl.dot(v_tile, tl.trans(do_tile), dp, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         if HAS_DMASS:
-            live = live & (lse != float("inf"))
-            dm_ptrs = (dm_base + start * dm_t) + place * dm_t
-            dp, extra = weigh(dp, -delta, w_ptrs, w_g, keep, dm_ptrs, dm_g, live, kinds, groups, GROUPS, True)
-            delta = -extra
+            dm_ptrs = (dm_base + start * groups) + place * groups
+            extra = tl.zeros((BLOCK_M,), tl.float32)
+            dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, live, kinds, groups, GROUPS, True)
+            dp += extra[None, :]
             if DW_GROUPS > 0:
                 column = tl.arange(0, DW_GROUPS)[None, :]
                 for g in tl.static_range(DW_GROUPS):
                     wanted = live & (dw_first + g < groups)
-                    dmass = tl.load(dm_ptrs + (dw_first + g) * dm_g, mask=wanted, other=0.0)  # (BLOCK_M,)
+                    dmass = tl.load(dm_ptrs + (dw_first + g), mask=wanted, other=0.0)  # (BLOCK_M,)
                     dw = tl.where(column == g, dw + tl.sum(p * dmass[None, :], 1)[:, None], dw)
-        ds = p * (dp - delta[None, :]) * bend
+        ds = p * dp * bend
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv, dw
 
@@ -85,7 +84,7 @@ def backward_keys(
     q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dk_out, dv_out, dw_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
-    do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g,
+    do_b, do_t, do_h,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, splits, section, groups, dw_first, left, right,
     scale, softcap,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -130,11 +129,8 @@ def backward_keys(
     origin, stop = rows_of_keys(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
     first, last = rows_of_every_key(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
     blocks = tl.where(origin < stop, tl.cdiv(stop - origin, BLOCK_M), 0)
-    gap_first = min(tl.cdiv(max(first - origin, 0), BLOCK_M), blocks)
-    gap = max(max(last - origin, 0) // BLOCK_M - gap_first, 0)
-    gap = min(gap, blocks - gap_first)
-    if MASKED:
-        gap = 0
+    inner_first = tl.cdiv(max(first - origin, 0), BLOCK_M)
+    inner_stop = max(last - origin, 0) // BLOCK_M
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dw = tl.zeros((BLOCK_N, max(1, DW_GROUPS)), tl.float32)
@@ -146,18 +142,17 @@ def backward_keys(
         head = (head_kv * repeat + split * per_split + member).to(tl.int64)
         q_base = q + batch * q_b + head * q_h
         do_base = dout + batch * do_b + head * do_h if HAS_DOUT else dout
-        dm_base = dmass + batch * dm_b + head * dm_h if HAS_DMASS else dmass
         places = (batch * heads + head) * num_rows
-        for part in tl.static_range(2):
-            dk, dv, dw = _keys_blocks(
-                dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_in + places,
-                delta_in + places, dm_base, block_kinds,
-                q_t, do_t, w_g, mask_t, mask_s, dm_t, dm_g,
-                origin, blocks, gap_first, gap, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
-                scale, softcap,
-                part == 1, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
-                LEFT, RIGHT, MASKED, CAPPED, PRECISION,
-            )  # fmt: skip
+        dm_base = dmass + places * groups if HAS_DMASS else dmass
+        dk, dv, dw = _rows_of_head(
+            dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_in + places,
+            delta_in + places, dm_base, block_kinds,
+            q_t, do_t, w_g, mask_t, mask_s,
+            origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
+            scale, softcap,
+            DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
+            LEFT, RIGHT, MASKED, CAPPED, PRECISION,
+        )  # fmt: skip
 
     # Keys beyond the sequence are another program's; padded ones collected nonsense and get 0.
     rows_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + key_64) * heads_kv + head_kv

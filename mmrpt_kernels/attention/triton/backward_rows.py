@@ -1,4 +1,4 @@
-"""The backward pass over rows: dq of a block of rows, from all keys that they may attend to; and every row's delta."""
+"""The backward pass over rows: dq of a block of rows, from all keys that they may attend to; and the rows' terms."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from mmrpt_kernels.attention.triton.tiles import (
     weigh,
 )
 
-__all__ = ["backward_rows", "row_deltas"]
+__all__ = ["backward_rows", "row_terms"]
 
 
 @triton.jit
-def row_deltas(
-    q, out, dout, mass_in, dmass, lse_in, dlse, delta, num_rows, heads, groups,
+def row_terms(
+    q, out, dout, mass_in, dmass, lse_in, dlse, lse_out, delta_out, dmass_out, num_rows, heads, groups,
     do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g, dl_b, dl_h, dl_t,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, Hq, T) float32, 0 in dead rows. Programs: blocks of rows x heads x batch. q is not read."""
+    """What both passes need of every row, so that a dead row has no part in anything, whatever gradient arrived for it.
+
+    lse_out (B, Hq, T) in units of log2, +inf in dead rows: exp2(x - lse) is 0 there. delta_out (B, Hq, T), 0 in dead
+    rows. dmass_out (B, Hq, T, groups), likewise. Programs: blocks of rows x heads x batch. q is not read.
+    """
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     head_all = tl.program_id(0) // num_tiles
     batch = (head_all // heads).to(tl.int64)
@@ -36,6 +40,8 @@ def row_deltas(
     row = row.to(tl.int64)
     dim = tl.arange(0, BLOCK_V)
     places = (batch * heads + head) * num_rows + row
+    lse = tl.load(lse_in + places, mask=inside, other=0.0)  # (BLOCK_M,)
+    dead = lse == float("-inf")
     total = tl.zeros((BLOCK_M,), tl.float32)
     if HAS_DOUT:
         keep = inside[:, None] & (dim < DIM_V)[None, :]
@@ -44,25 +50,28 @@ def row_deltas(
         total += tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # of (BLOCK_M, BLOCK_V)
     if HAS_DMASS:
         for g in range(groups):
-            share = tl.load(mass_in + places * groups + g, mask=inside, other=0.0)
-            total += share * tl.load(dmass + batch * dm_b + head * dm_h + row * dm_t + g * dm_g, mask=inside, other=0.0)
+            share = tl.load(mass_in + places * groups + g, mask=inside, other=0.0)  # (BLOCK_M,)
+            dm_ptrs = dmass + batch * dm_b + head * dm_h + row * dm_t + g * dm_g
+            change = tl.load(dm_ptrs, mask=inside & (dead == 0), other=0.0)  # (BLOCK_M,)
+            total += share * change
+            tl.store(dmass_out + places * groups + g, change, mask=inside)
     if HAS_DLSE:
         total -= tl.load(dlse + batch * dl_b + head * dl_h + row * dl_t, mask=inside, other=0.0)
-    dead = tl.load(lse_in + places, mask=inside, other=0.0) == float("-inf")
-    tl.store(delta + places, tl.where(dead, 0.0, total), mask=inside)
+    tl.store(lse_out + places, tl.where(dead, float("inf"), lse * LOG2_E), mask=inside)
+    tl.store(delta_out + places, tl.where(dead, 0.0, total), mask=inside)
 
 
 @triton.jit
 def _rows_blocks(
     dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs, kinds_base,
-    k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s, dm_g,
+    k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
     first, gap_first, gap, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
     EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq after key blocks [first, stop), `gap` blocks from gap_first on left out; lse in units of log2."""
+    """dq after key blocks [first, stop), `gap` blocks from gap_first on left out."""
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
     place = tl.arange(0, BLOCK_N)
@@ -98,7 +107,7 @@ def _rows_blocks(
         if HAS_DMASS:
             w_ptrs = (w_base + start * w_s) + place * w_s
             kinds = kinds_base + block.to(tl.int64) * groups
-            dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, dm_g, live, kinds, groups, GROUPS, False)
+            dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, live, kinds, groups, GROUPS, False)
         ds = p * (dp + extra[:, None]) * bend
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
@@ -109,7 +118,7 @@ def backward_rows(
     q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dq_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
-    do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g,
+    do_b, do_t, do_h,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, section, groups, left, right, scale, softcap,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
@@ -157,10 +166,8 @@ def backward_rows(
         do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
     places = (batch * heads + head) * num_rows + row_64
     lse = tl.load(lse_in + places, mask=live, other=float("inf"))  # (BLOCK_M,)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a dead row's probabilities are 0
     delta = tl.load(delta_in + places, mask=live, other=0.0)  # (BLOCK_M,)
-    dm_ptrs = dmass + batch * dm_b + head * dm_h + row_64 * dm_t if HAS_DMASS else row_64
-    has_keys = live & (lse != float("inf"))
+    dm_ptrs = dmass + places * groups if HAS_DMASS else places
     k_base = k + batch * k_b + head_kv * k_h
     v_base = v + batch * v_b + head_kv * v_h
     w_base = weights + batch * w_b
@@ -170,8 +177,8 @@ def backward_rows(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.static_range(2):
         dq = _rows_blocks(
-            dq, q_tile, do_tile, row, has_keys, lse * LOG2_E, delta, k_base, v_base, w_base, pad_base, mask_base,
-            dm_ptrs, kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s, dm_g,
+            dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base,
+            dm_ptrs, kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
             first_block if part == 1 else inner_first, inner_first, inner_stop - inner_first if part == 1 else 0,
             stop_block if part == 1 else inner_stop,
             shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
