@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, keys_settings
+from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
+from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
     band_allows,
     capped_scores,
@@ -15,7 +21,7 @@ from mmrpt_kernels.attention.triton.tiles import (
     weigh,
 )
 
-__all__ = ["backward_keys"]
+__all__ = ["backward_of_keys"]
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def _rows_of_head(
 
 
 @triton.jit
-def backward_keys(
+def _backward_keys(
     q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dk_out, dv_out, dw_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
@@ -166,3 +172,53 @@ def backward_keys(
         places = ((batch * heads_kv + head_kv) * splits + split) * num_keys + key_64
         dw = tl.where(keep[:, None], dw, 0.0)
         tl.store(dw_out + places[:, None] * groups + group, dw, mask=own[:, None] & (group < groups))
+
+
+def _splits(programs: int, repeat: int) -> int:
+    """Over how many programs to spread the query heads of a key head: the fewest that keep a large GPU busy.
+
+    From shapes alone, so that results do not depend on the device.
+    """
+    divisors = (n for n in range(1, repeat + 1) if repeat % n == 0)
+    return next((n for n in divisors if programs * n >= PROGRAMS_WANTED), repeat)
+
+
+def backward_of_keys(
+    problem: Problem, shared: dict[str, Any], dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None
+) -> None:
+    """Write dk (B, S, Hkv, D), dv (B, S, Hkv, Dv) where dout came, and dw (B, S, G) float32 where wanted.
+
+    shared: the arguments of both passes.
+    """
+    k = problem.k
+    (batch, num_keys, heads_kv), groups = k.shape[:3], problem.weights.shape[2]
+    settings = keys_settings(architecture(k.device), k.dtype, max(problem.block_dims()))
+    own = tiling(problem, settings.keys, of_keys=True)
+    splits = _splits(own["num_tiles"] * batch * heads_kv, problem.repeat)
+    # What several programs share they write apart, and a sum in a fixed order brings it together.
+    parts = (dk, dv)
+    if splits > 1:
+        parts = tuple(x.new_zeros((splits, *x.shape), dtype=torch.float32) for x in (dk, dv))
+    dw_parts = None if dw is None else dw.new_zeros((batch, heads_kv * splits, num_keys, groups))
+    own |= {
+        "kinds": classify(problem.weights, problem.padding, settings.keys).kinds,
+        "dk_out": parts[0],
+        "dv_out": parts[1],
+        "dw_out": dw_parts,
+        "num_heads": batch * heads_kv * splits,
+        "splits": splits,
+        "section": problem.section(splits),
+        "BLOCK_M": settings.rows,
+        "BLOCK_N": settings.keys,
+    }
+    # dw of more groups than fit the registers takes a launch each MAX_GROUPS; dk and dv come out the same every time.
+    for start in range(0, 1 if dw is None else groups, MAX_GROUPS):
+        count = 0 if dw is None else triton.next_power_of_2(min(groups - start, MAX_GROUPS))
+        own |= {"dw_first": start, "DW_GROUPS": count}
+        launch(_backward_keys, own["num_tiles"] * own["num_heads"], shared | own, settings)
+    if splits > 1:
+        dk.copy_(parts[0].sum(0))
+        if shared["HAS_DOUT"]:
+            dv.copy_(parts[1].sum(0))
+    if dw is not None:
+        torch.sum(dw_parts, 1, out=dw)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from mmrpt_kernels.attention.config import ROW_TERMS, rows_settings
+from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, strides, tiling
+from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
     LOG2_E,
     band_allows,
@@ -16,11 +22,11 @@ from mmrpt_kernels.attention.triton.tiles import (
     weigh,
 )
 
-__all__ = ["backward_rows", "row_terms"]
+__all__ = ["backward_of_rows", "terms_of_rows"]
 
 
 @triton.jit
-def row_terms(
+def _row_terms(
     q, out, dout, mass_in, dmass, lse_in, dlse, lse_out, delta_out, dmass_out, num_rows, heads, groups,
     do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g, dl_b, dl_h, dl_t,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -114,7 +120,7 @@ def _rows_blocks(
 
 
 @triton.jit
-def backward_rows(
+def _backward_rows(
     q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dq_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
@@ -187,3 +193,55 @@ def backward_rows(
         )  # fmt: skip
     dq_ptrs = dq_out + ((batch * num_rows + row_64) * heads + head)[:, None] * DIM + dim[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_out.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :])
+
+
+def terms_of_rows(
+    problem: Problem, results: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """lse in units of log2, delta (B, Hq, T), dmass (B, Hq, T, G): as the kernel says."""
+    out, mass, lse = results
+    dout, dmass, dlse = gradients
+    made = (torch.empty_like(lse), torch.empty_like(lse), None if dmass is None else torch.empty_like(mass))
+    block = ROW_TERMS.rows
+    arguments = {
+        "q": problem.q,
+        "out": out,
+        "dout": dout,
+        "mass_in": mass,
+        "dmass": dmass,
+        "lse_in": lse,
+        "dlse": dlse,
+        "lse_out": made[0],
+        "delta_out": made[1],
+        "dmass_out": made[2],
+        "num_rows": lse.shape[2],
+        "heads": lse.shape[1],
+        "groups": mass.shape[3],
+        **strides("do", "bth", dout),
+        **strides("dm", "bhtg", dmass),
+        **strides("dl", "bht", dlse),
+        "DIM_V": out.shape[3],
+        "BLOCK_V": problem.block_dims()[1],
+        "BLOCK_M": block,
+        "HAS_DOUT": dout is not None,
+        "HAS_DMASS": dmass is not None,
+        "HAS_DLSE": dlse is not None,
+    }
+    launch(_row_terms, triton.cdiv(lse.shape[2], block) * lse.shape[0] * lse.shape[1], arguments, ROW_TERMS)
+    return made
+
+
+def backward_of_rows(problem: Problem, shared: dict[str, Any], dq: torch.Tensor) -> None:
+    """Write dq (B, T, Hq, D). shared: the arguments of both passes."""
+    q = problem.q
+    settings = rows_settings(architecture(q.device), q.dtype, max(problem.block_dims()))
+    heads = q.shape[0] * q.shape[2]
+    own = tiling(problem, settings.rows, of_keys=False) | {
+        "kinds": classify(problem.weights, problem.padding, settings.keys).kinds,
+        "dq_out": dq,
+        "num_heads": heads,
+        "section": problem.section(problem.repeat),
+        "BLOCK_M": settings.rows,
+        "BLOCK_N": settings.keys,
+    }
+    launch(_backward_rows, own["num_tiles"] * heads, shared | own, settings)

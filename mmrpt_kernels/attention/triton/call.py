@@ -10,7 +10,7 @@ import triton
 from mmrpt_kernels.attention.config import L2_BYTES, Settings
 from mmrpt_kernels.attention.geometry import AttentionOptions
 
-__all__ = ["Problem", "architecture", "last_contiguous", "launch", "packed_tiles", "prepare"]
+__all__ = ["Problem", "architecture", "last_contiguous", "launch", "packed_tiles", "prepare", "strides", "tiling"]
 
 
 class Problem(NamedTuple):
@@ -150,6 +150,22 @@ def packed_tiles(cu: torch.Tensor, total: int, block: int, *, aligned: bool) -> 
     sequence = sequence.clamp(max=starts.shape[0] - 1)
     first = origins[sequence] + (tile - (ends - counts)[sequence]) * block
     return torch.where(used, sequence, -1).int(), first.int()
+
+
+def tiling(problem: Problem, block: int, *, of_keys: bool) -> dict[str, Any]:
+    """Kernel arguments: num_tiles and, for packed inputs, which sequence and where each tile of rows or keys begins."""
+    total = problem.k.shape[1] if of_keys else problem.q.shape[1]
+    if not problem.packed:
+        return {"tile_sequence": None, "tile_first": None, "num_tiles": triton.cdiv(total, block)}
+    cu = problem.cu_k if of_keys else problem.cu_q
+    sequence, first = packed_tiles(cu, total, block, aligned=of_keys)
+    return {"tile_sequence": sequence, "tile_first": first, "num_tiles": first.shape[0]}
+
+
+def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]:
+    """{name_axis: stride}; zeros where there is no tensor."""
+    values = (0,) * len(axes) if tensor is None else tensor.stride()[: len(axes)]
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, values, strict=True)}
 
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.attention.config import MAX_GROUPS, forward_settings
-from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, packed_tiles
+from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
     FULL,
@@ -208,16 +208,11 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         return out, mass, lse
     settings = forward_settings(architecture(q.device), q.dtype, max(problem.block_dims()))
     kinds = classify(problem.weights, problem.padding, settings.keys).kinds
-    tile_sequence, tile_first, num_tiles = None, None, triton.cdiv(num_rows, settings.rows)
-    if problem.packed:
-        tile_sequence, tile_first = packed_tiles(problem.cu_q, num_rows, settings.rows, aligned=False)
-        num_tiles = tile_first.shape[0]
+    tiles = tiling(problem, settings.rows, of_keys=False)
     shared = problem.arguments() | {
         "out": out,
         "lse_out": lse,
-        "tile_sequence": tile_sequence,
-        "tile_first": tile_first,
-        "num_tiles": num_tiles,
+        **tiles,
         "num_heads": batch * heads,
         "section": problem.section(problem.repeat),
         "mass_g": groups,
@@ -235,5 +230,5 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             "groups": part.stop - part.start,
             "GROUPS": triton.next_power_of_2(part.stop - part.start),
         }
-        launch(_forward, num_tiles * batch * heads, shared | own, settings)
+        launch(_forward, tiles["num_tiles"] * batch * heads, shared | own, settings)
     return out, mass, lse
