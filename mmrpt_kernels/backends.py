@@ -61,7 +61,7 @@ class Row(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     lacks: tuple[str, ...]  # traits of a call it does not serve, e.g. "packed"
     why: str  # what it is good for
-    by_name: tuple[str, ...] = ()  # further device types, served only where the backend is asked for by name
+    by_name: bool = False  # chosen only where it is asked for
     missing: str = ""  # why it cannot serve at all here
 
 
@@ -70,24 +70,25 @@ for _op, _why in (
     ("attention", "mass beside the row sum of a flash kernel; compute capability 8.0 or newer"),
     ("visual_mass", "wanted rows and weighted key blocks alone; compute capability 8.0 or newer"),
 ):
-    _half = (torch.bfloat16, torch.float16, torch.float32)
-    _cpu = ("cpu",) if _INTERPRETED else ()  # interpreted: for tests
-    TABLE.append(Row(_op, "triton", ("cuda",), _half, ("head_size_over_256",), _why, _cpu, TRITON_MISSING))
+    _needs = {"lacks": ("head_size_over_256",), "missing": TRITON_MISSING}
+    TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], why=_why, **_needs))
+    if _INTERPRETED:  # bfloat16 products are wrong in the interpreter
+        _why = "Triton's interpreter, for tests"
+        TABLE.append(Row(_op, "triton", ("cpu",), (torch.float32, torch.float16), why=_why, by_name=True, **_needs))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
     TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))
-del _op, _why, _half, _cpu
+del _op, _why, _needs
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
 _override: str | None = None
 
 
-def _refusal(row: Row, device: torch.device, dtype: torch.dtype, traits: frozenset[str], named: bool) -> str | None:
-    """Why `row` cannot serve the call, or None when it can; named: somebody asks for this very backend."""
+def _refusal(row: Row, device: torch.device, dtype: torch.dtype, traits: frozenset[str]) -> str | None:
+    """Why `row` cannot serve the call, or None when it can."""
     if row.missing:
         return row.missing
-    devices = row.devices + row.by_name if named and row.devices else row.devices
-    if devices and device.type not in devices:
+    if row.devices and device.type not in row.devices:
         return f"it runs on {', '.join(row.devices)}, the tensors are on {device.type}"
     if dtype not in row.dtypes:
         return f"it takes {', '.join(str(d) for d in row.dtypes)}, the tensors are {dtype}"
@@ -138,9 +139,9 @@ def select(
     for row in TABLE:
         if row.op != op:
             continue
-        refusal = _refusal(row, device, dtype, traits, row.backend == asked)
+        refusal = _refusal(row, device, dtype, traits)
         if refusal is None:
-            if asked is None or row.backend == asked:
+            if row.backend == asked or (asked is None and not row.by_name):
                 return row.backend
             able.append(row.backend)
         elif row.backend == asked:
@@ -170,12 +171,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def table() -> str:
-    """TABLE as text, one line a row, in the order of choice; devices in brackets are served by name only."""
+    """TABLE as text, one line a row, in the order of choice."""
     head = ("operator", "backend", "devices", "dtypes", "does not serve", "what it is")
     lines = [head]
     for row in TABLE:
         dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
-        devices = " ".join(row.devices + tuple(f"({device})" for device in row.by_name)) or "any"
+        devices = (" ".join(row.devices) or "any") + (", by name" if row.by_name else "")
         lines.append((row.op, row.backend, devices, dtypes, ", ".join(row.lacks) or "-", row.missing or row.why))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
