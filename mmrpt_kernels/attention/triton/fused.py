@@ -7,6 +7,7 @@ import torch
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.backward import backward
 from mmrpt_kernels.attention.triton.call import prepare
+from mmrpt_kernels.attention.triton.decode import decode, serves
 from mmrpt_kernels.attention.triton.forward import forward
 from mmrpt_kernels.common.autocast import without_autocast
 
@@ -31,7 +32,8 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    made = forward(prepare(q, k, v, key_weights, options, masks))
+    problem = prepare(q, k, v, key_weights, options, masks)
+    made = decode(problem) if serves(problem) else forward(problem)
     return made if cu_seqlens_q is None else tuple(x[0] for x in made)
 
 
