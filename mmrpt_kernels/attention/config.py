@@ -22,6 +22,7 @@ __all__ = [
     "decode_settings",
     "forward_settings",
     "keys_settings",
+    "product_precision",
     "rows_settings",
 ]
 
@@ -55,46 +56,46 @@ ROW_TERMS = Settings(64, 0, 4, 1)
 
 # (architecture, bytes of an element, head size): the forward pass.
 FORWARD = {
-    (80, 2, 64): Settings(128, 64, 4, 3),
-    (80, 2, 128): Settings(128, 64, 8, 3),
+    (80, 2, 64): Settings(128, 64, 8, 3),
+    (80, 2, 128): Settings(128, 32, 8, 3),
     (80, 2, 256): Settings(64, 64, 8, 2),
-    (80, 4, 64): Settings(64, 32, 4, 2),
-    (80, 4, 128): Settings(64, 32, 8, 2),
-    (80, 4, 256): Settings(32, 32, 8, 2),
+    (80, 4, 64): Settings(64, 32, 8, 2),
+    (80, 4, 128): Settings(32, 32, 8, 2),
+    (80, 4, 256): Settings(32, 32, 8, 1),
     (90, 2, 64): Settings(128, 128, 8, 3),
     (90, 2, 128): Settings(128, 128, 8, 2),
-    (90, 2, 256): Settings(128, 64, 8, 2),
-    (90, 4, 64): Settings(64, 32, 4, 2),
-    (90, 4, 128): Settings(64, 32, 8, 2),
-    (90, 4, 256): Settings(32, 32, 8, 2),
+    (90, 2, 256): Settings(128, 32, 8, 2),
+    (90, 4, 64): Settings(64, 32, 8, 2),
+    (90, 4, 128): Settings(32, 32, 8, 2),
+    (90, 4, 256): Settings(32, 32, 8, 1),
     (100, 2, 64): Settings(128, 128, 8, 3),
     (100, 2, 128): Settings(128, 128, 8, 2),
-    (100, 2, 256): Settings(128, 64, 8, 2),
-    (100, 4, 64): Settings(64, 32, 4, 2),
-    (100, 4, 128): Settings(64, 32, 8, 2),
-    (100, 4, 256): Settings(32, 32, 8, 2),
+    (100, 2, 256): Settings(128, 32, 8, 2),
+    (100, 4, 64): Settings(64, 32, 8, 2),
+    (100, 4, 128): Settings(32, 32, 8, 2),
+    (100, 4, 256): Settings(32, 32, 8, 1),
 }
 
 # The backward pass over a block of keys: dk, dv, dw.
 KEYS = {
-    (80, 2, 64): Settings(64, 128, 8, 2),
-    (80, 2, 128): Settings(32, 128, 8, 2),
-    (80, 2, 256): Settings(32, 64, 8, 1),
-    (80, 4, 64): Settings(32, 64, 8, 1),
-    (80, 4, 128): Settings(16, 32, 8, 1),
-    (80, 4, 256): Settings(16, 16, 8, 1),
+    (80, 2, 64): Settings(32, 128, 8, 2),
+    (80, 2, 128): Settings(64, 64, 8, 2),
+    (80, 2, 256): Settings(32, 32, 8, 2),
+    (80, 4, 64): Settings(32, 32, 8, 2),
+    (80, 4, 128): Settings(16, 16, 8, 1),
+    (80, 4, 256): Settings(32, 32, 8, 1),
     (90, 2, 64): Settings(64, 128, 8, 2),
-    (90, 2, 128): Settings(64, 128, 8, 2),
-    (90, 2, 256): Settings(64, 64, 8, 1),
-    (90, 4, 64): Settings(32, 64, 8, 1),
-    (90, 4, 128): Settings(16, 32, 8, 1),
-    (90, 4, 256): Settings(16, 16, 8, 1),
-    (100, 2, 64): Settings(64, 128, 8, 2),
-    (100, 2, 128): Settings(64, 128, 8, 2),
-    (100, 2, 256): Settings(64, 64, 8, 1),
-    (100, 4, 64): Settings(32, 64, 8, 1),
-    (100, 4, 128): Settings(16, 32, 8, 1),
-    (100, 4, 256): Settings(16, 16, 8, 1),
+    (90, 2, 128): Settings(32, 128, 8, 2),
+    (90, 2, 256): Settings(16, 64, 8, 2),
+    (90, 4, 64): Settings(32, 32, 8, 2),
+    (90, 4, 128): Settings(16, 16, 8, 1),
+    (90, 4, 256): Settings(32, 32, 8, 1),
+    (100, 2, 64): Settings(64, 64, 8, 2),
+    (100, 2, 128): Settings(32, 64, 8, 2),
+    (100, 2, 256): Settings(32, 32, 8, 2),
+    (100, 4, 64): Settings(32, 32, 8, 2),
+    (100, 4, 128): Settings(16, 16, 8, 1),
+    (100, 4, 256): Settings(32, 32, 8, 1),
 }
 
 # The backward pass over a block of rows: dq.
@@ -102,20 +103,20 @@ ROWS = {
     (80, 2, 64): Settings(128, 64, 8, 2),
     (80, 2, 128): Settings(128, 32, 8, 2),
     (80, 2, 256): Settings(64, 32, 8, 1),
-    (80, 4, 64): Settings(64, 32, 8, 1),
-    (80, 4, 128): Settings(32, 16, 8, 1),
+    (80, 4, 64): Settings(32, 32, 8, 2),
+    (80, 4, 128): Settings(16, 32, 8, 1),
     (80, 4, 256): Settings(16, 16, 8, 1),
     (90, 2, 64): Settings(128, 64, 8, 2),
     (90, 2, 128): Settings(128, 64, 8, 2),
-    (90, 2, 256): Settings(64, 64, 8, 1),
-    (90, 4, 64): Settings(64, 32, 8, 1),
-    (90, 4, 128): Settings(32, 16, 8, 1),
+    (90, 2, 256): Settings(64, 32, 8, 2),
+    (90, 4, 64): Settings(32, 32, 8, 2),
+    (90, 4, 128): Settings(16, 32, 8, 1),
     (90, 4, 256): Settings(16, 16, 8, 1),
     (100, 2, 64): Settings(128, 64, 8, 2),
     (100, 2, 128): Settings(128, 64, 8, 2),
-    (100, 2, 256): Settings(64, 64, 8, 1),
-    (100, 4, 64): Settings(64, 32, 8, 1),
-    (100, 4, 128): Settings(32, 16, 8, 1),
+    (100, 2, 256): Settings(64, 32, 8, 2),
+    (100, 4, 64): Settings(32, 32, 8, 2),
+    (100, 4, 128): Settings(16, 32, 8, 1),
     (100, 4, 256): Settings(16, 16, 8, 1),
 }
 
@@ -165,3 +166,11 @@ def decode_settings(architecture: int, dtype: torch.dtype, size: int) -> Setting
     if architecture == 0:
         return INTERPRETER
     return DECODE[dtype.itemsize, next(s for s in SIZES if size <= s)]
+
+
+def product_precision(dtype: torch.dtype, size: int) -> str:
+    """How tensor cores multiply float32 tiles: three TF32 products, which keep about 22 bits of the 24; above 128
+    columns their operands do not fit the registers, and plain float32 multiply-adds take over. Halves are exact."""
+    if dtype != torch.float32:
+        return "tf32"  # says nothing there
+    return "tf32x3" if size <= 128 else "ieee"

@@ -68,34 +68,35 @@ def _row_terms(
 
 
 @triton.jit
-def _rows_blocks(
+def _keys_of_row_block(
     dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs, kinds_base,
     k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
-    first, gap_first, gap, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
-    EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    first, inner_first, inner_stop, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq after key blocks [first, stop), `gap` blocks from gap_first on left out."""
+    """dq after key blocks [first, stop); the band cuts only blocks outside [inner_first, inner_stop).
+
+    lse in units of log2. One loop with a branch, not one for each kind of block: two would not fit the registers.
+    """
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
     place = tl.arange(0, BLOCK_N)
     k_offsets = place[:, None] * k_s + dim[None, :]
     v_offsets = place[:, None] * v_s + dim_v[None, :]
-    for index in range(first, stop - gap):
-        block = index + tl.where(index >= gap_first, gap, 0) if EDGE else index
+    for block in range(first, stop):
         key = block * BLOCK_N + place
         start = (block * BLOCK_N).to(tl.int64)
         keep = (key >= key_lo) & (key < key_hi)  # (BLOCK_N,)
         if PADDED:
             keep = keep & (tl.load(pad_base + key * pad_s, mask=keep, other=0) != 0)
-        some_keys: tl.constexpr = EDGE or PADDED
-        k_tile = load_tile((k_base + start * k_s) + k_offsets, keep[:, None], dim[None, :], some_keys, DIM, BLOCK_D)
+        k_tile = load_tile((k_base + start * k_s) + k_offsets, keep[:, None], dim[None, :], True, DIM, BLOCK_D)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         x, bend = capped_scores(products, scale, softcap, CAPPED)
         p = tl.exp2(x - lse[:, None])
-        if EDGE:
+        if MASKED or (block < inner_first) | (block >= inner_stop):
             allowed = band_allows(row[:, None], key[None, :], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
             if MASKED:
                 inside = (row < row_hi)[:, None] & (key < key_hi)[None, :]
@@ -104,17 +105,18 @@ def _rows_blocks(
             p = tl.where(allowed, p, 0.0)
         if PADDED:
             p = tl.where(keep[None, :], p, 0.0)
-        dp = tl.zeros_like(p)
+        dp = tl.zeros_like(p) - delta[:, None]
         if HAS_DOUT:
             v_ptrs = (v_base + start * v_s) + v_offsets
-            v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], some_keys, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
-            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        extra = -delta
+            v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
+            dp = tl.dot(do_tile, tl.trans(v_tile), dp, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if HAS_DMASS:
+            extra = tl.zeros_like(delta)
             w_ptrs = (w_base + start * w_s) + place * w_s
             kinds = kinds_base + block.to(tl.int64) * groups
             dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, live, kinds, groups, GROUPS, False)
-        ds = p * (dp + extra[:, None]) * bend
+            dp += extra[:, None]
+        ds = p * dp * bend
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
@@ -160,8 +162,6 @@ def _backward_rows(
     first, stop = keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
     inner_first = min(max(tl.cdiv(first, BLOCK_N), first_block), stop_block)
     inner_stop = min(max(max(stop, 0) // BLOCK_N, inner_first), stop_block)
-    if MASKED:
-        inner_stop = inner_first
 
     head = head.to(tl.int64)
     q_ptrs = q + batch * q_b + head * q_h + row_64[:, None] * q_t + dim[None, :]
@@ -181,16 +181,14 @@ def _backward_rows(
     mask_base = mask + batch * mask_b if MASKED else mask
     kinds_base = kinds + batch * tl.cdiv(num_keys, BLOCK_N) * groups
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.static_range(2):
-        dq = _rows_blocks(
-            dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base,
-            dm_ptrs, kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
-            first_block if part == 1 else inner_first, inner_first, inner_stop - inner_first if part == 1 else 0,
-            stop_block if part == 1 else inner_stop,
-            shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
-            part == 1, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
-            LEFT, RIGHT, PADDED, MASKED, CAPPED, PRECISION,
-        )  # fmt: skip
+    dq = _keys_of_row_block(
+        dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs, kinds_base,
+        k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
+        first_block, inner_first, inner_stop, stop_block, shift, row_hi, key_lo, key_hi, groups, left, right,
+        scale, softcap,
+        DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
+        LEFT, RIGHT, PADDED, MASKED, CAPPED, PRECISION,
+    )  # fmt: skip
     dq_ptrs = dq_out + ((batch * num_rows + row_64) * heads + head)[:, None] * DIM + dim[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_out.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :])
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from mmrpt_kernels.attention.config import L2_BYTES, Settings
+from mmrpt_kernels.attention.config import L2_BYTES, Settings, product_precision
 from mmrpt_kernels.attention.geometry import AttentionOptions
 
 __all__ = ["Problem", "architecture", "last_contiguous", "launch", "packed_tiles", "prepare", "strides", "tiling"]
@@ -78,7 +78,7 @@ class Problem(NamedTuple):
             "CAPPED": softcap > 0.0,
             # The scale rides in the exponent's multiply-add, unless the largest product is not the largest score.
             "FOLD": softcap == 0.0 and scale > 0.0,
-            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+            "PRECISION": product_precision(q.dtype, max(block_d, block_v)),
         }
 
     def section(self, heads_of_a_key_head: int, tiles_of_a_key_head: int = 1) -> int:
