@@ -157,7 +157,7 @@ def _backward_rows(
     dim_v = tl.arange(0, BLOCK_V)
 
     first, stop = keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-    first_block = first // BLOCK_N
+    first_block = tl.maximum(first, 0) // BLOCK_N
     stop_block = tl.where(first < stop, tl.cdiv(stop, BLOCK_N), first_block)
     first, stop = keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
     inner_first = min(max(tl.cdiv(first, BLOCK_N), first_block), stop_block)
