@@ -88,7 +88,7 @@ def _keys_of_row_block(
     v_offsets = place[:, None] * v_s + dim_v[None, :]
     for block in range(first, stop):
         key = block * BLOCK_N + place
-        start = (block * BLOCK_N).to(tl.int64)
+        start = block * BLOCK_N + tl.full((), 0, tl.int64)
         keep = (key >= key_lo) & (key < key_hi)  # (BLOCK_N,)
         if PADDED:
             keep = keep & (tl.load(pad_base + key * pad_s, mask=keep, other=0) != 0)
@@ -113,7 +113,7 @@ def _keys_of_row_block(
         if HAS_DMASS:
             extra = tl.zeros_like(delta)
             w_ptrs = (w_base + start * w_s) + place * w_s
-            kinds = kinds_base + block.to(tl.int64) * groups
+            kinds = kinds_base + block * groups
             dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, live, kinds, groups, GROUPS, False)
             dp += extra[:, None]
         ds = p * dp * bend
@@ -157,7 +157,7 @@ def _backward_rows(
     dim_v = tl.arange(0, BLOCK_V)
 
     first, stop = keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-    first_block = tl.maximum(first, 0) // BLOCK_N
+    first_block = first // BLOCK_N
     stop_block = tl.where(first < stop, tl.cdiv(stop, BLOCK_N), first_block)
     first, stop = keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
     inner_first = min(max(tl.cdiv(first, BLOCK_N), first_block), stop_block)

@@ -70,7 +70,7 @@ def _forward_blocks(
     for index in range(first, stop - gap):
         block = index + tl.where(index >= gap_first, gap, 0) if EDGE else index
         key = block * BLOCK_N + place
-        start = (block * BLOCK_N).to(tl.int64)
+        start = block * BLOCK_N + tl.full((), 0, tl.int64)
         keep = (key >= key_lo) & (key < key_hi)  # (BLOCK_N,)
         if PADDED:
             keep = keep & (tl.load(pad_base + key * pad_s, mask=keep, other=0) != 0)
@@ -102,7 +102,7 @@ def _forward_blocks(
         total = tl.fma(total, alpha, row_sum)
         w_ptrs = (w_base + start * w_s) + place * w_s
         mass = _mass_of_block(
-            mass, p, row_sum, alpha, kinds_base + block.to(tl.int64) * groups, w_ptrs, w_g, keep, groups, GROUPS
+            mass, p, row_sum, alpha, kinds_base + block * groups, w_ptrs, w_g, keep, groups, GROUPS
         )
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -142,7 +142,7 @@ def _forward(
     dim_v = tl.arange(0, BLOCK_V)
 
     first, stop = keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-    first_block = tl.maximum(first, 0) // BLOCK_N
+    first_block = first // BLOCK_N
     stop_block = tl.where(first < stop, tl.cdiv(stop, BLOCK_N), first_block)
     first, stop = keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
     inner_first = min(max(tl.cdiv(first, BLOCK_N), first_block), stop_block)
