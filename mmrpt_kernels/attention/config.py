@@ -48,8 +48,8 @@ class Settings(NamedTuple):
     stages: int  # depth of the load pipeline
 
 
-# Small and uneven, so that a short test crosses many tile borders.
-INTERPRETER = Settings(32, 16, 4, 1)
+# Small, so that a short test crosses many tile borders.
+INTERPRETER = Settings(32, 32, 4, 1)
 
 # What the backward pass needs of every row: rows alone, no products.
 ROW_TERMS = Settings(64, 0, 4, 1)
