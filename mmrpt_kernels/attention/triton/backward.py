@@ -34,7 +34,6 @@ def backward(
     """
     q, k, v, groups = problem.q, problem.k, problem.v, problem.weights.shape[2]
     dout, dmass, dlse = gradients
-    dmass = None if groups == 0 else dmass
     # Packed rows and keys that no sequence owns are visited by no program.
     idle = problem.packed or q.numel() == 0 or k.numel() == 0
     fresh = torch.zeros_like if idle else torch.empty_like

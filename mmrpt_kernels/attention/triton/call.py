@@ -100,10 +100,15 @@ def prepare(
     options: AttentionOptions,
     masks: tuple[torch.Tensor | None, ...],
 ) -> Problem:
-    """Checked arguments, packed or not, as a Problem; masks: padding (B, S), mask (B or 1, 1, T, S), cu_q, cu_k."""
+    """Checked arguments, packed or not, as a Problem; no group of weights becomes one of zeros.
+
+    masks: padding (B, S), mask (B or 1, 1, T, S), cu_q, cu_k.
+    """
     padding, mask, cu_q, cu_k = masks
     if cu_q is not None:
         q, k, v, key_weights = (x[None] for x in (q, k, v, key_weights))
+    if key_weights.shape[-1] == 0:
+        key_weights = key_weights.new_zeros((*key_weights.shape[:-1], 1))
     boolean = key_weights.dtype == torch.bool
     return Problem(
         *(last_contiguous(x) for x in (q, k, v)),

@@ -33,8 +33,10 @@ def _attention(
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
     problem = prepare(q, k, v, key_weights, options, masks)
-    made = decode(problem) if serves(problem) else forward(problem)
-    return made if cu_seqlens_q is None else tuple(x[0] for x in made)
+    out, mass, lse = decode(problem) if serves(problem) else forward(problem)
+    if key_weights.shape[-1] == 0:
+        mass = mass.new_empty((*mass.shape[:-1], 0))
+    return (out, mass, lse) if cu_seqlens_q is None else (out[0], mass[0], lse[0])
 
 
 @_attention.register_fake
@@ -73,7 +75,8 @@ def _attention_backward(
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
     problem = prepare(q, k, v, key_weights, options, masks)
-    packed = cu_seqlens_q is not None
+    packed, groups = cu_seqlens_q is not None, key_weights.shape[-1]
+    dmass = None if groups == 0 else dmass
     results, gradients = (
         tuple(x if x is None or not packed else x[None] for x in group)
         for group in ((out, mass, lse), (dout, dmass, dlse))
@@ -81,7 +84,7 @@ def _attention_backward(
     *made, dw = backward(problem, results, gradients)
     if packed:
         made = [x[0] for x in made]
-    dw = q.new_empty(0) if dw is None else dw.view(key_weights.shape).to(key_weights.dtype)
+    dw = q.new_empty(0) if dw is None else dw[..., :groups].reshape(key_weights.shape).to(key_weights.dtype)
     return *made, dw
 
 
