@@ -54,99 +54,104 @@ INTERPRETER = Settings(32, 32, 4, 1)
 # What the backward pass needs of every row: rows alone, no products.
 ROW_TERMS = Settings(64, 0, 4, 1)
 
-# (architecture, bytes of an element, head size): the forward pass.
+# (architecture, bytes of an element, head size): (settings of a lean call, settings of a rich one); see `Problem.rich`.
+# The forward pass.
 FORWARD = {
-    (80, 2, 64): Settings(128, 64, 8, 3),
-    (80, 2, 128): Settings(128, 32, 8, 3),
-    (80, 2, 256): Settings(64, 64, 8, 2),
-    (80, 4, 64): Settings(64, 32, 8, 2),
-    (80, 4, 128): Settings(32, 32, 8, 2),
-    (80, 4, 256): Settings(32, 32, 8, 1),
-    (90, 2, 64): Settings(128, 128, 8, 3),
-    (90, 2, 128): Settings(128, 128, 8, 2),
-    (90, 2, 256): Settings(128, 32, 8, 2),
-    (90, 4, 64): Settings(64, 32, 8, 2),
-    (90, 4, 128): Settings(32, 32, 8, 2),
-    (90, 4, 256): Settings(32, 32, 8, 1),
-    (100, 2, 64): Settings(128, 128, 8, 3),
-    (100, 2, 128): Settings(128, 128, 8, 2),
-    (100, 2, 256): Settings(128, 32, 8, 2),
-    (100, 4, 64): Settings(64, 32, 8, 2),
-    (100, 4, 128): Settings(32, 32, 8, 2),
-    (100, 4, 256): Settings(32, 32, 8, 1),
+    (80, 2, 64): (Settings(128, 64, 8, 3), Settings(64, 32, 8, 2)),
+    (80, 2, 128): (Settings(128, 32, 8, 3), Settings(64, 32, 8, 2)),
+    (80, 2, 256): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 2)),
+    (80, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (80, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (80, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (90, 2, 64): (Settings(128, 128, 8, 3), Settings(128, 64, 8, 2)),
+    (90, 2, 128): (Settings(128, 128, 8, 2), Settings(128, 64, 8, 2)),
+    (90, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
+    (90, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (90, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (100, 2, 64): (Settings(128, 128, 8, 3), Settings(64, 64, 8, 2)),
+    (100, 2, 128): (Settings(128, 128, 8, 2), Settings(64, 64, 8, 2)),
+    (100, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
+    (100, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (100, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
 }
 
 # The backward pass over a block of keys: dk, dv, dw.
 KEYS = {
-    (80, 2, 64): Settings(32, 128, 8, 2),
-    (80, 2, 128): Settings(64, 64, 8, 2),
-    (80, 2, 256): Settings(32, 32, 8, 2),
-    (80, 4, 64): Settings(32, 32, 8, 2),
-    (80, 4, 128): Settings(16, 16, 8, 1),
-    (80, 4, 256): Settings(32, 32, 8, 1),
-    (90, 2, 64): Settings(64, 128, 8, 2),
-    (90, 2, 128): Settings(32, 128, 8, 2),
-    (90, 2, 256): Settings(16, 64, 8, 2),
-    (90, 4, 64): Settings(32, 32, 8, 2),
-    (90, 4, 128): Settings(16, 16, 8, 1),
-    (90, 4, 256): Settings(32, 32, 8, 1),
-    (100, 2, 64): Settings(64, 64, 8, 2),
-    (100, 2, 128): Settings(32, 64, 8, 2),
-    (100, 2, 256): Settings(32, 32, 8, 2),
-    (100, 4, 64): Settings(32, 32, 8, 2),
-    (100, 4, 128): Settings(16, 16, 8, 1),
-    (100, 4, 256): Settings(32, 32, 8, 1),
+    (80, 2, 64): (Settings(32, 64, 8, 2), Settings(32, 32, 8, 1)),
+    (80, 2, 128): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 1)),
+    (80, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
+    (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (80, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (80, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (90, 2, 64): (Settings(64, 128, 8, 2), Settings(32, 64, 8, 1)),
+    (90, 2, 128): (Settings(32, 128, 8, 2), Settings(16, 64, 8, 2)),
+    (90, 2, 256): (Settings(16, 64, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (100, 2, 64): (Settings(64, 64, 8, 2), Settings(32, 64, 8, 1)),
+    (100, 2, 128): (Settings(32, 64, 8, 2), Settings(32, 64, 8, 1)),
+    (100, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
 }
 
 # The backward pass over a block of rows: dq.
 ROWS = {
-    (80, 2, 64): Settings(128, 64, 8, 2),
-    (80, 2, 128): Settings(128, 32, 8, 2),
-    (80, 2, 256): Settings(64, 32, 8, 1),
-    (80, 4, 64): Settings(32, 32, 8, 2),
-    (80, 4, 128): Settings(16, 32, 8, 1),
-    (80, 4, 256): Settings(16, 16, 8, 1),
-    (90, 2, 64): Settings(128, 64, 8, 2),
-    (90, 2, 128): Settings(128, 64, 8, 2),
-    (90, 2, 256): Settings(64, 32, 8, 2),
-    (90, 4, 64): Settings(32, 32, 8, 2),
-    (90, 4, 128): Settings(16, 32, 8, 1),
-    (90, 4, 256): Settings(16, 16, 8, 1),
-    (100, 2, 64): Settings(128, 64, 8, 2),
-    (100, 2, 128): Settings(128, 64, 8, 2),
-    (100, 2, 256): Settings(64, 32, 8, 2),
-    (100, 4, 64): Settings(32, 32, 8, 2),
-    (100, 4, 128): Settings(16, 32, 8, 1),
-    (100, 4, 256): Settings(16, 16, 8, 1),
+    (80, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
+    (80, 2, 128): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
+    (80, 2, 256): (Settings(64, 32, 8, 1), Settings(32, 32, 8, 2)),
+    (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (80, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
+    (80, 4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (90, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
+    (90, 2, 128): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
+    (90, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
+    (90, 4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
+    (100, 2, 128): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
+    (100, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
 }
 
 
-def _row(table: dict[tuple[int, int, int], Settings], architecture: int, dtype: torch.dtype, size: int) -> Settings:
+Table = dict[tuple[int, int, int], tuple[Settings, Settings]]
+
+
+def _row(table: Table, architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     if architecture == 0:
         return INTERPRETER
     known = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
-    return table[known, dtype.itemsize, next(s for s in SIZES if size <= s)]
+    return table[known, dtype.itemsize, next(s for s in SIZES if size <= s)][rich]
 
 
-def forward_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+def forward_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     """The forward pass's row.
 
     Args:
         architecture: compute capability times ten, 0 for the interpreter; the nearest older row serves.
         dtype: float16, bfloat16 or float32.
         size: the larger of D and Dv, at most 256.
+        rich: whether the call has what costs registers.
     """
-    return _row(FORWARD, architecture, dtype, size)
+    return _row(FORWARD, architecture, dtype, size, rich)
 
 
-def keys_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+def keys_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     """The row of the backward pass over keys (dk, dv, dw)."""
-    return _row(KEYS, architecture, dtype, size)
+    return _row(KEYS, architecture, dtype, size, rich)
 
 
-def rows_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+def rows_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     """The row of the backward pass over rows (dq)."""
-    return _row(ROWS, architecture, dtype, size)
+    return _row(ROWS, architecture, dtype, size, rich)
 
 
 # (bytes of an element, head size): a few rows over a long cache, the same on every architecture; rows: at most so many

@@ -192,7 +192,7 @@ def backward_of_keys(
     """
     k = problem.k
     (batch, num_keys, heads_kv), groups = k.shape[:3], problem.weights.shape[2]
-    settings = keys_settings(architecture(k.device), k.dtype, max(problem.block_dims()))
+    settings = keys_settings(architecture(k.device), k.dtype, max(problem.block_dims()), problem.rich)
     own = tiling(problem, settings.keys, of_keys=True)
     splits = _splits(own["num_tiles"] * batch * heads_kv, problem.repeat)
     # What several programs share they write apart, and a sum in a fixed order brings it together.

@@ -232,7 +232,7 @@ def terms_of_rows(
 def backward_of_rows(problem: Problem, shared: dict[str, Any], dq: torch.Tensor) -> None:
     """Write dq (B, T, Hq, D). shared: the arguments of both passes."""
     q = problem.q
-    settings = rows_settings(architecture(q.device), q.dtype, max(problem.block_dims()))
+    settings = rows_settings(architecture(q.device), q.dtype, max(problem.block_dims()), problem.rich)
     heads = q.shape[0] * q.shape[2]
     own = tiling(problem, settings.rows, of_keys=False) | {
         "kinds": classify(problem.weights, problem.padding, settings.keys).kinds,

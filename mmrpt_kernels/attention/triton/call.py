@@ -32,6 +32,19 @@ class Problem(NamedTuple):
         return self.cu_q is not None
 
     @property
+    def rich(self) -> bool:
+        """Whether the call has what costs registers: more than one boolean group under causality or none."""
+        return (
+            not self.boolean
+            or self.weights.shape[2] > 1
+            or self.options.softcap > 0.0
+            or self.options.window_left >= 0
+            or self.packed
+            or self.padding is not None
+            or self.mask is not None
+        )
+
+    @property
     def repeat(self) -> int:
         """Query heads of a key head."""
         return self.q.shape[2] // self.k.shape[2]

@@ -101,9 +101,7 @@ def _forward_blocks(
         row_sum = tl.sum(p, 1)
         total = tl.fma(total, alpha, row_sum)
         w_ptrs = (w_base + start * w_s) + place * w_s
-        mass = _mass_of_block(
-            mass, p, row_sum, alpha, kinds_base + block * groups, w_ptrs, w_g, keep, groups, GROUPS
-        )
+        mass = _mass_of_block(mass, p, row_sum, alpha, kinds_base + block * groups, w_ptrs, w_g, keep, groups, GROUPS)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         top = new_top
@@ -206,7 +204,7 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     lse = q.new_full((batch, heads, num_rows), -torch.inf, dtype=torch.float32)
     if out.numel() + lse.numel() == 0 or k.numel() == 0:
         return out, mass, lse
-    settings = forward_settings(architecture(q.device), q.dtype, max(problem.block_dims()))
+    settings = forward_settings(architecture(q.device), q.dtype, max(problem.block_dims()), problem.rich)
     kinds = classify(problem.weights, problem.padding, settings.keys).kinds
     tiles = tiling(problem, settings.rows, of_keys=False)
     shared = problem.arguments() | {
