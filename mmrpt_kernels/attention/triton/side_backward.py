@@ -43,8 +43,10 @@ def side_backward_settings(architecture: int, dtype: torch.dtype, dim: int) -> t
     if dtype == torch.float32:
         tiles = Tiles(16, 16, 32, 8, 1) if dim > 64 else Tiles(32, 32, 0, 8, 1)
         return tiles, tiles
+    if architecture < 90:
+        return Tiles(32, 64, 0, 8, 2), Tiles(32, 64, 0, 8, 1)
     if dim > 128:
-        return Tiles(32, 64, 0, 8, 2) if architecture < 90 else Tiles(64, 32, 0, 8, 2), Tiles(32, 64, 0, 8, 1)
+        return Tiles(64, 32, 0, 8, 2), Tiles(32, 64, 0, 8, 1)
     return Tiles(64, 64, 0, 8, 2), Tiles(64, 64, 0, 8, 1)
 
 
