@@ -233,14 +233,13 @@ def test_more_than_two_to_the_31_elements(seed):
     torch.testing.assert_close(found, tail)
 
 
-def test_opcheck(seed):
-    (q, k, weights), lse, masks = problem(cases("float_groups")[0], seed, torch.float32)
-    operator = torch.ops.mmrpt_kernels.triton_visual_mass.default
-    band = (-1, 0, 0.3, 0.0)
-    leaves = [t.requires_grad_() for t in (q, k, weights)]
-    torch.library.opcheck(
-        operator, (leaves[0], leaves[1], lse, leaves[2], masks["query_mask"], None, None, None, *band)
-    )
+@on_devices
+def test_opcheck(device, seed):
+    tensors, lse, masks = problem(cases("float_groups")[0], seed, torch.float32)
+    q, k, weights = (x.to(device).requires_grad_() for x in tensors)
+    wanted = masks["query_mask"].to(device)
+    arguments = (q, k, lse.to(device), weights, wanted, None, None, None, -1, 0, 0.3, 0.0)
+    torch.library.opcheck(torch.ops.mmrpt_kernels.triton_visual_mass.default, arguments)
 
 
 # ---- the lists that the kernels walk ----
