@@ -1,8 +1,8 @@
-"""Launch settings of the fused attention: tables by architecture, dtype and head size.
+"""Launch settings of the attention kernels: tables by architecture, dtype and head size.
 
-Every row has been compiled ahead of time for its architecture with no register spilled and shared memory within the
-block's limit (tests/kernels/test_attention_triton_compile.py); none has been timed on hardware yet. A row is the
-largest tile that passed, warps chosen so that a thread's part of the float32 accumulators stays under 128 registers.
+Where they come from: each row was chosen by compiling tiles ahead of time for its architecture and taking a large one
+whose registers do not spill and whose shared memory fits (tests/kernels/test_attention_triton_compile.py, which also
+names the float32 rows that spill a little). None has been timed on hardware yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # Groups of weights that one visit of the keys serves; each costs a float32 per row in registers.
-MAX_GROUPS = 8
+MAX_GROUPS = 4
 # Keys and values of heads that run side by side. The L2 cache has 40 MB on A100, 50 on H100, 60 on H200.
 L2_BYTES = 32 * 2**20
 
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 INTERPRETER = Settings(32, 32, 4, 1)
 
 # What the backward pass needs of every row: rows alone, no products.
-ROW_TERMS = Settings(64, 0, 4, 1)
+ROW_TERMS = Settings(32, 0, 4, 1)
 
 # (architecture, bytes of an element, head size): (settings of a lean call, settings of a rich one); see `Problem.rich`.
 # The forward pass.
@@ -62,19 +62,19 @@ FORWARD = {
     (80, 2, 256): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 2)),
     (80, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
     (80, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (80, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (80, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (90, 2, 64): (Settings(128, 128, 8, 3), Settings(128, 64, 8, 2)),
     (90, 2, 128): (Settings(128, 128, 8, 2), Settings(128, 64, 8, 2)),
     (90, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
     (90, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
     (90, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (100, 2, 64): (Settings(128, 128, 8, 3), Settings(64, 64, 8, 2)),
     (100, 2, 128): (Settings(128, 128, 8, 2), Settings(64, 64, 8, 2)),
     (100, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
     (100, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
     (100, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
 }
 
 # The backward pass over a block of keys: dk, dv, dw.
@@ -82,21 +82,21 @@ KEYS = {
     (80, 2, 64): (Settings(32, 64, 8, 2), Settings(32, 32, 8, 1)),
     (80, 2, 128): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 1)),
     (80, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
-    (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
     (80, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
-    (80, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (80, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (90, 2, 64): (Settings(64, 128, 8, 2), Settings(32, 64, 8, 1)),
-    (90, 2, 128): (Settings(32, 128, 8, 2), Settings(16, 64, 8, 2)),
+    (90, 2, 128): (Settings(32, 64, 8, 2), Settings(16, 64, 8, 2)),
     (90, 2, 256): (Settings(16, 64, 8, 2), Settings(16, 32, 8, 1)),
-    (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
     (90, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
-    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (100, 2, 64): (Settings(64, 64, 8, 2), Settings(32, 64, 8, 1)),
     (100, 2, 128): (Settings(32, 64, 8, 2), Settings(32, 64, 8, 1)),
     (100, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
     (100, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
-    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(32, 32, 8, 1)),
+    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
 }
 
 # The backward pass over a block of rows: dq.

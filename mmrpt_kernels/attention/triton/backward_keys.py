@@ -123,11 +123,15 @@ def _backward_keys(
     keep = own
     if PADDED:
         keep = keep & (tl.load(padding + batch * pad_b + key * pad_s, mask=own, other=0) != 0)
-    key_64 = key.to(tl.int64)
+    # Addresses as one 64-bit base and 32-bit offsets: tensors of 64-bit addresses cost twice the registers.
+    place = tl.arange(0, BLOCK_N)
+    start = key_first.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
-    k_ptrs = k + batch * k_b + head_kv.to(tl.int64) * k_h + key_64[:, None] * k_s + dim[None, :]
-    v_ptrs = v + batch * v_b + head_kv.to(tl.int64) * v_h + key_64[:, None] * v_s + dim_v[None, :]
+    k_base = k + batch * k_b + head_kv.to(tl.int64) * k_h + start * k_s
+    v_base = v + batch * v_b + head_kv.to(tl.int64) * v_h + start * v_s
+    k_ptrs = k_base + (place[:, None] * k_s + dim[None, :])
+    v_ptrs = v_base + (place[:, None] * v_s + dim_v[None, :])
     k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
 
@@ -141,7 +145,7 @@ def _backward_keys(
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dw = tl.zeros((BLOCK_N, max(1, DW_GROUPS)), tl.float32)
     block_kinds = kinds + (batch * tl.cdiv(num_keys, BLOCK_N) + key_first // BLOCK_N) * groups
-    w_ptrs = weights + batch * w_b + key_64 * w_s
+    w_ptrs = (weights + batch * w_b + start * w_s) + place * w_s
     mask_base = mask + batch * mask_b if MASKED else mask
     per_split = repeat // splits
     for member in range(per_split):
@@ -161,17 +165,24 @@ def _backward_keys(
         )  # fmt: skip
 
     # Keys beyond the sequence are another program's; padded ones collected nonsense and get 0.
-    rows_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + key_64) * heads_kv + head_kv
-    dk = tl.where(keep[:, None], dk * scale, 0.0).to(dk_out.dtype.element_ty)
-    tl.store(dk_out + rows_out[:, None] * DIM + dim[None, :], dk, mask=own[:, None] & (dim < DIM)[None, :])
+    if PADDED:
+        dk = tl.where(keep[:, None], dk, 0.0)
+        dv = tl.where(keep[:, None], dv, 0.0)
+        dw = tl.where(keep[:, None], dw, 0.0)
+    first_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + start) * heads_kv + head_kv
+    dk = (dk * scale).to(dk_out.dtype.element_ty)
+    dk_ptrs = (dk_out + first_out * DIM) + (place[:, None] * (heads_kv * DIM) + dim[None, :])
+    tl.store(dk_ptrs, dk, mask=own[:, None] & (dim < DIM)[None, :])
     if HAS_DOUT:
-        dv = tl.where(keep[:, None], dv, 0.0).to(dv_out.dtype.element_ty)
-        tl.store(dv_out + rows_out[:, None] * DIM_V + dim_v[None, :], dv, mask=own[:, None] & (dim_v < DIM_V)[None, :])
+        dv = dv.to(dv_out.dtype.element_ty)
+        dv_ptrs = (dv_out + first_out * DIM_V) + (place[:, None] * (heads_kv * DIM_V) + dim_v[None, :])
+        tl.store(dv_ptrs, dv, mask=own[:, None] & (dim_v < DIM_V)[None, :])
     if DW_GROUPS > 0:
         group = dw_first + tl.arange(0, DW_GROUPS)[None, :]
-        places = ((batch * heads_kv + head_kv) * splits + split) * num_keys + key_64
-        dw = tl.where(keep[:, None], dw, 0.0)
-        tl.store(dw_out + places[:, None] * groups + group, dw, mask=own[:, None] & (group < groups))
+        first_out = ((batch * heads_kv + head_kv) * splits + split) * num_keys + start
+        tl.store(
+            (dw_out + first_out * groups) + (place[:, None] * groups + group), dw, mask=own[:, None] & (group < groups)
+        )
 
 
 def _splits(programs: int, repeat: int) -> int:

@@ -152,7 +152,9 @@ def _backward_rows(
     row_last = min(row_first + BLOCK_M, row_hi) - 1
     row = row_first + tl.arange(0, BLOCK_M)
     live = row < row_hi
-    row_64 = row.to(tl.int64)
+    # Addresses as one 64-bit base and 32-bit offsets: tensors of 64-bit addresses cost twice the registers.
+    place = tl.arange(0, BLOCK_M)
+    start = row_first.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
 
@@ -164,16 +166,17 @@ def _backward_rows(
     inner_stop = min(max(max(stop, 0) // BLOCK_N, inner_first), stop_block)
 
     head = head.to(tl.int64)
-    q_ptrs = q + batch * q_b + head * q_h + row_64[:, None] * q_t + dim[None, :]
+    q_ptrs = (q + batch * q_b + head * q_h + start * q_t) + (place[:, None] * q_t + dim[None, :])
     q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
     do_tile = q_tile
     if HAS_DOUT:
-        do_ptrs = dout + batch * do_b + head * do_h + row_64[:, None] * do_t + dim_v[None, :]
+        do_base = dout + batch * do_b + head * do_h + start * do_t
+        do_ptrs = do_base + (place[:, None] * do_t + dim_v[None, :])
         do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
-    places = (batch * heads + head) * num_rows + row_64
-    lse = tl.load(lse_in + places, mask=live, other=float("inf"))  # (BLOCK_M,)
-    delta = tl.load(delta_in + places, mask=live, other=0.0)  # (BLOCK_M,)
-    dm_ptrs = dmass + places * groups if HAS_DMASS else places
+    places = (batch * heads + head) * num_rows + start
+    lse = tl.load((lse_in + places) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
+    delta = tl.load((delta_in + places) + place, mask=live, other=0.0)  # (BLOCK_M,)
+    dm_ptrs = (dmass + places * groups) + place * groups if HAS_DMASS else place
     k_base = k + batch * k_b + head_kv * k_h
     v_base = v + batch * v_b + head_kv * v_h
     w_base = weights + batch * w_b
@@ -189,7 +192,8 @@ def _backward_rows(
         DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
         LEFT, RIGHT, PADDED, MASKED, CAPPED, PRECISION,
     )  # fmt: skip
-    dq_ptrs = dq_out + ((batch * num_rows + row_64) * heads + head)[:, None] * DIM + dim[None, :]
+    dq_base = dq_out + ((batch * num_rows + start) * heads + head) * DIM
+    dq_ptrs = dq_base + (place[:, None] * (heads * DIM) + dim[None, :])
     tl.store(dq_ptrs, (dq * scale).to(dq_out.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :])
 
 

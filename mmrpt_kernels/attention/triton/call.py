@@ -33,12 +33,13 @@ class Problem(NamedTuple):
 
     @property
     def rich(self) -> bool:
-        """Whether the call has what costs registers: more than one boolean group under causality or none."""
+        """Whether the call has what costs registers: anything beyond causality and one boolean group."""
         return (
             not self.boolean
             or self.weights.shape[2] > 1
             or self.options.softcap > 0.0
             or self.options.window_left >= 0
+            or self.options.window_right != 0
             or self.packed
             or self.padding is not None
             or self.mask is not None
