@@ -102,7 +102,7 @@ KEYS = {
 # The backward pass over a block of rows: dq.
 ROWS = {
     (80, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
-    (80, 2, 128): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
+    (80, 2, 128): (Settings(128, 32, 8, 2), Settings(64, 64, 8, 2)),
     (80, 2, 256): (Settings(64, 32, 8, 1), Settings(32, 32, 8, 2)),
     (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
     (80, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
