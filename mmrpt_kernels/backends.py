@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "TABLE", "BackendError", "Row", "print_table", "select", "table", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "TABLE",
+    "TRITON_MISSING",
+    "BackendError",
+    "Row",
+    "print_table",
+    "select",
+    "table",
+    "use_backend",
+]
 
 BACKENDS = ("cuda", "triton", "portable", "reference")
 OPERATORS = ("attention", "visual_mass", "logprobs", "policy_loss", "token_loss", "divergence", "perception")
@@ -28,6 +38,20 @@ class BackendError(ValueError):
     """A backend was asked for that cannot serve the call; the message names the reason and the backends that can."""
 
 
+def _why_no_triton() -> str:
+    """Why triton cannot be imported; "" when it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error}): pip install triton"
+    return ""
+
+
+TRITON_MISSING = _why_no_triton()
+# Triton decides when a kernel is defined whether it is compiled or interpreted, so this holds for the process.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 class Row(NamedTuple):
     """One backend of one operator. Rows of an operator stand in order of preference: the fastest first."""
 
@@ -37,13 +61,24 @@ class Row(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     lacks: tuple[str, ...]  # traits of a call it does not serve, e.g. "packed"
     why: str  # what it is good for
+    by_name: bool = False  # chosen only where it is asked for
+    missing: str = ""  # why it cannot serve at all here
 
 
 TABLE: list[Row] = []
+for _op, _why in (
+    ("attention", "mass beside the row sum of a flash kernel; compute capability 8.0 or newer"),
+    ("visual_mass", "wanted rows and weighted key blocks alone; compute capability 8.0 or newer"),
+):
+    _needs = {"lacks": ("head_size_over_256",), "missing": TRITON_MISSING}
+    TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], why=_why, **_needs))
+    if _INTERPRETED:  # bfloat16 products are wrong in the interpreter
+        _why = "Triton's interpreter, for tests"
+        TABLE.append(Row(_op, "triton", ("cpu",), (torch.float32, torch.float16), why=_why, by_name=True, **_needs))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
     TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))
-del _op
+del _op, _why, _needs
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
 _override: str | None = None
@@ -51,6 +86,8 @@ _override: str | None = None
 
 def _refusal(row: Row, device: torch.device, dtype: torch.dtype, traits: frozenset[str]) -> str | None:
     """Why `row` cannot serve the call, or None when it can."""
+    if row.missing:
+        return row.missing
     if row.devices and device.type not in row.devices:
         return f"it runs on {', '.join(row.devices)}, the tensors are on {device.type}"
     if dtype not in row.dtypes:
@@ -104,7 +141,7 @@ def select(
             continue
         refusal = _refusal(row, device, dtype, traits)
         if refusal is None:
-            if asked is None or row.backend == asked:
+            if row.backend == asked or (asked is None and not row.by_name):
                 return row.backend
             able.append(row.backend)
         elif row.backend == asked:
@@ -139,9 +176,8 @@ def table() -> str:
     lines = [head]
     for row in TABLE:
         dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
-        lines.append(
-            (row.op, row.backend, " ".join(row.devices) or "any", dtypes, ", ".join(row.lacks) or "-", row.why)
-        )
+        devices = (" ".join(row.devices) or "any") + (", by name" if row.by_name else "")
+        lines.append((row.op, row.backend, devices, dtypes, ", ".join(row.lacks) or "-", row.missing or row.why))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

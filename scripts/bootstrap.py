@@ -7,7 +7,8 @@ PyTorch is chosen in this order:
   2. Else the pinned release, as pip finds it. Where no NVIDIA GPU is present and that would bring CUDA packages
      (gigabytes), the index named by MMRPT_TORCH_INDEX is asked for a CPU build instead; where that fails, the plain
      release is installed and the message says what it costs.
-What is installed besides can neither replace nor upgrade that torch: its version is a constraint.
+What is installed besides can neither replace nor upgrade that torch: its version is a constraint. So is triton's: the
+one that came with torch, or else the release by which the kernels' launch tables were made.
 """
 
 import sys
@@ -32,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_PIN = "2.13.0"
+TRITON_PIN = "3.6.0"
 CUDA_PACKAGE = re.compile(r"^(nvidia[-_].*|triton|cuda[-_].*)$", re.IGNORECASE)
 
 
@@ -56,7 +58,12 @@ def torch_floor() -> str:
 
 def torch_of(python: str | Path) -> str | None:
     """The version of the torch that `python` imports, or None when it has none or a broken one."""
-    code = "import torch; print(torch.__version__)"
+    return version_of(python, "torch")
+
+
+def version_of(python: str | Path, package: str) -> str | None:
+    """The version of the package that `python` imports, or None when it has none or a broken one."""
+    code = f"import {package}; print({package}.__version__)"
     run = subprocess.run([str(python), "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
     return run.stdout.strip() or None if run.returncode == 0 else None
 
@@ -170,7 +177,8 @@ def install(env: Environment, extras: str) -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         constraint = Path(folder, "constraints.txt")
-        constraint.write_text(f"torch=={torch}\n")
+        triton = version_of(env.python, "triton") or TRITON_PIN
+        constraint.write_text(f"torch=={torch}\ntriton=={triton}\n")
         if env.pip("install", "--quiet", "--constraint", str(constraint), "--editable", f".[{extras}]") != 0:
             raise SystemExit("pip could not install the project; its message stands above")
     if torch_of(env.python) != torch:

@@ -8,7 +8,17 @@ import random
 import pytest
 import torch
 
+# Before any kernel is defined: without a GPU Triton's interpreter runs them. (Compile tests use a child process.)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 SEED = int(os.environ.get("MMRPT_TEST_SEED", "0"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from mmrpt_kernels.testing.interpreter import mend_interpreter
+
+    mend_interpreter()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -18,6 +18,10 @@ __all__ = ["AttentionWithMass", "attention_with_visual_mass", "masked_attention_
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS: dict[str, ModuleType] = {"portable": portable, "reference": reference}
+if not backends.TRITON_MISSING:
+    from mmrpt_kernels.attention import triton
+
+    IMPLEMENTATIONS["triton"] = triton
 
 
 class AttentionWithMass(NamedTuple):
@@ -83,7 +87,7 @@ def attention_with_visual_mass(
     packed = _check_attention(q, k, v, key_weights, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _options(q.shape[-1], causal, window_size, softmax_scale, softcap)
-    traits = _traits(options, packed, key_padding_mask is not None, q.shape[-1] != v.shape[-1])
+    traits = _traits(options, packed, key_padding_mask is not None, q.shape[-1], v.shape[-1])
     masks = {"key_padding_mask": key_padding_mask, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     return _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backend)
 
@@ -118,7 +122,7 @@ def masked_attention_with_visual_mass(
     check_shape("attn_mask", attn_mask, (batch, 1, q.shape[1], k.shape[1]), "(B or 1, 1, T, S): one mask for all heads")
     check_same_device(q=q, attn_mask=attn_mask)
     options = _options(q.shape[-1], False, (-1, -1), softmax_scale, softcap)
-    traits = _traits(options, False, False, q.shape[-1] != v.shape[-1]) | {"attn_mask"}
+    traits = _traits(options, False, False, q.shape[-1], v.shape[-1]) | {"attn_mask"}
     return _attend(q, k, v, key_weights, options, {"attn_mask": attn_mask}, traits, head_reduction, backend)
 
 
@@ -172,7 +176,7 @@ def visual_mass(
         check_dtype("query_mask", query_mask, (torch.bool,))
     check_same_device(q=q, lse=lse, query_mask=query_mask)
     options = _options(q.shape[-1], causal, window_size, softmax_scale, softcap)
-    traits = _traits(options, packed, key_padding_mask is not None, False)
+    traits = _traits(options, packed, key_padding_mask is not None, q.shape[-1], q.shape[-1])
     chosen = backends.select("visual_mass", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
     mass = IMPLEMENTATIONS[chosen].mass_from_lse(
         q,
@@ -224,14 +228,15 @@ def _options(
     return AttentionOptions(left, 0 if causal else right, scale, float(softcap))
 
 
-def _traits(options: AttentionOptions, packed: bool, padded: bool, other_dim_v: bool) -> frozenset[str]:
+def _traits(options: AttentionOptions, packed: bool, padded: bool, dim: int, dim_v: int) -> frozenset[str]:
     """What the call needs, in the words of `backends.Row.lacks`."""
     present = {
         "packed": packed,
         "key_padding_mask": padded,
         "window": options.window_left >= 0 or options.window_right > 0,
         "softcap": options.softcap > 0.0,
-        "value_dim": other_dim_v,
+        "value_dim": dim != dim_v,
+        "head_size_over_256": max(dim, dim_v) > 256,
     }
     return frozenset(trait for trait, there in present.items() if there)
 

@@ -51,6 +51,23 @@ def test_a_backend_that_cannot_serve_says_why_and_who_can(with_fast_row, kwargs,
         assert word in str(error.value)
 
 
+def test_a_row_by_name_serves_only_who_asks(monkeypatch):
+    row = Row("logprobs", "triton", ("cpu",), (torch.float32,), (), "interpreted", by_name=True)
+    monkeypatch.setattr(backends, "TABLE", [row, *backends.TABLE])
+    assert choose() == "portable" and choose(requested="triton") == "triton"
+    with use_backend("triton"):
+        assert choose() == "triton"
+    assert "cpu, by name" in table()
+
+
+def test_a_backend_that_is_not_installed_says_so(monkeypatch):
+    row = Row("logprobs", "triton", ("cpu",), (torch.float32,), (), "fast", missing="triton is not installed")
+    monkeypatch.setattr(backends, "TABLE", [row, *backends.TABLE])
+    assert choose() == "portable" and "triton is not installed" in table()
+    with pytest.raises(BackendError, match="cannot serve this call: triton is not installed; use one of portable"):
+        choose(requested="triton")
+
+
 def test_unknown_names_and_missing_backends_raise(monkeypatch):
     with pytest.raises(BackendError, match="expected one of cuda, triton, portable, reference"):
         choose(requested="fast")

@@ -1,0 +1,235 @@
+"""The backward pass over keys: dk, dv and dw of a block of keys, from all rows that may attend to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, keys_settings
+from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
+from mmrpt_kernels.attention.triton.kinds import classify
+from mmrpt_kernels.attention.triton.tiles import (
+    band_allows,
+    capped_scores,
+    load_tile,
+    place_of_program,
+    rows_of_every_key,
+    rows_of_keys,
+    weigh,
+)
+
+__all__ = ["backward_of_keys"]
+
+
+@triton.jit
+def _rows_of_head(
+    dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base, dm_base, kinds,
+    q_t, do_t, w_g, mask_t, mask_s,
+    origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
+    scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv, dw after the rows of one query head: `blocks` blocks from row `origin` on.
+
+    The band cuts only blocks outside [inner_first, inner_stop). Keys that do not exist collect anything: the caller
+    drops them. One loop with a branch, not one for each kind of block: two would not fit the registers.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    place = tl.arange(0, BLOCK_M)
+    q_offsets = place[:, None] * q_t + dim[None, :]
+    do_offsets = place[:, None] * do_t + dim_v[None, :]
+    for block in range(0, blocks):
+        first = origin + block * BLOCK_M
+        row = first + place
+        start = first.to(tl.int64)
+        live = row < row_hi  # (BLOCK_M,)
+        q_ptrs = (q_base + start * q_t) + q_offsets
+        q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+        lse = tl.load((lse_base + start) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
+        delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        x, bend = capped_scores(products, scale, softcap, CAPPED)
+        p = tl.exp2(x - lse[None, :])
+        if MASKED or (block < inner_first) | (block >= inner_stop):
+            allowed = band_allows(row[None, :], key[:, None], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+            if MASKED:
+                inside = live[None, :] & (key < key_hi)[:, None]
+                mask_ptrs = mask_base + row.to(tl.int64)[None, :] * mask_t + key.to(tl.int64)[:, None] * mask_s
+                allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
+            p = tl.where(allowed, p, 0.0)
+        dp = tl.zeros_like(p) - delta[None, :]
+        if HAS_DOUT:
+            do_ptrs = (do_base + start * do_t) + do_offsets
+            do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+            dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), dp, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        if HAS_DMASS:
+            dm_ptrs = (dm_base + start * groups) + place * groups
+            extra = tl.zeros((BLOCK_M,), tl.float32)
+            dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, live, kinds, groups, GROUPS, True)
+            dp += extra[None, :]
+            if DW_GROUPS > 0:
+                column = tl.arange(0, DW_GROUPS)[None, :]
+                for g in tl.static_range(DW_GROUPS):
+                    wanted = live & (dw_first + g < groups)
+                    dmass = tl.load(dm_ptrs + (dw_first + g), mask=wanted, other=0.0)  # (BLOCK_M,)
+                    dw = tl.where(column == g, dw + tl.sum(p * dmass[None, :], 1)[:, None], dw)
+        ds = p * dp * bend
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv, dw
+
+
+@triton.jit
+def _backward_keys(
+    q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dk_out, dv_out, dw_out,
+    cu_q, cu_k, tile_sequence, tile_first,
+    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
+    do_b, do_t, do_h,
+    num_rows, num_keys, num_tiles, num_heads, heads, repeat, splits, section, groups, dw_first, left, right,
+    scale, softcap,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
+    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key head, against the rows of its query heads, or of one split of them.
+
+    dk_out (splits, B, S, Hkv, D), dv_out (splits, B, S, Hkv, Dv), dw_out (B, Hkv, splits, S, groups) float32.
+    """
+    tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
+    heads_kv = heads // repeat
+    batch = (head_all // (heads_kv * splits)).to(tl.int64)
+    head_kv = head_all // splits % heads_kv
+    split = head_all % splits
+    row_lo, row_hi, key_lo, key_hi, key_first = 0, num_rows, 0, num_keys, tile * BLOCK_N
+    if PACKED:
+        sequence = tl.load(tile_sequence + tile)
+        if sequence < 0:
+            return
+        row_lo = tl.load(cu_q + sequence).to(tl.int32)
+        row_hi = tl.load(cu_q + sequence + 1).to(tl.int32)
+        key_lo = tl.load(cu_k + sequence).to(tl.int32)
+        key_hi = tl.load(cu_k + sequence + 1).to(tl.int32)
+        key_first = tl.load(tile_first + tile)
+    shift = key_hi - row_hi
+    key = key_first + tl.arange(0, BLOCK_N)
+    own = (key >= key_lo) & (key < key_hi)
+    keep = own
+    if PADDED:
+        keep = keep & (tl.load(padding + batch * pad_b + key * pad_s, mask=own, other=0) != 0)
+    # Addresses as one 64-bit base and 32-bit offsets: tensors of 64-bit addresses cost twice the registers.
+    place = tl.arange(0, BLOCK_N)
+    start = key_first.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    k_base = k + batch * k_b + head_kv.to(tl.int64) * k_h + start * k_s
+    v_base = v + batch * v_b + head_kv.to(tl.int64) * v_h + start * v_s
+    k_ptrs = k_base + (place[:, None] * k_s + dim[None, :])
+    v_ptrs = v_base + (place[:, None] * v_s + dim_v[None, :])
+    k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+    v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
+
+    a, b = max(key_first, key_lo), min(key_first + BLOCK_N, key_hi) - 1
+    origin, stop = rows_of_keys(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
+    first, last = rows_of_every_key(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
+    blocks = tl.where(origin < stop, tl.cdiv(stop - origin, BLOCK_M), 0)
+    inner_first = tl.cdiv(max(first - origin, 0), BLOCK_M)
+    inner_stop = max(last - origin, 0) // BLOCK_M
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    dw = tl.zeros((BLOCK_N, max(1, DW_GROUPS)), tl.float32)
+    block_kinds = kinds + (batch * tl.cdiv(num_keys, BLOCK_N) + key_first // BLOCK_N) * groups
+    w_ptrs = (weights + batch * w_b + start * w_s) + place * w_s
+    mask_base = mask + batch * mask_b if MASKED else mask
+    per_split = repeat // splits
+    for member in range(per_split):
+        head = (head_kv * repeat + split * per_split + member).to(tl.int64)
+        q_base = q + batch * q_b + head * q_h
+        do_base = dout + batch * do_b + head * do_h if HAS_DOUT else dout
+        places = (batch * heads + head) * num_rows
+        dm_base = dmass + places * groups if HAS_DMASS else dmass
+        dk, dv, dw = _rows_of_head(
+            dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_in + places,
+            delta_in + places, dm_base, block_kinds,
+            q_t, do_t, w_g, mask_t, mask_s,
+            origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
+            scale, softcap,
+            DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
+            LEFT, RIGHT, MASKED, CAPPED, PRECISION,
+        )  # fmt: skip
+
+    # Keys beyond the sequence are another program's; padded ones collected nonsense and get 0.
+    if PADDED:
+        dk = tl.where(keep[:, None], dk, 0.0)
+        dv = tl.where(keep[:, None], dv, 0.0)
+        dw = tl.where(keep[:, None], dw, 0.0)
+    first_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + start) * heads_kv + head_kv
+    dk = (dk * scale).to(dk_out.dtype.element_ty)
+    dk_ptrs = (dk_out + first_out * DIM) + (place[:, None] * (heads_kv * DIM) + dim[None, :])
+    tl.store(dk_ptrs, dk, mask=own[:, None] & (dim < DIM)[None, :])
+    if HAS_DOUT:
+        dv = dv.to(dv_out.dtype.element_ty)
+        dv_ptrs = (dv_out + first_out * DIM_V) + (place[:, None] * (heads_kv * DIM_V) + dim_v[None, :])
+        tl.store(dv_ptrs, dv, mask=own[:, None] & (dim_v < DIM_V)[None, :])
+    if DW_GROUPS > 0:
+        group = dw_first + tl.arange(0, DW_GROUPS)[None, :]
+        first_out = ((batch * heads_kv + head_kv) * splits + split) * num_keys + start
+        tl.store(
+            (dw_out + first_out * groups) + (place[:, None] * groups + group), dw, mask=own[:, None] & (group < groups)
+        )
+
+
+def _splits(programs: int, repeat: int) -> int:
+    """Over how many programs to spread the query heads of a key head: the fewest that keep a large GPU busy.
+
+    From shapes alone, so that results do not depend on the device.
+    """
+    divisors = (n for n in range(1, repeat + 1) if repeat % n == 0)
+    return next((n for n in divisors if programs * n >= PROGRAMS_WANTED), repeat)
+
+
+def backward_of_keys(
+    problem: Problem, shared: dict[str, Any], dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None
+) -> None:
+    """Write dk (B, S, Hkv, D), dv (B, S, Hkv, Dv) where dout came, and dw (B, S, G) float32 where wanted.
+
+    shared: the arguments of both passes.
+    """
+    k = problem.k
+    (batch, num_keys, heads_kv), groups = k.shape[:3], problem.weights.shape[2]
+    settings = keys_settings(architecture(k.device), k.dtype, max(problem.block_dims()), problem.rich)
+    own = tiling(problem, settings.keys, of_keys=True)
+    splits = _splits(own["num_tiles"] * batch * heads_kv, problem.repeat)
+    # What several programs share they write apart, and a sum in a fixed order brings it together.
+    parts = (dk, dv)
+    if splits > 1:
+        parts = tuple(x.new_zeros((splits, *x.shape), dtype=torch.float32) for x in (dk, dv))
+    dw_parts = None if dw is None else dw.new_zeros((batch, heads_kv * splits, num_keys, groups))
+    own |= {
+        "kinds": classify(problem.weights, problem.padding, settings.keys).kinds,
+        "dk_out": parts[0],
+        "dv_out": parts[1],
+        "dw_out": dw_parts,
+        "num_heads": batch * heads_kv * splits,
+        "splits": splits,
+        "section": problem.section(splits),
+        "BLOCK_M": settings.rows,
+        "BLOCK_N": settings.keys,
+    }
+    # dw of more groups than fit the registers takes a launch each MAX_GROUPS; dk and dv come out the same every time.
+    for start in range(0, 1 if dw is None else groups, MAX_GROUPS):
+        count = 0 if dw is None else triton.next_power_of_2(min(groups - start, MAX_GROUPS))
+        own |= {"dw_first": start, "DW_GROUPS": count}
+        launch(_backward_keys, own["num_tiles"] * own["num_heads"], shared | own, settings)
+    if splits > 1:
+        dk.copy_(parts[0].sum(0))
+        if shared["HAS_DOUT"]:
+            dv.copy_(parts[1].sum(0))
+    if dw is not None:
+        torch.sum(dw_parts, 1, out=dw)

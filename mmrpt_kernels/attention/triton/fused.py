@@ -1,0 +1,132 @@
+"""The fused attention as custom operators: their autograd, and what they return in shapes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.triton.backward import backward
+from mmrpt_kernels.attention.triton.call import prepare
+from mmrpt_kernels.attention.triton.decode import decode, serves
+from mmrpt_kernels.attention.triton.forward import forward
+from mmrpt_kernels.common.autocast import without_autocast
+
+__all__ = ["attention"]
+
+
+@torch.library.custom_op("mmrpt_kernels::triton_attention", mutates_args=())
+@without_autocast
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    problem = prepare(q, k, v, key_weights, options, masks)
+    out, mass, lse = decode(problem) if serves(problem) else forward(problem)
+    if key_weights.shape[-1] == 0:
+        mass = mass.new_empty((*mass.shape[:-1], 0))
+    return (out, mass, lse) if cu_seqlens_q is None else (out[0], mass[0], lse[0])
+
+
+@_attention.register_fake
+def _attention_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = q.shape[:-3] + (q.shape[-2], q.shape[-3])  # (B, Hq, T) or (Hq, sum T)
+    return (
+        q.new_empty(q.shape[:-1] + v.shape[-1:]),
+        q.new_empty(rows + key_weights.shape[-1:], dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mmrpt_kernels::triton_attention_backward", mutates_args=())
+@without_autocast
+def _attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    dout: torch.Tensor | None,
+    dmass: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    mass: torch.Tensor,
+    lse: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    problem = prepare(q, k, v, key_weights, options, masks)
+    packed, groups = cu_seqlens_q is not None, key_weights.shape[-1]
+    dmass = None if groups == 0 else dmass
+    results, gradients = (
+        tuple(x if x is None or not packed else x[None] for x in group)
+        for group in ((out, mass, lse), (dout, dmass, dlse))
+    )
+    *made, dw = backward(problem, results, gradients)
+    if packed:
+        made = [x[0] for x in made]
+    dw = q.new_empty(0) if dw is None else dw[..., :groups].reshape(key_weights.shape).to(key_weights.dtype)
+    return *made, dw
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, ...]:
+    contiguous = torch.contiguous_format
+    made = (torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+    if key_weights.is_floating_point():
+        return *made, torch.empty_like(key_weights, memory_format=contiguous)
+    return *made, q.new_empty(0)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, key_weights, *rest = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, key_weights, *output, *rest[:4])
+    ctx.settings = rest[4:]
+
+
+def _differentiate(ctx, dout, dmass, dlse):
+    q, k, v, key_weights, out, mass, lse, *masks = ctx.saved_tensors
+    nothing = (None,) * (len(masks) + len(ctx.settings))
+    if dout is None and dmass is None and dlse is None:
+        return None, None, None, None, *nothing
+    *grads, dw = _attention_backward(q, k, v, key_weights, dout, dmass, dlse, out, mass, lse, *masks, *ctx.settings)
+    return *grads, (dw if key_weights.is_floating_point() else None), *nothing
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weights: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, mass (B, Hq, T, G), lse as `reference.attention`; float16, bfloat16 or float32, D and Dv at most 256."""
+    return _attention(q, k, v, key_weights, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, *options)

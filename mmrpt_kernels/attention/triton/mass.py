@@ -1,0 +1,136 @@
+"""The mass from a known lse as custom operators: their autograd, and what they return in shapes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.triton.call import last_contiguous
+from mmrpt_kernels.attention.triton.rows import RowList, list_rows
+from mmrpt_kernels.attention.triton.side import side_mass
+from mmrpt_kernels.attention.triton.side_backward import side_mass_backward
+from mmrpt_kernels.common.autocast import without_autocast
+
+__all__ = ["mass_from_lse"]
+
+
+def _rows_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    wanted: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    options: AttentionOptions,
+) -> RowList:
+    """`list_rows` of a batch; a packed one is a batch of one."""
+    cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
+    return list_rows(q.shape[0], q.shape[1], k.shape[1], wanted, cu_seqlens, options, q.device)
+
+
+def _as_batch(packed: bool, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [x if x is None or not packed else x[None] for x in tensors]
+
+
+@torch.library.custom_op("mmrpt_kernels::triton_visual_mass", mutates_args=())
+@without_autocast
+def _visual_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    query_mask: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    packed = cu_seqlens_q is not None
+    q, k, lse, key_weights, query_mask = _as_batch(packed, q, k, lse, key_weights, query_mask)
+    with torch.cuda.device_of(q):
+        rows = _rows_of(q, k, query_mask, cu_seqlens_q, cu_seqlens_k, options)
+        mass = side_mass(last_contiguous(q), last_contiguous(k), lse, key_weights, key_padding_mask, rows, options)
+    return mass[0] if packed else mass
+
+
+@_visual_mass.register_fake
+def _visual_mass_fake(q, k, lse, key_weights, *_) -> torch.Tensor:
+    return q.new_empty(tuple(lse.shape) + key_weights.shape[-1:], dtype=torch.float32)
+
+
+@torch.library.custom_op("mmrpt_kernels::triton_visual_mass_backward", mutates_args=())
+@without_autocast
+def _visual_mass_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    dmass: torch.Tensor,
+    mass: torch.Tensor,
+    query_mask: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
+    options = AttentionOptions(window_left, window_right, scale, softcap)
+    packed = cu_seqlens_q is not None
+    inputs = _as_batch(packed, q, k, lse, key_weights, dmass, mass, query_mask)
+    q_b, k_b, lse, weights, dmass, mass, query_mask = inputs
+    wanted = (dmass != 0).any(-1).any(1)  # (B, T): rows without a gradient add nothing
+    if query_mask is not None:
+        wanted &= query_mask
+    with torch.cuda.device_of(q):
+        rows = _rows_of(q_b, k_b, wanted, cu_seqlens_q, cu_seqlens_k, options)
+        q_b, k_b = last_contiguous(q_b), last_contiguous(k_b)
+        dq, dk, dw = side_mass_backward(q_b, k_b, lse, weights, dmass, mass, key_padding_mask, rows, options)
+    dw = q.new_empty(0) if dw is None else dw.view(key_weights.shape).to(key_weights.dtype)
+    return dq.view(q.shape), dk.view(k.shape), dw
+
+
+@_visual_mass_backward.register_fake
+def _visual_mass_backward_fake(q, k, lse, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    contiguous = torch.contiguous_format
+    dq, dk = (torch.empty_like(x, memory_format=contiguous) for x in (q, k))
+    if key_weights.is_floating_point():
+        return dq, dk, torch.empty_like(key_weights, memory_format=contiguous)
+    return dq, dk, q.new_empty(0)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, lse, key_weights, *rest = inputs
+    ctx.save_for_backward(q, k, lse, key_weights, output, *rest[:4])
+    ctx.settings = rest[4:]
+
+
+def _differentiate(ctx, dmass):
+    q, k, lse, key_weights, mass, *masks = ctx.saved_tensors
+    dq, dk, dw = _visual_mass_backward(q, k, lse, key_weights, dmass, mass, *masks, *ctx.settings)
+    nothing = (None,) * (len(masks) + len(ctx.settings))
+    return dq, dk, None, (dw if key_weights.is_floating_point() else None), *nothing
+
+
+_visual_mass.register_autograd(_differentiate, setup_context=_save)
+
+
+def mass_from_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    key_weights: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    query_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """mass (B, Hq, T, G) as `reference.mass_from_lse`; float16, bfloat16 or float32, D at most 256."""
+    return _visual_mass(q, k, lse, key_weights, query_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, *options)

@@ -1,0 +1,194 @@
+"""Device helpers that the kernels share: where a program works, which pairs of a tile may attend, scores.
+
+Positions count along the whole tensor, packed or not: a sequence is rows [row_lo, row_hi) against keys
+[key_lo, key_hi), and row t stands at key position t + shift with shift = key_hi - row_hi (bottom-right alignment). Key
+blocks start at multiples of the block size wherever a sequence begins, so that one classification of the key weights
+serves them all.
+Scores are in units of log2: exp2(x) is exp of what the definition calls s.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "FREE",
+    "FULL",
+    "LN_2",
+    "LOG2_E",
+    "MIXED",
+    "band_allows",
+    "capped_scores",
+    "keys_of_every_row",
+    "keys_of_rows",
+    "load_tile",
+    "place_of_program",
+    "rows_of_every_key",
+    "rows_of_keys",
+    "tanh",
+    "weigh",
+]
+
+# What a block of keys holds of one group's weights: zeros alone, ones alone, or anything. kinds (B, blocks, G) int8.
+FREE = tl.constexpr(0)
+FULL = tl.constexpr(1)
+MIXED = tl.constexpr(2)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place_of_program(program, num_tiles, num_heads, section):
+    """(tile, head) of a program: `section` heads share the cache, and within a section tiles go first to last.
+
+    A section is the heads whose keys and values fit the L2 cache together. Every head of a section starts on tile 0
+    before any goes on to tile 1: put the longest tiles first and the last programs to finish are short.
+    """
+    in_section = program // (num_tiles * section)
+    rest = program - in_section * num_tiles * section
+    size = min(section, num_heads - in_section * section)
+    tile = rest // size
+    return tile, in_section * section + rest - tile * size
+
+
+@triton.jit
+def keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """[first, stop): the keys that some row of row_first .. row_last may attend to; stop <= first where there is none.
+
+    LEFT, RIGHT: whether the band has that edge, `left` keys before and `right` keys after the row's own position.
+    """
+    first, stop = key_lo, key_hi
+    if LEFT:
+        first = max(first, row_first + shift - left)
+    if RIGHT:
+        stop = min(stop, row_last + shift + right + 1)
+    return first, stop
+
+
+@triton.jit
+def keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """[first, stop): the keys that every row of row_first .. row_last may attend to."""
+    first, stop = key_lo, key_hi
+    if LEFT:
+        first = max(first, row_last + shift - left)
+    if RIGHT:
+        stop = min(stop, row_first + shift + right + 1)
+    return first, stop
+
+
+@triton.jit
+def rows_of_keys(key_first, key_last, shift, row_lo, row_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """[first, stop): the rows that may attend to some key of key_first .. key_last."""
+    first, stop = row_lo, row_hi
+    if RIGHT:
+        first = max(first, key_first - shift - right)
+    if LEFT:
+        stop = min(stop, key_last - shift + left + 1)
+    return first, stop
+
+
+@triton.jit
+def rows_of_every_key(key_first, key_last, shift, row_lo, row_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """[first, stop): the rows that may attend to every key of key_first .. key_last."""
+    first, stop = row_lo, row_hi
+    if RIGHT:
+        first = max(first, key_last - shift - right)
+    if LEFT:
+        stop = min(stop, key_first - shift + left + 1)
+    return first, stop
+
+
+@triton.jit
+def load_tile(pointers, keep, column, SOME: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile (N, BLOCK) of q, k, v or dout: 0 beyond DIM columns and, where SOME rows may be missing, outside `keep`.
+
+    Args:
+        keep: (N, 1) bool. column: (1, BLOCK) int.
+    """
+    if SOME and DIM < BLOCK:
+        return tl.load(pointers, mask=keep & (column < DIM), other=0.0)
+    elif SOME:
+        return tl.load(pointers, mask=keep, other=0.0)
+    elif DIM < BLOCK:
+        return tl.load(pointers, mask=column < DIM, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def band_allows(row, key, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Bool, shaped as `row` and `key` broadcast: the pairs inside the band and inside the sequence's keys."""
+    allowed = (key >= key_lo) & (key < key_hi)
+    if LEFT:
+        allowed = allowed & (key >= row + (shift - left))
+    if RIGHT:
+        allowed = allowed & (key <= row + (shift + right))
+    return allowed
+
+
+@triton.jit
+def tanh(x):
+    """tanh in float32 to about 3 ulp: near 0 the exponential form cancels, so an odd polynomial (least squares fit of
+    tanh(x) / x in x**2 over |x| < 0.6, relative error 3e-9 before rounding) takes over."""
+    u = x * x
+    polynomial = -0.0058832332 * u + 0.0207851473
+    polynomial = polynomial * u - 0.0537803993
+    polynomial = polynomial * u + 0.1333187968
+    polynomial = polynomial * u - 0.3333329558
+    near = x + x * u * polynomial
+    # exp2 overflows to inf where tanh is 1, and 2 / inf is 0.
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
+    """(scores in units of log2, d s / d (scale * products)) of raw products q . k, s bent to c tanh(s / c) or not."""
+    if CAPPED:
+        bend = tanh(products * (scale / softcap))
+        scores, slope = bend * (softcap * LOG2_E), 1.0 - bend * bend
+    else:
+        scores, slope = products * (scale * LOG2_E), 1.0
+    return scores, slope
+
+
+@triton.jit
+def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
+    """One group's part of `weigh`."""
+    kind = tl.load(block_kind, mask=exists, other=0)
+    dmass = tl.load(dmass_ptrs, mask=live & (kind != FREE), other=0.0)  # (rows,)
+    extra += tl.where(kind == FULL, dmass, 0.0)
+    if kind == MIXED:
+        w = tl.load(w_ptrs, mask=keep, other=0).to(tl.float32)  # (keys,)
+        if KEYS_FIRST:
+            dp += w[:, None] * dmass[None, :]
+        else:
+            dp += dmass[:, None] * w[None, :]
+    return dp, extra
+
+
+@triton.jit
+def weigh(
+    dp, extra, w_ptrs, w_g, keep, dmass_ptrs, live, block_kinds, groups,
+    GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(dp with the mixed groups' weight_j * dmass_t, extra (rows,) with the full groups' dmass_t).
+
+    Args:
+        KEYS_FIRST: dp is (keys, rows), else (rows, keys).
+        GROUPS: groups up to a power of two, 0 when they are too many to unroll.
+        keep (keys,), live (rows,): what exists.
+    """
+    if GROUPS == 0:
+        for g in range(groups):
+            dp, extra = weigh_group(
+                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
+            )
+    else:
+        for g in tl.static_range(GROUPS):
+            dp, extra = weigh_group(
+                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
+            )
+    return dp, extra
