@@ -269,8 +269,9 @@ class RLSettings:
 class ControlSettings:
     """The comparison: the warm start trained on for as many optimiser steps on captions it has not seen.
 
-    It goes on as the warm-up did, restoring random words in `restore_fraction` of its rows. With 0, captions alone, a
-    model this small forgets the answer's form within those steps, and reinforcement would win against nothing.
+    It has reinforcement's optimiser and the very batches that reinforcement mixes in, and lacks rewards alone. Of its
+    rows, `restore_fraction` restore random words: with 0, captions alone, a model this small forgets the answer's form
+    within those steps, and reinforcement would win against nothing.
     """
 
     enabled: bool = True
