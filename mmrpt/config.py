@@ -127,9 +127,9 @@ class WarmupSettings:
     source: what a vision encoder's own pre-training gives a larger model. Set it to 0 for a model that can see.
     """
 
-    steps: int = 360
+    steps: int = 500
     batch_size: int = 16
-    sentence_steps: int = 110
+    sentence_steps: int = 140
     sentence_batch_size: int = 32
     restore_fraction: float = 0.7  # rows that restore random words, any words, instead of describing
     optimiser: OptimiserSettings = field(
@@ -233,7 +233,7 @@ class PerceptionSettings:
 class RLSettings:
     """Group-relative reinforcement with the perception-filtered clipped loss."""
 
-    steps: int = 220
+    steps: int = 170
     groups_per_step: int = 12  # groups with signal that one optimiser step consumes
     max_rounds: int = 4  # sampling rounds spent on filling a step before it goes on with fewer groups
     micro_batch: int = 128
@@ -269,8 +269,9 @@ class RLSettings:
 class ControlSettings:
     """The comparison: the warm start trained on for as many optimiser steps on captions it has not seen.
 
-    It goes on as the warm-up did, restoring random words in `restore_fraction` of its rows. With 0, captions alone, a
-    model this small forgets the answer's form within those steps, and reinforcement would win against nothing.
+    It has reinforcement's optimiser and the very batches that reinforcement mixes in, and lacks rewards alone. Of its
+    rows, `restore_fraction` restore random words: with 0, captions alone, a model this small forgets the answer's form
+    within those steps, and reinforcement would win against nothing.
     """
 
     enabled: bool = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,13 +69,6 @@ class Optimiser:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-
-
-def continued(settings: OptimiserSettings) -> OptimiserSettings:
-    """The settings of a phase that goes on where these ended: their last learning rate, held. A restart at the peak
-    would first undo what the decay settled, and a control that loses by that is no control."""
-    last = settings.final_fraction or 0.1  # a schedule that ended at zero would train nothing
-    return replace(settings, lr=settings.lr * last, final_fraction=1.0, vision_start=0)
 
 
 def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:

@@ -76,7 +76,7 @@ PLOTS: dict[str, Plot] = {
     ),
     "loss": Plot(
         plot_loss,
-        "The warm-up stops before its ceiling; the control goes on as the warm-up did for as many steps as "
+        "The warm-up stops before its ceiling; the control goes on with captions alone for as many steps as "
         "reinforcement, so that more training alone is not mistaken for its effect.",
         "metrics.jsonl, phases warmup and control",
     ),

@@ -28,7 +28,7 @@ from mmrpt.masking import build_masked_samples, choose_threshold, score_sentence
 from mmrpt.metrics import roc_auc
 from mmrpt.models import Policy
 from mmrpt.objective import supervised_loss
-from mmrpt.optimiser import Optimiser, continued
+from mmrpt.optimiser import Optimiser
 from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json
@@ -196,7 +196,7 @@ class Trainer:
             self._train(
                 "control",
                 settings.rl.steps,
-                continued(settings.warmup.optimiser),
+                settings.rl.optimiser,
                 lambda step: supervised_loss(self.policy, self._later_captions(step)),
                 after="warmup",
             )
