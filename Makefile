@@ -1,5 +1,5 @@
 # make demo   virtual environment, installation, and the main job: a run folder with a report
-# make test   likewise, then lint and tests
+# make test   likewise, then lint and tests; MARK= adds the slow ones, which compile every launch setting
 # make gpu    on a machine with a GPU, torch and triton: every GPU test, then every benchmark; installs nothing
 # make bench  the operators' benchmarks on this machine
 # make lint   ruff alone; make clean: what builds and tests leave behind (not .venv, not runs)
@@ -11,6 +11,7 @@ BUDGET  ?= 510
 JOBS    ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 ARGS    ?=
 PYTEST  ?= tests
+MARK    ?= not slow
 
 SOURCES := pyproject.toml setup.py scripts/bootstrap.py $(wildcard csrc/*.cpp csrc/*/*)
 RUN     := $(VENV)/bin/python
@@ -35,7 +36,7 @@ lint: $(VENV)/.stamp-dev
 
 # One thread a worker: on few cores, workers beat threads. A file stays on one worker, so its fixtures are made once.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(MARK)" $(PYTEST)
 
 bench: $(VENV)/.stamp-dev
 	$(RUN) -m benchmarks --results $(RESULTS) $(ARGS)
