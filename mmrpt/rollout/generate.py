@@ -136,8 +136,8 @@ def _draw(
 
 
 def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(R,) ids drawn from rows of (R, V) weights; an id of weight 0 is never drawn. Several times torch.multinomial's
-    speed on a CPU, and one uniform number a row whatever V is."""
+    """(R,) ids drawn from rows of (R, V) weights; an id of weight 0 is never drawn. One uniform number a row, where
+    torch.multinomial draws one for each of the V ids."""
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
     uniform = torch.rand(total.shape, generator=generator, device=total.device, dtype=torch.float64)
