@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import attention_with_visual_mass, reference
+from mmrpt_kernels.attention.config import MAX_GROUPS
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton import attention, decode, fused
 from mmrpt_kernels.attention.triton.call import prepare
@@ -267,7 +268,7 @@ def launches(arch: int, dim: int, dtype: torch.dtype, worst: bool, monkeypatch) 
 
     rows = 16 if worst else 1
     q, k = empty(2, rows, 28, dim), empty(2, 8192, 4, dim)
-    weights = empty(2, 8192, 8, of=torch.float32) if worst else empty(2, 8192, 1, of=torch.bool)
+    weights = empty(2, 8192, MAX_GROUPS, of=torch.float32) if worst else empty(2, 8192, 1, of=torch.bool)
     masks = (empty(2, 8192, of=torch.bool), empty(2, 1, rows, 8192, of=torch.bool)) if worst else (None, None)
     options = AttentionOptions(500 if worst else -1, 0, 0.1, 30.0 if worst else 0.0)
     monkeypatch.setattr(decode, "architecture", lambda device: arch)
