@@ -210,7 +210,8 @@ class Policy:
             share = sharing_saves([len(prompt) for prompt in prompts], lengths, self.head_weight.shape[1])
         if not share:
             rows = [(prompt, r, i) for prompt, rs, i in zip(prompts, groups, image_index, strict=True) for r in rs]
-            return self.batch(*zip(*((prompt, r) for prompt, r, _ in rows), strict=True), pixels, [i for *_, i in rows])
+            alone, responses, index = zip(*rows, strict=True)
+            return self.batch(alone, responses, pixels, index)
         flat = [[token for response in responses for token in response] for responses in groups]
         batch = self.batch(prompts, flat, pixels, image_index)
         segments = torch.full(batch.input_ids.shape, -1)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,16 @@ class Trainer:
         """The vision tower's own training, where the model starts from scratch."""
         options, steps = self.settings.sight, self.settings.sight_steps
         source = self.sources.train
-        weights = rarity(self.policy, (source[i].caption for i in range(min(CAPTIONS_FOR_RARITY, len(source)))))
+
+        @cache  # only where a step is left to do: a resumed run has often none
+        def weights() -> torch.Tensor:
+            return rarity(self.policy, (source[i].caption for i in range(min(CAPTIONS_FOR_RARITY, len(source)))))
 
         def loss_of(step: int) -> torch.Tensor:
             items = items_at(step * options.batch_size, options.batch_size, len(source), self.settings.seed, "sight")
             examples = [source[i] for i in items]
             pixels = self.policy.pixels([source.image(e.id) for e in examples])
-            return sight_loss(self.policy, pixels, [e.caption for e in examples], weights)
+            return sight_loss(self.policy, pixels, [e.caption for e in examples], weights())
 
         self._train("sight", steps, options.optimiser, loss_of, after=None)
 

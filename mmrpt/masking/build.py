@@ -31,7 +31,7 @@ def build_masked_samples(
         (score, span)
         for score in scores
         if score.score >= threshold
-        for span in choose_spans(example.caption, score, count=len(example.caption), max_words=max_span_words)
+        for span in choose_spans(example.caption, score, max_words=max_span_words)
     ]
     chosen: list[tuple[SentenceScore, Span]] = []
     while candidates and len(chosen) < spans_per_caption:

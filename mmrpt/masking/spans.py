@@ -39,9 +39,14 @@ class Span:
 
 
 def choose_spans(
-    caption: str, score: SentenceScore, *, count: int, max_words: int, stop_words: frozenset[str] = FUNCTION_WORDS
+    caption: str,
+    score: SentenceScore,
+    *,
+    max_words: int,
+    count: int | None = None,
+    stop_words: frozenset[str] = FUNCTION_WORDS,
 ) -> list[Span]:
-    """At most `count` spans of the sentence, highest mass first, none overlapping.
+    """The spans of the sentence, highest mass first, none overlapping; at most `count` of them where it is given.
 
     A listed phrase ("red", "top left", "left of") is one span. Any other span starts as one content word and grows over
     an adjacent one, up to `max_words`, while that word's own mass is at least `GROWTH` of the span's.
@@ -56,7 +61,7 @@ def choose_spans(
     ]
     taken = [any(w.start < phrase.end and phrase.start < w.end for phrase in listed) for w in words]
     content = [caption[w.start : w.end].casefold() not in stop_words for w in words]
-    spans = listed
+    spans = list(listed)
     for best in sorted((i for i, keep in enumerate(content) if keep), key=lambda i: (-words[i].mass, i)):
         if taken[best]:
             continue

@@ -157,20 +157,20 @@ def rows_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) 
 # (bytes of an element, head size): a few rows over a long cache, the same on every architecture; rows: at most so many
 # heads and rows in a tile. Compiled without spills (tests/kernels/test_decode_triton.py), not timed on hardware yet.
 DECODE = {
-    (2, 64): Settings(32, 64, 4, 3),
-    (2, 128): Settings(32, 64, 4, 3),
-    (2, 256): Settings(32, 64, 8, 2),
-    (4, 64): Settings(16, 32, 4, 2),
-    (4, 128): Settings(16, 32, 8, 2),
-    (4, 256): Settings(16, 16, 8, 1),
+    (2, 64): (Settings(32, 64, 4, 3), Settings(32, 64, 4, 3)),
+    (2, 128): (Settings(32, 64, 4, 3), Settings(16, 64, 4, 3)),
+    (2, 256): (Settings(32, 64, 8, 2), Settings(16, 64, 8, 2)),
+    (4, 64): (Settings(16, 32, 4, 2), Settings(16, 32, 4, 2)),
+    (4, 128): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 2)),
+    (4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
 }
 
 
-def decode_settings(architecture: int, dtype: torch.dtype, size: int) -> Settings:
+def decode_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     """The row of decoding; arguments as in `forward_settings`."""
     if architecture == 0:
         return INTERPRETER
-    return DECODE[dtype.itemsize, next(s for s in SIZES if size <= s)]
+    return DECODE[dtype.itemsize, next(s for s in SIZES if size <= s)][rich]
 
 
 def product_precision(dtype: torch.dtype, size: int) -> str:

@@ -10,7 +10,18 @@ import triton
 from mmrpt_kernels.attention.config import L2_BYTES, Settings, product_precision
 from mmrpt_kernels.attention.geometry import AttentionOptions
 
-__all__ = ["Problem", "architecture", "last_contiguous", "launch", "packed_tiles", "prepare", "strides", "tiling"]
+__all__ = [
+    "Problem",
+    "architecture",
+    "as_batch",
+    "gradients_like",
+    "last_contiguous",
+    "launch",
+    "packed_tiles",
+    "prepare",
+    "strides",
+    "tiling",
+]
 
 
 class Problem(NamedTuple):
@@ -106,6 +117,20 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def as_batch(packed: bool, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors with a batch dimension: packed ones are a batch of one."""
+    return [x if x is None or not packed else x[None] for x in tensors]
+
+
+def gradients_like(key_weights: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Empty gradients of the inputs and, last, of the weights: (0,) for boolean ones, which have none."""
+    contiguous = torch.contiguous_format
+    made = (torch.empty_like(x, memory_format=contiguous) for x in inputs)
+    if key_weights.is_floating_point():
+        return *made, torch.empty_like(key_weights, memory_format=contiguous)
+    return *made, inputs[0].new_empty(0)
+
+
 def prepare(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,8 +144,7 @@ def prepare(
     masks: padding (B, S), mask (B or 1, 1, T, S), cu_q, cu_k.
     """
     padding, mask, cu_q, cu_k = masks
-    if cu_q is not None:
-        q, k, v, key_weights = (x[None] for x in (q, k, v, key_weights))
+    q, k, v, key_weights = as_batch(cu_q is not None, q, k, v, key_weights)
     if key_weights.shape[-1] == 0:
         key_weights = key_weights.new_zeros((*key_weights.shape[:-1], 1))
     boolean = key_weights.dtype == torch.bool

@@ -167,11 +167,9 @@ def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lse = q.new_empty((batch, heads, num_rows), dtype=torch.float32)
     if lse.numel() == 0:
         return out, mass, lse
-    settings = decode_settings(architecture(device), q.dtype, max(problem.block_dims()))
+    settings = decode_settings(architecture(device), q.dtype, max(problem.block_dims()), problem.rich)
     stacked = num_rows * problem.repeat
-    # A call with everything that costs registers spills a few bytes with 32 rows of 128 or more columns.
-    most = 16 if problem.rich and max(problem.block_dims()) >= 128 else settings.rows
-    block_m = min(most, max(16, triton.next_power_of_2(stacked)))
+    block_m = min(settings.rows, max(16, triton.next_power_of_2(stacked)))
     tiles = triton.cdiv(stacked, block_m)
     # A window leaves the beginning of the cache to nobody.
     left = problem.options.window_left

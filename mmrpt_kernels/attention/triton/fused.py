@@ -6,7 +6,7 @@ import torch
 
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.backward import backward
-from mmrpt_kernels.attention.triton.call import prepare
+from mmrpt_kernels.attention.triton.call import as_batch, gradients_like, prepare
 from mmrpt_kernels.attention.triton.decode import decode, serves
 from mmrpt_kernels.attention.triton.forward import forward
 from mmrpt_kernels.common.autocast import without_autocast
@@ -77,11 +77,7 @@ def _attention_backward(
     problem = prepare(q, k, v, key_weights, options, masks)
     packed, groups = cu_seqlens_q is not None, key_weights.shape[-1]
     dmass = None if groups == 0 else dmass
-    results, gradients = (
-        tuple(x if x is None or not packed else x[None] for x in group)
-        for group in ((out, mass, lse), (dout, dmass, dlse))
-    )
-    *made, dw = backward(problem, results, gradients)
+    *made, dw = backward(problem, as_batch(packed, out, mass, lse), as_batch(packed, dout, dmass, dlse))
     if packed:
         made = [x[0] for x in made]
     dw = q.new_empty(0) if dw is None else dw[..., :groups].reshape(key_weights.shape).to(key_weights.dtype)
@@ -90,11 +86,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _attention_backward_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, ...]:
-    contiguous = torch.contiguous_format
-    made = (torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
-    if key_weights.is_floating_point():
-        return *made, torch.empty_like(key_weights, memory_format=contiguous)
-    return *made, q.new_empty(0)
+    return gradients_like(key_weights, q, k, v)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton.call import last_contiguous
+from mmrpt_kernels.attention.triton.call import as_batch, gradients_like, last_contiguous
 from mmrpt_kernels.attention.triton.rows import RowList, list_rows
 from mmrpt_kernels.attention.triton.side import side_mass
 from mmrpt_kernels.attention.triton.side_backward import side_mass_backward
@@ -27,10 +27,6 @@ def _rows_of(
     return list_rows(q.shape[0], q.shape[1], k.shape[1], wanted, cu_seqlens, options, q.device)
 
 
-def _as_batch(packed: bool, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [x if x is None or not packed else x[None] for x in tensors]
-
-
 @torch.library.custom_op("mmrpt_kernels::triton_visual_mass", mutates_args=())
 @without_autocast
 def _visual_mass(
@@ -49,7 +45,7 @@ def _visual_mass(
 ) -> torch.Tensor:
     options = AttentionOptions(window_left, window_right, scale, softcap)
     packed = cu_seqlens_q is not None
-    q, k, lse, key_weights, query_mask = _as_batch(packed, q, k, lse, key_weights, query_mask)
+    q, k, lse, key_weights, query_mask = as_batch(packed, q, k, lse, key_weights, query_mask)
     with torch.cuda.device_of(q):
         rows = _rows_of(q, k, query_mask, cu_seqlens_q, cu_seqlens_k, options)
         mass = side_mass(last_contiguous(q), last_contiguous(k), lse, key_weights, key_padding_mask, rows, options)
@@ -82,7 +78,7 @@ def _visual_mass_backward(
     """dq, dk, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
     options = AttentionOptions(window_left, window_right, scale, softcap)
     packed = cu_seqlens_q is not None
-    inputs = _as_batch(packed, q, k, lse, key_weights, dmass, mass, query_mask)
+    inputs = as_batch(packed, q, k, lse, key_weights, dmass, mass, query_mask)
     q_b, k_b, lse, weights, dmass, mass, query_mask = inputs
     wanted = (dmass != 0).any(-1).any(1)  # (B, T): rows without a gradient add nothing
     if query_mask is not None:
@@ -97,11 +93,7 @@ def _visual_mass_backward(
 
 @_visual_mass_backward.register_fake
 def _visual_mass_backward_fake(q, k, lse, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    contiguous = torch.contiguous_format
-    dq, dk = (torch.empty_like(x, memory_format=contiguous) for x in (q, k))
-    if key_weights.is_floating_point():
-        return dq, dk, torch.empty_like(key_weights, memory_format=contiguous)
-    return dq, dk, q.new_empty(0)
+    return gradients_like(key_weights, q, k)
 
 
 def _save(ctx, inputs, output) -> None:
