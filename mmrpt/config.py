@@ -14,6 +14,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
@@ -21,12 +22,22 @@ from pydantic.dataclasses import dataclass as checked
 from mmrpt.world.tiny_vlm import TinyVLMConfig
 from mmrpt.world.world import WorldConfig
 
+CHAT_MARK = "<|"  # what Qwen's markers begin with
 SIGHT_STEPS = 200  # that the tiny model gets by default
 _STRICT = ConfigDict(extra="forbid", validate_default=False)
 
 
 class SettingsError(ValueError):
     """A setting that cannot work: the message says which, what was expected and how to mend it."""
+
+
+def check_device(device: str) -> None:
+    """Raises SettingsError for a device that torch does not know or that this machine lacks."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device is {device!r}, which cannot be used here ({reason}): try device=cpu.") from error
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,6 +92,12 @@ class PromptSettings:
             f"prompts.restore is {self.restore!r}: it may hold {{masked_caption}} and {{masked_sentence}} alone.",
         )
         _require(bool(self.mask.strip()), "prompts.mask is empty: the model would not see what is missing.")
+        for name in ("describe", "restore", "mask"):
+            _require(
+                CHAT_MARK not in getattr(self, name),
+                f"prompts.{name} is {getattr(self, name)!r}: {CHAT_MARK!r} begins the chat's own markers, of which a "
+                "prompt gets exactly one image; write it without.",
+            )
 
 
 @checked(frozen=True, config=_STRICT)
@@ -101,6 +118,10 @@ class OptimiserSettings:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"lr is {self.lr}: expected a positive number.")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: expected 0 to below 1.")
+        for name in ("muon_scale", "vision_scale", "vision_start", "weight_decay", "warmup_steps"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: expected 0 or more.")
         _require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}: expected a positive number.")
         _require(0 <= self.final_fraction <= 1, f"final_fraction is {self.final_fraction}: expected 0 to 1.")
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mmrpt.checkpoint import drop_older, latest_checkpoint, load_checkpoint, save_checkpoint
-from mmrpt.config import OptimiserSettings, Settings
+from mmrpt.config import OptimiserSettings, Settings, check_device
 from mmrpt.data.images import seed_of
 from mmrpt.data.jsonl import read_jsonl, write_jsonl
 from mmrpt.evaluate import evaluate_policy, held_out_samples
@@ -48,6 +48,7 @@ class Trainer:
     """One run in one folder. `run()` does everything that is not done yet."""
 
     def __init__(self, settings: Settings) -> None:
+        check_device(settings.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.settings = settings

@@ -7,7 +7,7 @@ ordinary Hugging Face folder, so that everything written for it also opens a rea
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from PIL import Image
@@ -60,11 +60,19 @@ class TinyVLMConfig:
     image_std: tuple[float, float, float] = (0.25, 0.25, 0.25)
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"model.tiny.{field.name} is {value}: expected above 0.")
         head_size = self.hidden_size // self.heads
         if self.hidden_size % self.heads or head_size % 8:
             raise ValueError(
                 f"model.hidden_size / model.heads is {self.hidden_size} / {self.heads}: expected a head size that is a "
                 "multiple of 8 (three rotary sections share it); change one of the two."
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.tiny.heads / model.tiny.kv_heads is {self.heads} / {self.kv_heads}: expected a whole number."
             )
         if self.vocab_size < 512:
             raise ValueError(f"model.vocab_size is {self.vocab_size}: 256 bytes and the markers need at least 512.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmrpt.config import Settings, SettingsError, load_settings, save_settings
+from mmrpt.config import Settings, SettingsError, check_device, load_settings, save_settings
 
 
 def test_defaults_survive_a_round_trip(tmp_path):
@@ -43,6 +43,14 @@ def test_file_then_overrides(tmp_path):
         ("model.tiny.heads=3", "multiple of 8"),
         ("reward.exact=0 reward.prefix=0 reward.semantic=0", "no term rewards the answer"),
         ("rl.advantage=best", "rl.advantage"),
+        ("prompts.mask=<|image_pad|>", "prompts.mask"),
+        ("prompts.describe=<|vision_start|>", "prompts.describe"),
+        ("rl.optimiser.weight_decay=-1", "weight_decay is -1"),
+        ("warmup.optimiser.warmup_steps=-3", "warmup_steps is -3"),
+        ("sight.optimiser.beta2=1", "beta2 is 1"),
+        ("model.tiny.layers=0", "model.tiny.layers is 0"),
+        ("model.tiny.kv_heads=3", "model.tiny.kv_heads"),
+        ("model.tiny.vision_heads=0", "model.tiny.vision_heads is 0"),
     ],
 )
 def test_bad_settings_are_refused_with_the_remedy(override, message):
@@ -50,6 +58,13 @@ def test_bad_settings_are_refused_with_the_remedy(override, message):
     with pytest.raises(SettingsError) as error:
         load_settings(None, parts)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["xpu:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused_with_the_remedy(device):
+    with pytest.raises(SettingsError, match="device=cpu"):
+        check_device(device)
+    check_device("cpu")
 
 
 def test_unreadable_files_are_refused(tmp_path):
