@@ -10,9 +10,9 @@ from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head
-from mmrpt_kernels.logprobs import portable, reference
+from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
 
-__all__ = ["LogProbs", "linear_logprobs"]
+__all__ = ["LogProbs", "linear_logprobs", "load_rows"]
 
 
 class LogProbs(NamedTuple):
@@ -20,6 +20,15 @@ class LogProbs(NamedTuple):
 
     logps: torch.Tensor
     entropy: torch.Tensor | None
+
+
+def load_rows(backend: str) -> str:
+    """Import a backend's row kernels, if that has not happened yet; gives the name back."""
+    if backend == "triton":
+        from mmrpt_kernels.logprobs import triton  # noqa: F401
+    elif backend == "cuda":
+        from mmrpt_kernels.logprobs import cuda  # noqa: F401
+    return backend
 
 
 def linear_logprobs(
@@ -72,7 +81,7 @@ def linear_logprobs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
     flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
-    logps, entropy = portable.linear_logprobs(
-        flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, chunk_size
+    logps, entropy = operator.linear_logprobs(
+        flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, chunk_size, load_rows(name)
     )
     return LogProbs(logps.view(shape), entropy.view(shape) if return_entropy else None)

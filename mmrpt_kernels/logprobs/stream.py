@@ -1,8 +1,8 @@
 """The stream over the vocabulary: rows of tokens in chunks, each chunk of logits visited once.
 
-For every chunk: project to logits -> row statistics (log-prob, entropy) -> two coefficients per token, asked of the
-caller -> logits overwritten by their gradient -> two matrix products for d hidden and d weight. The loop knows no loss;
-the row arithmetic comes as a pair of functions (`RowKernels`), so that a faster pair can take their place.
+For every chunk: project to logits -> row partials, finished to log-prob and entropy -> two coefficients per token,
+asked of the caller -> gradient of the logits -> two matrix products for d hidden and d weight. The loop knows no loss;
+the row arithmetic comes as a pair of functions (`rows.RowKernels`), so that a faster pair can take their place.
 
 Runs outside autograd: its callers are custom operators and autograd functions.
 """
@@ -10,26 +10,34 @@ Runs outside autograd: its callers are custom operators and autograd functions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mmrpt_kernels.common.head import (
     HeadOptions,
     chunk_rows,
+    products_dtype,
     project,
     project_backward_hidden,
     project_backward_weight,
     statistics_dtype,
 )
+from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish
 
-# Taller chunks gain nothing more.
+__all__ = ["Coefficients", "Gradients", "Head", "check_targets", "visit"]
+
+# On a CPU taller chunks gain nothing more.
 MAX_TALL_ROWS = 1024
-
-__all__ = ["Coefficients", "Gradients", "Head", "RowKernels", "check_targets", "visit"]
+# On a GPU a chunk is sized by what the weight gradient costs: the product that adds n rows to it does 2 n H V FLOPs and
+# reads and writes 8 H V bytes of float32 accumulator, n / 4 FLOPs a byte. An H100 needs about 300 (990 TFLOP/s dense in
+# bfloat16, 3.35 TB/s), an H200 about 200: 4096 rows give 1024, so that the accumulator's traffic is at most a third of
+# that one product's time even where nothing overlaps. A logit takes 6 bytes (float32, and its bfloat16 gradient).
+GPU_ROWS = 4096
+GPU_BYTES = 4 * 2**30
 
 # (logps (n,), entropy (n,) or None, rows (n,) int64) -> d loss / d logps (n,), d loss / d entropy (n,) or None
-Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slopes]
 
 
 class Head(NamedTuple):
@@ -40,19 +48,6 @@ class Head(NamedTuple):
     options: HeadOptions
 
 
-class RowKernels(NamedTuple):
-    """Arithmetic on a chunk of logits.
-
-    statistics(raw logits (n, V) to overwrite, targets (n,), options, want_entropy, keep_logits) -> state with .logps
-    and .entropy (n,); keep_logits: the gradient will read the logits themselves, for an entropy or a soft cap
-    gradient(state, targets (n,), options, d logps (n,), d entropy (n,) or None) -> d raw logits (n, V), exactly zero in
-    rows whose two coefficients are zero
-    """
-
-    statistics: Callable[..., Any]
-    gradient: Callable[..., torch.Tensor]
-
-
 class Gradients:
     """Accumulators of d hidden (N, H), d weight (V, H) and d bias (V,); None where nobody asked.
 
@@ -61,32 +56,43 @@ class Gradients:
 
     def __init__(self, hidden: torch.Tensor, head: Head, *, need: tuple[bool, bool, bool]) -> None:
         """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H)."""
-        dtype = statistics_dtype(hidden, head.weight, head.bias)
-        self.weight_dtype, self.bias_dtype = head.weight.dtype, None if head.bias is None else head.bias.dtype
+        self.head, self.need = head, (need[0], need[1], need[2] and head.bias is not None)
+        self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
-        self.weight = hidden.new_zeros(head.weight.shape, dtype=dtype) if need[1] else None
-        self.bias = hidden.new_zeros(head.bias.shape, dtype=dtype) if need[2] and head.bias is not None else None
+        self.weight = self.bias = None  # made by the first chunk, which has nothing to add to
 
     def wanted(self) -> bool:
-        return self.hidden is not None or self.weight is not None or self.bias is not None
+        return any(self.need)
 
-    def add(self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor, weight: torch.Tensor) -> None:
+    def add(self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor) -> None:
         """Add a chunk: rows (n,) of the tokens, hidden_rows (n, H), grad_raw (n, V)."""
-        if self.hidden is not None:
-            grads = project_backward_hidden(grad_raw, weight)
+        half = products_dtype(hidden_rows, self.head.weight)
+        if grad_raw.is_cuda and half != grad_raw.dtype:
+            grad_raw = grad_raw.to(half)
+        if self.need[0]:
+            grads = project_backward_hidden(grad_raw, self.head.weight)
             self.hidden.index_copy_(0, rows, grads.to(self.hidden.dtype))
-        if self.weight is not None:
-            project_backward_weight(grad_raw, hidden_rows, self.weight)
-        if self.bias is not None:
-            self.bias.add_(grad_raw.sum(0))
+        if self.need[1]:
+            fresh = self.weight is None
+            if fresh:
+                self.weight = grad_raw.new_empty(self.head.weight.shape, dtype=self.dtype)
+            project_backward_weight(grad_raw, hidden_rows, self.weight, fresh=fresh)
+        if self.need[2]:
+            summed = grad_raw.sum(0, dtype=self.dtype)
+            self.bias = summed if self.bias is None else self.bias.add_(summed)
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """d hidden, d weight, d bias in the dtypes of their tensors."""
-        return (
-            self.hidden,
-            None if self.weight is None else self.weight.to(self.weight_dtype),
-            None if self.bias is None else self.bias.to(self.bias_dtype),
+        parameters = zip((self.weight, self.bias), self.head[:2], self.need[1:], strict=True)
+        rounded = (
+            None
+            if not wanted
+            else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            if grad is None
+            else grad.to(tensor.dtype)
+            for grad, tensor, wanted in parameters
         )
+        return self.hidden, *rounded
 
 
 def check_targets(targets: torch.Tensor, rows: torch.Tensor, vocab: int) -> None:
@@ -104,13 +110,16 @@ def check_targets(targets: torch.Tensor, rows: torch.Tensor, vocab: int) -> None
 def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: torch.dtype) -> int:
     """Rows a chunk: `chunk_size` or a memory budget at most, and all chunks alike so that the last is no stub.
 
-    Every chunk reads and writes the whole weight gradient, which only tall chunks pay back: the budget may grow to an
-    eighth of the weight gradient's own size.
+    Every chunk reads and writes the whole weight gradient, which only tall chunks pay back: on a CPU the budget may
+    grow to an eighth of the weight gradient's own size.
     """
     vocab, width = head.weight.shape
-    limit = chunk_rows(num_rows, vocab, chunk_size, dtype)
-    if chunk_size is None:
-        limit = max(limit, min(width // 8, MAX_TALL_ROWS))
+    if chunk_size is not None:
+        limit = chunk_size
+    elif head.weight.is_cuda:
+        limit = max(1, min(GPU_ROWS, GPU_BYTES // (6 * vocab)))
+    else:
+        limit = max(chunk_rows(num_rows, vocab, None, dtype), min(width // 8, MAX_TALL_ROWS))
     chunks = max(1, -(-num_rows // limit))
     return max(1, -(-num_rows // chunks))
 
@@ -149,19 +158,25 @@ def visit(
     learns = coefficients is not None and gradients is not None and gradients.wanted()
     keep_logits = learns and (entropy_learns or head.options.softcap > 0.0)
     step = rows_per_chunk(count, head, chunk_size, dtype)
+    vocab, rounded = head.weight.shape[0], products_dtype(hidden, head.weight)
+    into = None
+    if learns and kernels.rounds and rounded != dtype:
+        into = hidden.new_empty(min(step, count), vocab, dtype=rounded)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
         taken = rows[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
         raw = project(hidden_rows, head.weight, head.bias)
-        state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
-        logps[chunk] = state.logps
+        partials, state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
+        seen, uncertain, softmax = finish(partials, vocab, want_entropy)
+        logps[chunk] = seen
         if entropy is not None:
-            entropy[chunk] = state.entropy
+            entropy[chunk] = uncertain
         if coefficients is not None:
-            d_logps, d_entropy = coefficients(state.logps, state.entropy, taken)
+            slopes = coefficients(seen, uncertain, taken)
             if learns:
-                grad_raw = kernels.gradient(state, wanted, head.options, d_logps, d_entropy)
-                gradients.add(taken, hidden_rows, grad_raw, head.weight)
+                some = None if into is None else into[: taken.shape[0]]
+                grad_raw = kernels.gradient(state, wanted, head.options, softmax, slopes, some)
+                gradients.add(taken, hidden_rows, grad_raw)
         raw = state = grad_raw = None  # the next chunk's logits take this one's memory
     return logps, entropy

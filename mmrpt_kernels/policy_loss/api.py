@@ -10,8 +10,8 @@ from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
-from mmrpt_kernels.logprobs import linear_logprobs
-from mmrpt_kernels.policy_loss import portable, reference
+from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows
+from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
 from mmrpt_kernels.policy_loss.statistics import policy_statistics
@@ -151,24 +151,22 @@ def linear_policy_loss(
         )
     else:
         per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
-        loss, logps, entropy = _portable(
-            hidden, weight, bias, targets, tokens, per_token, head, options, return_statistics, chunk_size
-        )
+        how = {"see_all": return_statistics, "chunk_size": chunk_size, "rows": load_rows(name)}
+        loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
     if not return_statistics:
         return PolicyLoss(loss, logps, None, {})
     return PolicyLoss(loss, logps, entropy, policy_statistics(logps, entropy, tokens, options))
 
 
-def _portable(hidden, weight, bias, targets, tokens, per_token, head, options, see_all, chunk_size):
+def _fused(hidden, weight, bias, constants: tuple, options: tuple, how: dict):
     """Compiled: the operator itself. Eager: the same operator, with a backward that saves a copy of d weight."""
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    constants = (targets, *tokens, per_token)
-    named = head._asdict() | options._asdict() | {"see_all": see_all, "need": need, "chunk_size": chunk_size}
+    named = options[0]._asdict() | options[1]._asdict() | how | {"need": need}
     if torch.compiler.is_compiling():
-        return portable.linear_policy_loss(hidden, weight, bias, *constants, **named)[:3]
-    return portable.PolicyLossFunction.apply(hidden, weight, bias, constants, named)
+        return operator.linear_policy_loss(hidden, weight, bias, *constants, **named)[:3]
+    return operator.PolicyLossFunction.apply(hidden, weight, bias, constants, named)
 
 
 def linear_token_loss(
@@ -236,8 +234,10 @@ def linear_token_loss(
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
     rows = active.nonzero().squeeze(-1)
-    implementation = reference if name == "reference" else portable
-    return implementation.linear_token_loss(flat, weight, ids, bias, options, rows, checked, use_entropy, chunk_size)
+    arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
+    if name == "reference":
+        return reference.linear_token_loss(*arguments)
+    return operator.linear_token_loss(*arguments, chunk_size=chunk_size, kernels=load_rows(name))
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

@@ -131,10 +131,8 @@ def linear_token_loss(
     rows: torch.Tensor,
     token_loss: Callable,
     want_entropy: bool,
-    chunk_size: int | None,
 ) -> torch.Tensor:
-    """Sum of token_loss(logps, entropy, rows) over rows (n,); hidden (N, H), targets (N,). There are no chunks."""
-    del chunk_size
+    """Sum of token_loss(logps, entropy, rows) over rows (n,); hidden (N, H), targets (N,)."""
     logps, entropy = logprobs_reference.linear_logprobs(
         hidden[rows], weight, targets[rows], bias, head, IGNORED, want_entropy
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.backends import BackendError
-from mmrpt_kernels.logprobs import linear_logprobs, portable, stream
+from mmrpt_kernels.logprobs import linear_logprobs, operator, stream
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 SMALL = HeadCase("small", 6, 5, 11, bias=True, temperature=0.8, softcap=4.0, logit_scale=1.3, chunk_size=4)
@@ -248,7 +248,7 @@ class TestWork:
             visited.append(rows.tolist())
             return stream.visit(kernels, hidden, head, targets, rows, **options)
 
-        monkeypatch.setattr(portable, "visit", counting)
+        monkeypatch.setattr(operator, "visit", counting)
         case = PLAIN._replace(ignored="none")
         made = make(case, seed)
         out = call(made, case, return_entropy=False)
@@ -342,11 +342,11 @@ class TestTorch:
         made = make(SMALL, seed)
         head = (made["hidden"], made["weight"], made["bias"], made["targets"])
         for entropy in (True, False):
-            torch.library.opcheck(portable.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, 4))
+            torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, 4, "portable"))
         detached = tuple(t.detach() for t in head)
         ones = torch.ones(SMALL.rows, dtype=torch.float64)
-        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], 4)
-        torch.library.opcheck(portable.linear_logprobs_backward, (*detached, ones, None, *rest))
+        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], 4, "portable")
+        torch.library.opcheck(operator.linear_logprobs_backward, (*detached, ones, None, *rest))
 
     def test_compiles_without_graph_break(self, seed, fresh_compiler):
         made = make(SMALL, seed, torch.float32)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.logprobs import linear_logprobs, stream
-from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, portable, reference
+from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator, reference
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import differentiate, token_losses
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
@@ -398,7 +398,7 @@ class TestMasks:
             visits.append((set(rows.tolist()), options["coefficients"] is not None, options["want_entropy"]))
             return stream.visit(kernels, hidden, head, targets, rows, **options)
 
-        monkeypatch.setattr(portable, "visit", counting)
+        monkeypatch.setattr(operator, "visit", counting)
         made = make(BATCH, seed, batch=4)
         response = (made["response_mask"] & (made["targets"] != -100)).view(-1)
         kept = response & made["perception_mask"].view(-1)
@@ -662,9 +662,9 @@ class TestTorch:
         args += [made["advantages"].float()[:, None].repeat(1, 4)]
         args += [constants[k] for k in ("old_logps", "ref_logps", "sampler_weights")] + [made["response_mask"].float()]
         head = {"temperature": 0.8, "softcap": 4.0, "logit_scale": 1.3, "chunk_size": 3}
-        rest = {"see_all": True, "need": [True, True, True]}
+        rest = {"see_all": True, "need": [True, True, True], "rows": "portable"}
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-        torch.library.opcheck(portable.linear_policy_loss, args, head | options | rest, test_utils=tests)
+        torch.library.opcheck(operator.linear_policy_loss, args, head | options | rest, test_utils=tests)
 
     @pytest.mark.parametrize("backend", ("portable", "reference"))
     @pytest.mark.parametrize("name", ("vppo", "gspo_everything"))

@@ -1,4 +1,4 @@
-"""`linear_policy_loss` and `linear_token_loss` in chunked PyTorch for any device.
+"""`linear_policy_loss` and `linear_token_loss` over the stream of chunks and the row kernels of any backend.
 
 The gradients of hidden, weight and bias are made in the forward pass, while a chunk's logits exist; the backward
 multiplies them by the incoming number. Three matrix products instead of a recomputing head's four.
@@ -12,7 +12,7 @@ import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
-from mmrpt_kernels.logprobs.portable import ROW_KERNELS
+from mmrpt_kernels.logprobs.rows import row_kernels
 from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
 from mmrpt_kernels.policy_loss.hand_out import hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
@@ -30,8 +30,12 @@ __all__ = ["PolicyLossFunction", "linear_policy_loss", "linear_token_loss"]
 class _Stream:
     """One call's state: what every visit of the vocabulary shares, and what the visits fill in."""
 
-    def __init__(self, hidden, head: Head, targets, *, need, entropy_learns: bool, chunk_size: int | None) -> None:
-        """need: whether hidden, weight, bias want a gradient; entropy_learns: whether the loss depends on entropies."""
+    def __init__(
+        self, hidden, head: Head, targets, *, need, entropy_learns: bool, chunk_size: int | None, rows: str
+    ) -> None:
+        """need: whether hidden, weight, bias want a gradient; entropy_learns: whether the loss depends on entropies;
+        rows: whose row kernels."""
+        self.kernels = row_kernels(rows)
         self.hidden, self.head, self.targets, self.chunk_size = hidden, head, targets, chunk_size
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.entropy_learns = entropy_learns
@@ -43,7 +47,7 @@ class _Stream:
     def visit(self, rows: torch.Tensor, want_entropy: bool, coefficients=None, store: bool = True) -> None:
         """Visit `rows` (n,); with `store`, keep their statistics."""
         logps, entropy = visit(
-            ROW_KERNELS,
+            self.kernels,
             self.hidden,
             self.head,
             self.targets,
@@ -153,6 +157,7 @@ def linear_policy_loss(
     see_all: bool,
     need: list[bool],
     chunk_size: int | None,
+    rows: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
 
@@ -161,6 +166,7 @@ def linear_policy_loss(
         loss_weights: (B, T) what a token's loss is multiplied by in the aggregate.
         see_all: also give logps and entropy of response tokens that cannot learn.
         need: whether hidden, weight, bias want a gradient.
+        rows: whose row kernels, a registered name.
     """
     shape = targets.shape
     head = Head(weight, bias, HeadOptions(temperature, softcap, logit_scale))
@@ -171,20 +177,21 @@ def linear_policy_loss(
     )
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
-    stream = _Stream(flat, head, ids, need=need, entropy_learns=entropy_learns, chunk_size=chunk_size)
+    how = {"chunk_size": chunk_size, "rows": rows}
+    stream = _Stream(flat, head, ids, need=need, entropy_learns=entropy_learns, **how)
     learns = learning_rows(tokens, options)
-    rows, scale = learns.nonzero().squeeze(-1), loss_weights.reshape(-1)
+    learning, scale = learns.nonzero().squeeze(-1), loss_weights.reshape(-1)
     by_sequence = ratio_level == "sequence" and old_logps is not None
     others = _other_rows(tokens, learns, shape, see_all, by_sequence)
-    check_targets(stream.targets, torch.cat([rows, others]), weight.shape[0])
+    check_targets(stream.targets, torch.cat([learning, others]), weight.shape[0])
     with torch.no_grad():
         stream.visit(others, see_all)
         want_entropy = see_all or entropy_learns
         if by_sequence:
-            _learn_by_sequence(stream, tokens, options, rows, want_entropy, tuple(shape), scale)
+            _learn_by_sequence(stream, tokens, options, learning, want_entropy, tuple(shape), scale)
         else:
             stream.learn(
-                rows,
+                learning,
                 want_entropy,
                 lambda logps, entropy, taken: token_losses(logps, entropy, tokens.at(taken), options),
                 scale,
@@ -258,9 +265,9 @@ class _TokenLoss(torch.autograd.Function):
     """The eager route of `linear_token_loss`: a Python callable cannot pass through a custom operator's schema."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, chunk_size):
+    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how):
         head = Head(weight, bias, options)
-        stream = _Stream(hidden, head, targets, need=need, entropy_learns=want_entropy, chunk_size=chunk_size)
+        stream = _Stream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
         check_targets(targets, rows, weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             stream.learn(rows, want_entropy, token_loss, None)
@@ -283,9 +290,12 @@ def linear_token_loss(
     rows: torch.Tensor,
     token_loss: Callable,
     want_entropy: bool,
+    *,
     chunk_size: int | None,
+    kernels: str,
 ) -> torch.Tensor:
-    """Sum of token_loss over `rows` (n,), called once a chunk; hidden (N, H), targets (N,)."""
+    """Sum of token_loss over `rows` (n,), called once a chunk; hidden (N, H), targets (N,); kernels: whose."""
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    return _TokenLoss.apply(hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, chunk_size)
+    how = {"chunk_size": chunk_size, "rows": kernels}
+    return _TokenLoss.apply(hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how)
