@@ -163,7 +163,7 @@ def select(
         if refusal is None:
             if row.backend == asked or (asked is None and not row.by_name):
                 return row.backend
-            able.append(row.backend)
+            able += [] if row.by_name else [row.backend]  # what is for tests is no advice
         elif row.backend == asked:
             reason = refusal
     if asked is None:
