@@ -33,16 +33,19 @@ def linear_logprobs(
     ignore_index: int,
     return_entropy: bool,
     chunk_size: int | None,
+    compact: bool,
     rows: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
 
     Args:
         hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
+        compact: gather the wanted rows first, which waits for the device.
         rows: whose row kernels, a registered name.
     """
     head = _head(weight, bias, (temperature, softcap, logit_scale))
-    wanted = (targets != ignore_index).nonzero().squeeze(-1)
+    mask = targets != ignore_index
+    wanted = mask.nonzero().squeeze(-1) if compact else mask
     check_targets(targets, wanted, weight.shape[0])
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_zeros(targets.shape, dtype=dtype)
@@ -50,6 +53,8 @@ def linear_logprobs(
     seen, uncertain = visit(
         row_kernels(rows), hidden, head, targets, wanted, want_entropy=return_entropy, chunk_size=chunk_size
     )
+    if not compact:
+        return seen, uncertain if return_entropy else entropy
     logps[wanted] = seen
     if return_entropy:
         entropy[wanted] = uncertain
@@ -57,7 +62,7 @@ def linear_logprobs(
 
 
 @linear_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, chunk_size, rows):
+def _(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, *how):
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_empty(targets.shape, dtype=dtype)
     return logps, hidden.new_empty(targets.shape if return_entropy else (0,), dtype=dtype)
@@ -76,6 +81,7 @@ def linear_logprobs_backward(
     ignore_index: int,
     need: list[bool],
     chunk_size: int | None,
+    compact: bool,
     rows: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
@@ -84,7 +90,8 @@ def linear_logprobs_backward(
     """
     head = _head(weight, bias, tuple(scalars))
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-    wanted = (active & (targets != ignore_index)).nonzero().squeeze(-1)
+    active = active & (targets != ignore_index)
+    wanted = active.nonzero().squeeze(-1) if compact else active
     gradients = Gradients(hidden, head, need=tuple(need))
 
     def incoming(_logps, _entropy, taken):
@@ -106,7 +113,7 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _(hidden, weight, bias, targets, d_logps, d_entropy, scalars, ignore_index, need, chunk_size, rows):
+def _(hidden, weight, bias, targets, d_logps, d_entropy, scalars, ignore_index, need, *how):
     shaped = (hidden, weight, bias)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0)
@@ -119,13 +126,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, rows
+    ctx.how = how  # chunk_size, compact, rows
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 8
+    none = (None,) * 9
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

@@ -16,7 +16,6 @@ def mend_interpreter() -> None:
     nearest, ties to even: half of the precision, and all errors to one side.
     """
     try:
-        import numpy
         import triton.language as tl
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
     except ImportError:
@@ -34,9 +33,9 @@ def mend_interpreter() -> None:
     def create_fp_trunc(self, handle: TensorHandle, dtype) -> TensorHandle:
         if (handle.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
             return truncate(self, handle, dtype)
-        bits = numpy.ascontiguousarray(handle.data).view("uint32")
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype("uint32")) >> 16
-        rounded = numpy.where(numpy.isnan(handle.data), 0x7FC0, rounded)
+        bits = handle.data.copy().view("uint32")
+        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+        rounded[handle.data != handle.data] = 0x7FC0  # NaN, which a carry would turn into a number
         return TensorHandle(rounded.astype("uint16"), dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
