@@ -20,6 +20,7 @@ from mmrpt_kernels.policy_loss.visits import LossStream, split_rows
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
 PLAIN = HeadCase("plain", 24, 16, 131, chunk_size=7)
 LEAVES = ("hidden", "weight", "bias")
 VARIANTS = {
@@ -190,6 +191,13 @@ def test_float64_is_not_served():
     made = head_inputs(PLAIN, dtype=torch.float32, device=DEVICE)
     with pytest.raises(backends.BackendError, match="tensors are torch.float64"):
         linear_logprobs(made["hidden"], made["weight"].double(), made["targets"], backend="triton")
+
+
+@pytest.mark.parametrize("chunk_size", (None, 100))
+def test_gradients_of_one_chunk_and_of_many(chunk_size, seed):
+    """Enough rows for several chunks or for one, whose weight gradient a GPU makes without an accumulator."""
+    case = PLAIN._replace(rows=256, hidden=64, vocab=515, chunk_size=chunk_size)
+    assert_by_the_rule(learn, case, seed, torch.bfloat16, **VARIANTS["everything"])
 
 
 class NoWaiting(TorchDispatchMode):
