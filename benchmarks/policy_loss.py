@@ -5,8 +5,8 @@
 Every case is one training step of the head: loss, d hidden and d weight ("frozen": d hidden alone, as with LoRA).
 "keep40" is VPPO's filter: 40 % of the tokens have a policy term, and no term of the loss runs over the others;
 "keep100" has no filter. The same loss is built by "eager" from full logits and log_softmax, by the heads of others
-(TRL, verl, cut-cross-entropy) from per-token log-probs, and by Liger from its own fused GRPO loss. Ours compute what has
-a gradient; "statistics" also log-probs and entropies of all other response tokens.
+(TRL, verl, cut-cross-entropy) from per-token log-probs, and by Liger from its own fused GRPO loss. Ours compute what
+has a gradient; "statistics" also log-probs and entropies of all other response tokens.
 
 "bare products" is the floor: the matrix products that the mathematics needs on the tokens kept, in the inputs' dtype,
 all at once where memory allows, and nothing else. Goals on an H200: within 1.10 of it at keep100 and for a frozen head,

@@ -200,6 +200,36 @@ def test_gradients_of_one_chunk_and_of_many(chunk_size, seed):
     assert_by_the_rule(learn, case, seed, torch.bfloat16, **VARIANTS["everything"])
 
 
+@pytest.mark.gpu
+def test_a_step_is_captured_in_a_cuda_graph(seed):
+    """Without compaction nothing waits: the captured step gives the eager step's numbers for new values too."""
+    made = leaves(PLAIN._replace(ignored="none"), seed, torch.bfloat16, False)
+    wrt, targets = (made["hidden"], made["weight"]), made["targets"].view(4, -1)
+    response, advantages = torch.rand(targets.shape, device=DEVICE) < 0.7, torch.randn(4, device=DEVICE)
+    old = torch.randn(targets.shape, device=DEVICE) - 6.0
+
+    def step(compact: bool) -> tuple[torch.Tensor, ...]:
+        hidden = wrt[0].view(*targets.shape, -1)
+        out = linear_policy_loss(
+            hidden, wrt[1], targets, advantages, response_mask=response, old_logps=old, compact=compact
+        )
+        return out.loss.detach(), *torch.autograd.grad(out.loss, wrt)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(compact=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = step(compact=False)
+    with torch.no_grad():
+        wrt[0].copy_(torch.randn_like(wrt[0]))
+        response.copy_(torch.rand(targets.shape, device=DEVICE) < 0.5)
+    graph.replay()
+    torch.testing.assert_close(captured, step(compact=True))
+
+
 class NoWaiting(TorchDispatchMode):
     """Counts the operators that make a GPU's caller wait for its results."""
 
