@@ -11,6 +11,7 @@ from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
+from mmrpt_kernels.logprobs.columns import skip_threshold
 
 __all__ = ["LogProbs", "linear_logprobs", "load_rows", "select_backend"]
 
@@ -51,6 +52,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     chunk_size: int | None = None,
     compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
 ) -> LogProbs:
     """Log-probabilities of target tokens, and entropies, from hidden states: the (N, V) logits never exist.
@@ -74,6 +76,10 @@ def linear_logprobs(
             rounding.
         compact: gather the rows that count and compute no others, which waits for the device once, in the forward and
             in the backward pass. False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+        skip_below: None: exact gradients. A number: words whose share of a chunk's gradient (sum of its absolute values
+            over rows) is smaller may leave the backward's products, their part replaced by an estimate of rank one.
+            "auto": a share that keeps the error near eager's in half precision, 2^-17; exact for wider inputs. Pays
+            where few words get nearly all the probability (a trained model's); waits for the device once a chunk.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
 
     Precision, whatever the inputs' dtype and the backend: the logits are float32 and never rounded below it, so a
@@ -97,7 +103,7 @@ def linear_logprobs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
     flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
-    how = (chunk_size, compact, load_rows(name))
+    how = (chunk_size, compact, load_rows(name), skip_threshold(skip_below, hidden, weight, compact))
     logps, entropy = operator.linear_logprobs(
         flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, *how
     )

@@ -35,6 +35,7 @@ def linear_logprobs(
     chunk_size: int | None,
     compact: bool,
     rows: str,
+    skip_below: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
 
@@ -42,6 +43,7 @@ def linear_logprobs(
         hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
         compact: gather the wanted rows first, which waits for the device.
         rows: whose row kernels, a registered name.
+        skip_below: for the backward (`columns.leave_out`).
     """
     head = _head(weight, bias, (temperature, softcap, logit_scale))
     mask = targets != ignore_index
@@ -83,6 +85,7 @@ def linear_logprobs_backward(
     chunk_size: int | None,
     compact: bool,
     rows: str,
+    skip_below: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
 
@@ -92,7 +95,7 @@ def linear_logprobs_backward(
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     active = active & (targets != ignore_index)
     wanted = active.nonzero().squeeze(-1) if compact else active
-    gradients = Gradients(hidden, head, need=tuple(need))
+    gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
 
     def incoming(_logps, _entropy, taken):
         return d_logps[taken], None if d_entropy is None else d_entropy[taken]
@@ -126,13 +129,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, compact, rows
+    ctx.how = how  # chunk_size, compact, rows, skip_below
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 9
+    none = (None,) * 10
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

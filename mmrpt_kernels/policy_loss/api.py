@@ -10,6 +10,7 @@ from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
+from mmrpt_kernels.logprobs.columns import skip_threshold
 from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
@@ -64,6 +65,7 @@ def linear_policy_loss(
     return_statistics: bool = True,
     chunk_size: int | None = None,
     compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states: no (N, V) logits, no work for tokens without gradient.
@@ -111,6 +113,7 @@ def linear_policy_loss(
         chunk_size: rows of logits held at once; None: from a memory budget.
         compact: gather the rows that count and compute no others, which waits for the device once (sequence ratios:
             twice). False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+        skip_below: None (exact gradients), "auto" or a share of the gradient: as in `linear_logprobs`.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
 
     Log-ratios above 80 count as 80, with gradient zero, where float32's exp would overflow.
@@ -161,7 +164,13 @@ def linear_policy_loss(
         )
     else:
         per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
-        how = {"see_all": return_statistics, "chunk_size": chunk_size, "compact": compact, "rows": load_rows(name)}
+        how = {
+            "see_all": return_statistics,
+            "chunk_size": chunk_size,
+            "compact": compact,
+            "rows": load_rows(name),
+            "skip_below": skip_threshold(skip_below, hidden, weight, compact),
+        }
         loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
     if not return_statistics:
@@ -194,6 +203,7 @@ def linear_token_loss(
     use_entropy: bool = True,
     chunk_size: int | None = None,
     compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of any loss of (log-prob, entropy), fused with the lm head: no (N, V) logits.
@@ -215,7 +225,7 @@ def linear_token_loss(
             token_loss that requires a gradient is refused, as it would get none.
         targets: (...) int64; rows of `ignore_index` are left out.
         active_mask: (...) bool; rows outside are not computed. None: all rows.
-        temperature, softcap, logit_scale, chunk_size, backend: as in `linear_logprobs`.
+        temperature, softcap, logit_scale, chunk_size, skip_below, backend: as in `linear_logprobs`.
         compact: as there; with False token_loss also sees the other rows, with log-prob and entropy 0, and what it
             makes of them does not count.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
@@ -242,7 +252,8 @@ def linear_token_loss(
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
-        head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "compact": compact, "backend": name}
+        how = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
+        head = {"bias": bias, **options._asdict(), **how}
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
@@ -250,7 +261,8 @@ def linear_token_loss(
     arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
     if name == "reference":
         return reference.linear_token_loss(*arguments)
-    return operator.linear_token_loss(*arguments, chunk_size=chunk_size, kernels=load_rows(name))
+    threshold = skip_threshold(skip_below, flat, weight, compact)
+    return operator.linear_token_loss(*arguments, chunk_size=chunk_size, kernels=load_rows(name), skip_below=threshold)
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

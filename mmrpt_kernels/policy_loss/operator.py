@@ -54,6 +54,7 @@ def linear_policy_loss(
     chunk_size: int | None,
     compact: bool,
     rows: str,
+    skip_below: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
 
@@ -64,6 +65,7 @@ def linear_policy_loss(
         need: whether hidden, weight, bias want a gradient.
         compact: gather the rows that count first, which waits for the device once (twice for sequence ratios).
         rows: whose row kernels, a registered name.
+        skip_below: as `logprobs.columns.leave_out`.
     """
     shape = targets.shape
     head = Head(weight, bias, HeadOptions(temperature, softcap, logit_scale))
@@ -83,7 +85,7 @@ def linear_policy_loss(
     )
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
-    how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows}
+    how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows, "skip_below": skip_below}
     stream = LossStream(flat, head, ids, need=need, **how)
     with torch.no_grad():
         _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, compact)
@@ -206,6 +208,7 @@ def linear_token_loss(
     *,
     chunk_size: int | None,
     kernels: str,
+    skip_below: float,
 ) -> torch.Tensor:
     """Sum of token_loss over `rows`, called once a chunk; hidden (N, H), targets (N,).
 
@@ -213,5 +216,5 @@ def linear_token_loss(
     """
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    how = {"chunk_size": chunk_size, "rows": kernels}
+    how = {"chunk_size": chunk_size, "rows": kernels, "skip_below": skip_below}
     return _TokenLoss.apply(hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how)
