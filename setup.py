@@ -1,10 +1,12 @@
 """Builds the optional extension mmrpt_kernels._C from csrc/. All other settings are in pyproject.toml.
 
 MMRPT_BUILD_CSRC = auto (default): build what the machine can build; where that fails, warn and go on: without the
-                      extension everything works, on the portable and Triton backends.
+                      extension everything works, on the portable and Triton backends. Without nvcc the host's
+                      versions of the kernels alone are built, which is what tests without a GPU run.
                    1: build it or fail
                    0: do not try
-MMRPT_CUDA_ARCHITECTURES = compute capabilities for csrc/<op>/*.cu, e.g. "80;90a" (default "80;90"); needs nvcc.
+MMRPT_CUDA_ARCHITECTURES = compute capabilities for csrc/<op>/*.cu, e.g. "80;90a"; needs nvcc. Default: 80, 90 and 100,
+                      as far as nvcc knows them. Newer GPUs compile the last one's PTX when the module is loaded.
 
 Neither torch nor its headers are used, so one build serves every torch release.
 """
@@ -24,13 +26,24 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODE = os.environ.get("MMRPT_BUILD_CSRC", "auto")
-ARCHITECTURES = os.environ.get("MMRPT_CUDA_ARCHITECTURES", "80;90")
+DEFAULT_ARCHITECTURES = ("80", "90", "100")
 
 
 def find_nvcc() -> str | None:
-    """CUDA's compiler: $CUDA_HOME first, then the PATH."""
+    """CUDA's compiler: in $CUDA_HOME where that is set, else on the PATH or in CUDA's usual place."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Compute capabilities to compile for: the caller's list, or those of the default that this nvcc knows."""
+    asked = os.environ.get("MMRPT_CUDA_ARCHITECTURES")
+    if asked:
+        return asked.split(";")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [name for name in DEFAULT_ARCHITECTURES if f"compute_{name}" in known]
 
 
 def cuda_library_folders(nvcc: str) -> list[str]:
@@ -46,27 +59,35 @@ class BuildExtension(build_ext):
     """build_ext that compiles .cu sources with nvcc first. With ext.optional set, a failure is only a warning."""
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.cuda_sources:
+        try:
             self.add_cuda(ext)
+        except CompileError as error:
+            if not ext.optional:
+                raise
+            print(f"warning: {error}: mmrpt_kernels._C gets the host's versions of its kernels alone", file=sys.stderr)
         super().build_extension(ext)
 
     def add_cuda(self, ext: Extension) -> None:
         """Compile ext.cuda_sources into objects and link them with the static CUDA runtime."""
         nvcc = find_nvcc()
         if nvcc is None:
-            raise CompileError(f"{len(ext.cuda_sources)} CUDA sources but no nvcc: set CUDA_HOME or extend PATH")
+            raise CompileError("CUDA sources but no nvcc (set CUDA_HOME or extend PATH)")
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES.split(";")]
+        names = architectures(nvcc)
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        codes.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
+        objects = []
         for source in ext.cuda_sources:
             target = folder / (source.replace("/", "_") + ".o")
             flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Icsrc", *codes]
             if subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], cwd=ROOT).returncode != 0:
                 raise CompileError(f"nvcc could not compile {source}")
-            ext.extra_objects.append(str(target))
+            objects.append(str(target))
+        ext.extra_objects += objects
         ext.library_dirs += cuda_library_folders(nvcc)
         ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
-        ext.define_macros.append(("MMRPT_CUDA_ARCHITECTURES", f'"{ARCHITECTURES}"'))
+        ext.define_macros.append(("MMRPT_CUDA_ARCHITECTURES", f'"{";".join(names)}"'))
 
 
 def extensions() -> list[Extension]:

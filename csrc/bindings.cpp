@@ -1,64 +1,89 @@
 // mmrpt_kernels._C: plain addresses, sizes and (for kernels) a stream. No torch headers: one build serves every torch.
 // The callers in Python own checks, devices and lifetimes; nothing here looks behind an address.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
 
-#include "common/row_math.h"
+#include "logprobs/rows.h"
 
 namespace py = pybind11;
 
-#ifndef MMRPT_CUDA_ARCHITECTURES
-#define MMRPT_CUDA_ARCHITECTURES ""
-#endif
-
 namespace {
 
-using mmrpt::RowSums;
 using Address = std::uintptr_t;
+using Shape = std::pair<std::int64_t, int>;      // rows, vocab
+using Scalars = std::array<double, 3>;           // temperature, softcap, logit_scale
+using Where = std::optional<std::pair<int, Address>>;  // device index and stream; nothing: the host
 
-// As a GPU does it: parts are summed on their own and merged, which also keeps float32 rounding small on long rows.
-constexpr std::int64_t kPart = 256;
-
-RowSums sums_of_row(const float* logits, std::int64_t vocab) {
-  RowSums row = mmrpt::empty_sums();
-  for (std::int64_t begin = 0; begin < vocab; begin += kPart) {
-    RowSums part = mmrpt::empty_sums();
-    for (std::int64_t j = begin; j < std::min(begin + kPart, vocab); ++j) part = mmrpt::push(part, logits[j]);
-    row = mmrpt::merge(row, part);
-  }
-  return row;
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
-// logits (rows, vocab) float32, `stride` floats from row to row; targets (rows) int64; lse, logp, entropy (rows) float32.
-void row_statistics(Address logits, Address targets, Address lse, Address logp, Address entropy, std::int64_t rows,
-                    std::int64_t vocab, std::int64_t stride) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const float* row = reinterpret_cast<const float*>(logits) + i * stride;
-    const RowSums sums = sums_of_row(row, vocab);
-    reinterpret_cast<float*>(lse)[i] = mmrpt::log_sum_exp(sums);
-    reinterpret_cast<float*>(logp)[i] =
-        mmrpt::log_probability(sums, row[reinterpret_cast<const std::int64_t*>(targets)[i]]);
-    reinterpret_cast<float*>(entropy)[i] = mmrpt::entropy(sums);
-  }
+// The host's version of a kernel, or the device's, which this build may lack.
+template <typename Call, typename OnHost, typename OnDevice>
+void dispatch(const Call& call, const Where& where, OnHost on_host, OnDevice on_device) {
+  if (call.rows == 0) return;
+  if (!where) return on_host(call);
+  const char* error = on_device(call, where->first, at<void>(where->second));
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-// As above, and per row the coefficients d loss / d logp and d loss / d entropy (float32); writes d loss / d logits into
-// gradient (rows, vocab), contiguous, float32. May be the logits themselves when stride == vocab.
-void row_gradient(Address logits, Address targets, Address d_logp, Address d_entropy, Address gradient,
-                  std::int64_t rows, std::int64_t vocab, std::int64_t stride) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const float* row = reinterpret_cast<const float*>(logits) + i * stride;
-    float* out = reinterpret_cast<float*>(gradient) + i * vocab;
-    const RowSums sums = sums_of_row(row, vocab);
-    const float row_entropy = mmrpt::entropy(sums);
-    const std::int64_t target = reinterpret_cast<const std::int64_t*>(targets)[i];
-    for (std::int64_t j = 0; j < vocab; ++j)
-      out[j] = mmrpt::logit_gradient(sums, row_entropy, row[j], j == target,
-                                     reinterpret_cast<const float*>(d_logp)[i],
-                                     reinterpret_cast<const float*>(d_entropy)[i]);
-  }
+#if defined(MMRPT_CUDA_ARCHITECTURES)
+const auto partials_on_device = &mmrpt::partials_on_device;
+const auto gradient_on_device = &mmrpt::gradient_on_device;
+#else
+#define MMRPT_CUDA_ARCHITECTURES ""
+const auto not_built = [](auto&&...) { return "this build of mmrpt_kernels._C has no CUDA sources (no nvcc)"; };
+const auto partials_on_device = not_built;
+const auto gradient_on_device = not_built;
+#endif
+
+// logits (rows, vocab) float32, `stride` floats from row to row; targets (rows,) int64; out (4, rows) float32: top,
+// total, dots and the target's logit.
+void row_partials(Address logits, std::int64_t stride, const Shape& shape, Address targets, Address out, bool want_dots,
+                  const Scalars& scalars, const Where& where) {
+  const mmrpt::PartialsCall call{at<float>(logits), at<std::int64_t>(targets), at<float>(out),
+                                 shape.first,       stride,                    shape.second,
+                                 want_dots,         mmrpt::make_head(scalars[0], scalars[1], scalars[2])};
+  dispatch(call, where, &mmrpt::partials_on_host, partials_on_device);
+}
+
+mmrpt::Element element_of(const std::string& name) {
+  static const std::map<std::string, mmrpt::Element> known{{"float32", mmrpt::Element::kFloat32},
+                                                           {"bfloat16", mmrpt::Element::kBfloat16},
+                                                           {"float16", mmrpt::Element::kFloat16}};
+  return known.at(name);
+}
+
+// As above; columns: addresses of top, total, entropy, d_logps, d_entropy, each (rows,) float32, entropy and d_entropy 0
+// where no entropy has a gradient; out (rows, vocab) of `element`, `out_stride` elements from row to row. out may be the
+// logits themselves.
+void row_gradient(Address logits, std::int64_t stride, const Shape& shape, Address targets,
+                  const std::array<Address, 5>& columns, Address out, std::int64_t out_stride,
+                  const std::string& element, const Scalars& scalars, const Where& where) {
+  const mmrpt::GradientCall call{at<float>(logits),
+                                 at<std::int64_t>(targets),
+                                 at<float>(columns[0]),
+                                 at<float>(columns[1]),
+                                 at<float>(columns[2]),
+                                 at<float>(columns[3]),
+                                 at<float>(columns[4]),
+                                 at<void>(out),
+                                 element_of(element),
+                                 shape.first,
+                                 stride,
+                                 out_stride,
+                                 shape.second,
+                                 mmrpt::make_head(scalars[0], scalars[1], scalars[2])};
+  dispatch(call, where, &mmrpt::gradient_on_host, gradient_on_device);
 }
 
 py::dict build_info() {
@@ -74,8 +99,9 @@ PYBIND11_MODULE(_C, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Compiled kernels of mmrpt_kernels; import through mmrpt_kernels.common.extension.";
   module.def("build_info", &build_info);
-  module.def("row_statistics", &row_statistics, release(), py::arg("logits"), py::arg("targets"), py::arg("lse"),
-             py::arg("logp"), py::arg("entropy"), py::arg("rows"), py::arg("vocab"), py::arg("stride"));
-  module.def("row_gradient", &row_gradient, release(), py::arg("logits"), py::arg("targets"), py::arg("d_logp"),
-             py::arg("d_entropy"), py::arg("gradient"), py::arg("rows"), py::arg("vocab"), py::arg("stride"));
+  module.def("row_partials", &row_partials, release(), py::arg("logits"), py::arg("stride"), py::arg("shape"),
+             py::arg("targets"), py::arg("out"), py::arg("want_dots"), py::arg("scalars"), py::arg("where"));
+  module.def("row_gradient", &row_gradient, release(), py::arg("logits"), py::arg("stride"), py::arg("shape"),
+             py::arg("targets"), py::arg("columns"), py::arg("out"), py::arg("out_stride"), py::arg("element"),
+             py::arg("scalars"), py::arg("where"));
 }

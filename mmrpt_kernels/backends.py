@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from mmrpt_kernels.common.extension import build_info
+
 __all__ = [
     "BACKENDS",
     "TABLE",
@@ -52,6 +54,16 @@ TRITON_MISSING = _why_no_triton()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def _why_no_extension(device: str) -> str:
+    """Why the compiled extension cannot serve tensors on `device`, "cpu" or "cuda"; "" when it can."""
+    built = build_info()
+    if not built["built"]:
+        return f"extension not built ({built['reason']}): python setup.py build_ext --inplace"
+    if device == "cuda" and not built["cuda_architectures"]:
+        return "extension built without CUDA sources: build it where nvcc is (python setup.py build_ext --inplace)"
+    return ""
+
+
 class Row(NamedTuple):
     """One backend of one operator. Rows of an operator stand in order of preference: the fastest first."""
 
@@ -75,10 +87,24 @@ for _op, _why in (
     if _INTERPRETED:  # bfloat16 products are wrong in the interpreter
         _why = "Triton's interpreter, for tests"
         TABLE.append(Row(_op, "triton", ("cpu",), (torch.float32, torch.float16), why=_why, by_name=True, **_needs))
+for _op in ("logprobs", "policy_loss", "token_loss"):
+    for _device, _why in (
+        ("cuda", "row kernels in CUDA C++; by name until they are measured against the others on a GPU"),
+        ("cpu", "the host's build of the CUDA row kernels, for tests"),
+    ):
+        TABLE.append(
+            Row(_op, "cuda", (_device,), FLOATS[:3], (), _why, by_name=True, missing=_why_no_extension(_device))
+        )
+for _op in ("logprobs", "policy_loss", "token_loss"):
+    _why = "Triton's row kernels between the vendor's products; compute capability 8.0 or newer; not yet timed"
+    TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
+    if _INTERPRETED:
+        _why = "Triton's interpreter, for tests"
+        TABLE.append(Row(_op, "triton", ("cpu",), FLOATS[:3], (), _why, by_name=True, missing=TRITON_MISSING))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
     TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))
-del _op, _why, _needs
+del _op, _why, _needs, _device
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
 _override: str | None = None
@@ -143,7 +169,7 @@ def select(
         if refusal is None:
             if row.backend == asked or (asked is None and not row.by_name):
                 return row.backend
-            able.append(row.backend)
+            able += [] if row.by_name else [row.backend]  # what is for tests is no advice
         elif row.backend == asked:
             reason = refusal
     if asked is None:

@@ -1,72 +1,123 @@
 // The mathematics of one softmax row, written once for host and device: what the CPU tests check against float64 is what
 // a CUDA kernel runs. No torch, no headers beyond <cmath>.
 //
-//   z_j logits, p_j = exp(z_j - lse), lse = log sum_j exp(z_j)
-//   log-probability of word t:  z_t - lse                     <= 0
-//   entropy:                    -sum_j p_j log p_j = lse - sum_j p_j z_j   >= 0
+//   z_j = softcap(logit_scale * raw_j) / temperature,  p_j = exp(z_j - lse),  lse = log sum_j exp(z_j)
+//   log p_t = (z_t - top) - log total,   entropy = log total - dots / total      (top, total, dots: RowSums)
+// The two divisions and logarithms at the end of a row are the caller's: sums of several parts of a vocabulary merge first.
 #pragma once
 
 #include <cmath>
 
 #if defined(__CUDACC__)
 #define MMRPT_HOST_DEVICE __host__ __device__ __forceinline__
+#define MMRPT_UNROLL _Pragma("unroll")
 #else
 #define MMRPT_HOST_DEVICE inline
+#define MMRPT_UNROLL
 #endif
 
 namespace mmrpt {
 
-// What one pass over (part of) a row leaves behind. Parts merge in any grouping, so threads, warps and vocabulary chunks
-// combine with the same function.
+// A word this far below its row's maximum has probability exactly 0; clamping there keeps 0 * -inf out.
+constexpr float kFarBelow = -1e4f;
+
+// What happens between raw logits and softmax, in the order of mmrpt_kernels/common/head.py.
+struct Head {
+  float inner, outer;  // z = outer * tanh(inner * raw) with a soft cap, else outer * raw
+  float slope;         // d z / d raw, at tanh = 0 with a soft cap
+  bool capped;
+};
+
+inline Head make_head(double temperature, double softcap, double logit_scale) {
+  const float slope = static_cast<float>(logit_scale / temperature);
+  if (!(softcap > 0.0)) return Head{1.0f, slope, slope, false};
+  return Head{static_cast<float>(logit_scale / softcap), static_cast<float>(softcap / temperature), slope, true};
+}
+
+// What one pass over (part of) a row leaves behind. Parts merge in any grouping, so threads, warps, chunks of the
+// vocabulary and ranks combine with the same function.
 struct RowSums {
-  float max;       // m = max_j z_j; -inf for a part without finite logits
-  float sum;       // sum_j exp(z_j - m)
-  float weighted;  // sum_j (z_j - m) exp(z_j - m)  <= 0
+  float top;    // max_j z_j; -inf for a part without a word above -inf
+  float total;  // sum_j exp(z_j - top)
+  float dots;   // sum_j (z_j - top) exp(z_j - top)  <= 0; 0 where the entropy is not wanted
 };
 
 MMRPT_HOST_DEVICE RowSums empty_sums() { return RowSums{-INFINITY, 0.0f, 0.0f}; }
 
-// Moves the sums from their own maximum to a larger one: with d = m_old - m_new <= 0,
-//   sum' = e^d sum,   weighted' = e^d (weighted + d sum).
-MMRPT_HOST_DEVICE RowSums rescale(RowSums part, float max) {
-  if (part.sum == 0.0f) return RowSums{max, 0.0f, 0.0f};  // -inf - -inf would be NaN
-  const float shift = part.max - max;
+// Moves the sums from their own maximum to a larger one: with d = top_old - top_new <= 0,
+//   total' = e^d total,   dots' = e^d (dots + d total).
+MMRPT_HOST_DEVICE RowSums rescale(RowSums part, float top) {
+  if (part.total == 0.0f) return RowSums{top, 0.0f, 0.0f};  // -inf - -inf would be NaN
+  const float shift = part.top - top;
   const float scale = expf(shift);
-  return RowSums{max, scale * part.sum, scale * (part.weighted + shift * part.sum)};
+  return RowSums{top, scale * part.total, scale * (part.dots + shift * part.total)};
 }
 
 MMRPT_HOST_DEVICE RowSums merge(RowSums a, RowSums b) {
-  const float max = fmaxf(a.max, b.max);
-  const RowSums left = rescale(a, max), right = rescale(b, max);
-  return RowSums{max, left.sum + right.sum, left.weighted + right.weighted};
+  const float top = fmaxf(a.top, b.top);
+  const RowSums left = rescale(a, top), right = rescale(b, top);
+  return RowSums{top, left.total + right.total, left.dots + right.dots};
 }
 
-// One more logit. A logit of -inf (a word that is ruled out) has probability 0 and adds nothing.
-MMRPT_HOST_DEVICE RowSums push(RowSums sums, float logit) {
-  return logit == -INFINITY ? sums : merge(sums, RowSums{logit, 1.0f, 0.0f});
+// Sum as a tree, so that rounding grows with log N.
+template <int N>
+MMRPT_HOST_DEVICE float tree_sum(const float* x) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    return tree_sum<N / 2>(x) + tree_sum<N - N / 2>(x + N / 2);
+  }
 }
 
-MMRPT_HOST_DEVICE float log_sum_exp(RowSums sums) { return sums.max + logf(sums.sum); }
-
-// Rounding must not make a log-probability positive or an entropy negative; NaN passes through.
-MMRPT_HOST_DEVICE float at_most_zero(float x) { return x > 0.0f ? 0.0f : x; }
-MMRPT_HOST_DEVICE float at_least_zero(float x) { return x < 0.0f ? 0.0f : x; }
-
-// z_t - lse, taken from the maximum so that large logits do not cancel: (z_t - m) - log sum.
-MMRPT_HOST_DEVICE float log_probability(RowSums sums, float target_logit) {
-  return at_most_zero((target_logit - sums.max) - logf(sums.sum));
+// N more logits: one exponential each, and one for the sums so far where the maximum moves. A logit of
+// -inf (a word that is ruled out, or filling) has probability 0 and counts nothing. NaN makes total NaN, whatever top is.
+template <bool kDots, int N>
+MMRPT_HOST_DEVICE RowSums push(RowSums sums, const float (&z)[N]) {
+  float top = sums.top;
+MMRPT_UNROLL
+  for (int k = 0; k < N; ++k) top = fmaxf(top, z[k]);
+  if (top > sums.top) sums = rescale(sums, top);
+  const float base = top == -INFINITY ? 0.0f : top;
+  float exps[N], dots[N];
+MMRPT_UNROLL
+  for (int k = 0; k < N; ++k) {
+    const float shift = z[k] - base;
+    exps[k] = expf(shift);
+    dots[k] = kDots ? exps[k] * fmaxf(shift, kFarBelow) : 0.0f;
+  }
+  if (kDots) sums.dots += tree_sum<N>(dots);
+  sums.total += tree_sum<N>(exps);
+  return sums;
 }
 
-MMRPT_HOST_DEVICE float entropy(RowSums sums) { return at_least_zero(logf(sums.sum) - sums.weighted / sums.sum); }
+// z, or tanh(inner * raw), of which z is `outer` times: the gradient needs the latter.
+template <bool kCapped>
+MMRPT_HOST_DEVICE float bend(float raw, const Head& head) {
+  return kCapped ? tanhf(head.inner * raw) : raw;
+}
 
-// d loss / d z_j from two coefficients a row: g = d loss / d log p_t and e = d loss / d entropy,
+// d loss / d raw_j from two coefficients a row: g = d loss / d log p_t and e = d loss / d entropy,
 //   d log p_t / d z_j = [j = t] - p_j,   d entropy / d z_j = -p_j (log p_j + entropy).
-// Kernels need to know nothing else of any loss.
-MMRPT_HOST_DEVICE float logit_gradient(RowSums sums, float row_entropy, float logit, bool is_target, float g, float e) {
-  const float logp = (logit - sums.max) - logf(sums.sum);
-  const float p = expf(logp);
-  const float through_entropy = p > 0.0f ? e * p * (logp + row_entropy) : 0.0f;  // p log p -> 0
-  return g * ((is_target ? 1.0f : 0.0f) - p) - through_entropy;
+// Kernels need to know nothing else of any loss. What a row's words share, with d z / d raw multiplied in:
+//   d raw_j = exp(z_j - top) (slope * (z_j - top) + offset) + [j = t] chosen,  times 1 - tanh^2 under a soft cap.
+struct RowGradient {
+  float top, slope, offset, chosen;
+  bool idle;  // both coefficients are 0: exact zeros, whatever the logits are
+};
+
+MMRPT_HOST_DEVICE RowGradient row_gradient(float top, float total, float entropy, float g, float e, const Head& head) {
+  const float scale = head.slope / total;
+  const float through_entropy = e == 0.0f ? 0.0f : e * (logf(total) - entropy);
+  return RowGradient{top, -e * scale, (through_entropy - g) * scale, g * head.slope, g == 0.0f && e == 0.0f};
+}
+
+template <bool kEntropy, bool kCapped>
+MMRPT_HOST_DEVICE float word_gradient(const RowGradient& row, float raw, bool is_target, const Head& head) {
+  const float bent = bend<kCapped>(raw, head);
+  const float shift = head.outer * bent - row.top;
+  const float weight = kEntropy ? row.slope * fmaxf(shift, kFarBelow) + row.offset : row.offset;
+  const float gradient = expf(shift) * weight + (is_target ? row.chosen : 0.0f);
+  return kCapped ? gradient * (1.0f - bent * bent) : gradient;
 }
 
 }  // namespace mmrpt

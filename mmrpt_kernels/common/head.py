@@ -23,6 +23,7 @@ __all__ = [
     "HeadOptions",
     "check_head",
     "chunk_rows",
+    "products_dtype",
     "project",
     "project_backward_hidden",
     "project_backward_weight",
@@ -163,14 +164,36 @@ def project(hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return logits if bias is None else logits.add_(bias.to(dtype))
 
 
+def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that the logits' gradient may be rounded to for its two products.
+
+    bfloat16 where hidden and weight are: as the backward of `F.linear` would see it, and fit for tensor cores. Not
+    float16, whose range ends at 6e-8: a word's gradient, its probability times 1 / tokens, would be lost.
+    """
+    half = hidden.dtype == weight.dtype == torch.bfloat16
+    return torch.bfloat16 if half else statistics_dtype(hidden, weight)
+
+
 def project_backward_hidden(grad_raw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """d loss / d hidden (n, H) = grad_raw (n, V) @ weight (V, H), in the dtype of grad_raw. Outside autograd."""
-    out = grad_raw.new_zeros(grad_raw.shape[0], weight.shape[1])
-    for start, stop, block in _vocab_blocks(weight, grad_raw.dtype):
-        out.addmm_(grad_raw[:, start:stop], block)
+    """d loss / d hidden (n, H) = grad_raw (n, V) @ weight (V, H), in the statistics dtype. Outside autograd."""
+    dtype = statistics_dtype(grad_raw)
+    if grad_raw.is_cuda and grad_raw.dtype == weight.dtype != dtype:
+        return torch.mm(grad_raw, weight, out_dtype=dtype)
+    out = grad_raw.new_zeros(grad_raw.shape[0], weight.shape[1], dtype=dtype)
+    for start, stop, block in _vocab_blocks(weight, dtype):
+        out.addmm_(grad_raw[:, start:stop].to(dtype), block)
     return out
 
 
-def project_backward_weight(grad_raw: torch.Tensor, hidden_rows: torch.Tensor, into: torch.Tensor) -> None:
-    """into (V, H) += grad_raw (n, V).T @ hidden_rows (n, H); `into` is the accumulator in the dtype of grad_raw."""
-    into.addmm_(grad_raw.t(), hidden_rows.to(into.dtype))
+def project_backward_weight(
+    grad_raw: torch.Tensor, hidden_rows: torch.Tensor, into: torch.Tensor, *, fresh: bool = False
+) -> None:
+    """into (V, H) += grad_raw (n, V).T @ hidden_rows (n, H); `into` is the accumulator in the statistics dtype.
+
+    fresh: `into` holds nothing yet and is overwritten.
+    """
+    beta = 0 if fresh else 1
+    if grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype != into.dtype:
+        torch.addmm(into, grad_raw.t(), hidden_rows, beta=beta, out_dtype=into.dtype, out=into)
+    else:
+        into.addmm_(grad_raw.to(into.dtype).t(), hidden_rows.to(into.dtype), beta=beta)

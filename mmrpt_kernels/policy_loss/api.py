@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
-from mmrpt_kernels.logprobs import linear_logprobs
-from mmrpt_kernels.policy_loss import portable, reference
+from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
+from mmrpt_kernels.logprobs.columns import skip_threshold
+from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
 from mmrpt_kernels.policy_loss.statistics import policy_statistics
@@ -54,6 +54,7 @@ def linear_policy_loss(
     entropy_scope: str = "response",
     entropy_kind: str = "exact",
     ratio_level: str = "token",
+    surrogate: str = "clip",
     aggregation: str = "token_mean",
     normalizer: torch.Tensor | float | None = None,
     bias: torch.Tensor | None = None,
@@ -63,18 +64,25 @@ def linear_policy_loss(
     ignore_index: int = -100,
     return_statistics: bool = True,
     chunk_size: int | None = None,
+    compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states: no (N, V) logits, no work for tokens without gradient.
 
         A' = trajectory_weight * advantage          r = exp(logp - old_logp)
         surrogate = min(r A', clip(r, 1 - clip_low, 1 + clip_high) A'),  and for A' < 0: max(surrogate, dual_clip A')
+                    or, "cispo": constant(clip(r)) A' logp, whose gradient no clip takes away
         token = response * (-perception * sampler_weight * surrogate + kl_coef * kl - entropy_coef * entropy)
         loss = aggregate(token)
 
     The gradients of hidden, weight and bias are made in this call, chunk by chunk, one visit of each logit; `backward`
-    multiplies them by the incoming number, in place, and can run once per call. Plain cross-entropy is advantages = 1
-    with old_logps=None.
+    multiplies them by the incoming number, in place, and can run once per call.
+
+    The family by its settings: PPO, GRPO and DAPO as they stand (clip_high=0.28, "token_mean"); Dr.GRPO normalizer = B
+    times the longest response, so that no length divides; GSPO ratio_level="sequence" with "sequence_mean" and clips of
+    3e-4; CISPO surrogate="cispo"; REINFORCE old_logps=None. Supervised cross-entropy has the gradient of advantages = 1
+    with old_logps=None; `linear_token_loss(..., lambda logps, entropy, rows: -logps)` gives its value as well.
 
     Args:
         hidden: (B, T, H) half, bfloat16, float32 or float64. weight: (V, H). bias: (V,) or None. These three get
@@ -95,6 +103,7 @@ def linear_policy_loss(
         ratio_level: "token", or "sequence" (GSPO): r is exp of the response's mean log-ratio as a value, each token
             pulling its own log-prob (GSPO-token's stop-gradient form), so that filtered tokens stay without gradient.
             Costs a second visit of the tokens whose sequence is not clipped.
+        surrogate: "clip", or "cispo" (arXiv 2506.13585), which takes no dual_clip; the ratio's level is ratio_level.
         aggregation: "token_mean" over response tokens, "sequence_mean" the mean over non-empty sequences of their token
             means, "sum".
         normalizer: number or 0-d tensor that replaces the aggregation's own count (tokens, sequences, 1): across ranks
@@ -102,7 +111,10 @@ def linear_policy_loss(
         temperature, softcap, logit_scale: of the logits, as in `linear_logprobs`.
         return_statistics: False: only tokens with a gradient are computed.
         chunk_size: rows of logits held at once; None: from a memory budget.
-        backend: "portable", "reference" or None for the table's choice.
+        compact: gather the rows that count and compute no others, which waits for the device once (sequence ratios:
+            twice). False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+        skip_below: None (exact gradients), "auto" or a share of the gradient: as in `linear_logprobs`.
+        backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
 
     Log-ratios above 80 count as 80, with gradient zero, where float32's exp would overflow.
 
@@ -126,6 +138,7 @@ def linear_policy_loss(
         entropy_scope,
         entropy_kind,
         ratio_level,
+        surrogate,
     )
     check_head(hidden, weight, bias, head, chunk_size)
     check_options(options, aggregation, normalizer, ref_logps)
@@ -143,7 +156,7 @@ def linear_policy_loss(
         ref_logps=ref_logps,
         sampler_weights=sampler_weights,
     )
-    name = backends.select("policy_loss", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    name = select_backend("policy_loss", hidden, weight, bias, backend)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     if name == "reference":
         loss, logps, entropy = reference.linear_policy_loss(
@@ -151,24 +164,28 @@ def linear_policy_loss(
         )
     else:
         per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
-        loss, logps, entropy = _portable(
-            hidden, weight, bias, targets, tokens, per_token, head, options, return_statistics, chunk_size
-        )
+        how = {
+            "see_all": return_statistics,
+            "chunk_size": chunk_size,
+            "compact": compact,
+            "rows": load_rows(name),
+            "skip_below": skip_threshold(skip_below, hidden, weight, compact),
+        }
+        loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
     if not return_statistics:
         return PolicyLoss(loss, logps, None, {})
     return PolicyLoss(loss, logps, entropy, policy_statistics(logps, entropy, tokens, options))
 
 
-def _portable(hidden, weight, bias, targets, tokens, per_token, head, options, see_all, chunk_size):
+def _fused(hidden, weight, bias, constants: tuple, options: tuple, how: dict):
     """Compiled: the operator itself. Eager: the same operator, with a backward that saves a copy of d weight."""
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    constants = (targets, *tokens, per_token)
-    named = head._asdict() | options._asdict() | {"see_all": see_all, "need": need, "chunk_size": chunk_size}
+    named = options[0]._asdict() | options[1]._asdict() | how | {"need": need}
     if torch.compiler.is_compiling():
-        return portable.linear_policy_loss(hidden, weight, bias, *constants, **named)[:3]
-    return portable.PolicyLossFunction.apply(hidden, weight, bias, constants, named)
+        return operator.linear_policy_loss(hidden, weight, bias, *constants, **named)[:3]
+    return operator.PolicyLossFunction.apply(hidden, weight, bias, constants, named)
 
 
 def linear_token_loss(
@@ -185,6 +202,8 @@ def linear_token_loss(
     ignore_index: int = -100,
     use_entropy: bool = True,
     chunk_size: int | None = None,
+    compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of any loss of (log-prob, entropy), fused with the lm head: no (N, V) logits.
@@ -206,7 +225,9 @@ def linear_token_loss(
             token_loss that requires a gradient is refused, as it would get none.
         targets: (...) int64; rows of `ignore_index` are left out.
         active_mask: (...) bool; rows outside are not computed. None: all rows.
-        temperature, softcap, logit_scale, chunk_size, backend: as in `linear_logprobs`.
+        temperature, softcap, logit_scale, chunk_size, skip_below, backend: as in `linear_logprobs`.
+        compact: as there; with False token_loss also sees the other rows, with log-prob and entropy 0, and what it
+            makes of them does not count.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
 
     Returns:
@@ -225,19 +246,23 @@ def linear_token_loss(
         checks.check_shape("active_mask", active_mask, tuple(targets.shape), "(...): one bool per token")
         checks.check_dtype("active_mask", active_mask, (torch.bool,))
     checks.check_same_device(hidden=hidden, targets=targets, active_mask=active_mask)
-    name = backends.select("token_loss", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    name = select_backend("token_loss", hidden, weight, bias, backend)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     active = ids != ignore_index
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
-        head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "backend": name}
+        how = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
+        head = {"bias": bias, **options._asdict(), **how}
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
-    rows = active.nonzero().squeeze(-1)
-    implementation = reference if name == "reference" else portable
-    return implementation.linear_token_loss(flat, weight, ids, bias, options, rows, checked, use_entropy, chunk_size)
+    rows = active if not compact and name != "reference" else active.nonzero().squeeze(-1)
+    arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
+    if name == "reference":
+        return reference.linear_token_loss(*arguments)
+    threshold = skip_threshold(skip_below, flat, weight, compact)
+    return operator.linear_token_loss(*arguments, chunk_size=chunk_size, kernels=load_rows(name), skip_below=threshold)
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

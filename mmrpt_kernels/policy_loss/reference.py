@@ -49,7 +49,10 @@ def loss_per_token(
     ratio = log_ratio(logps, tokens, options).exp()
     advantages = torch.where(has_policy_term(tokens), tokens.advantages, 0.0)
     clipped_ratio = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
-    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
+    if options.surrogate == "cispo":
+        surrogate = clipped_ratio.detach() * advantages * logps
+    else:
+        surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
     if options.dual_clip is not None:
         surrogate = torch.where(advantages < 0, torch.max(surrogate, options.dual_clip * advantages), surrogate)
     if tokens.sampler_weights is not None:
@@ -131,10 +134,8 @@ def linear_token_loss(
     rows: torch.Tensor,
     token_loss: Callable,
     want_entropy: bool,
-    chunk_size: int | None,
 ) -> torch.Tensor:
-    """Sum of token_loss(logps, entropy, rows) over rows (n,); hidden (N, H), targets (N,). There are no chunks."""
-    del chunk_size
+    """Sum of token_loss(logps, entropy, rows) over rows (n,); hidden (N, H), targets (N,)."""
     logps, entropy = logprobs_reference.linear_logprobs(
         hidden[rows], weight, targets[rows], bias, head, IGNORED, want_entropy
     )

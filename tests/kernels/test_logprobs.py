@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.backends import BackendError
-from mmrpt_kernels.logprobs import linear_logprobs, portable, stream
+from mmrpt_kernels.logprobs import linear_logprobs, operator, stream
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 SMALL = HeadCase("small", 6, 5, 11, bias=True, temperature=0.8, softcap=4.0, logit_scale=1.3, chunk_size=4)
@@ -134,6 +134,22 @@ class TestPortable:
         whole = run(PLAIN, seed, backend="portable", chunk_size=13)
         assert_same(run(PLAIN, seed, backend="portable", chunk_size=chunk_size), whole, rtol=1e-12, atol=1e-13)
 
+    @pytest.mark.parametrize("case", (SMALL, PLAIN), ids=case_name)
+    def test_without_compaction_nothing_else_changes(self, case, seed):
+        """All rows computed, none gathered, nothing waits: the same numbers, whatever ignored rows hold."""
+        made = make(case, seed)
+        ignored = made["targets"] == -100
+        with torch.no_grad():
+            made["hidden"][ignored] = float("nan")
+        wrt = [made[name] for name in ("hidden", "weight", "bias") if made[name] is not None]
+        results = []
+        for compact in (True, False):
+            out = call(made, case, compact=compact)
+            total = (out.logps * torch.arange(case.rows)).sum() + out.entropy.sum()
+            results.append((*out, *torch.autograd.grad(total, wrt)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
     def test_row_does_not_depend_on_its_batch(self, seed):
         made = make(PLAIN, seed)
         alone = {name: made[name][3:4] for name in ("hidden", "targets")}
@@ -248,7 +264,7 @@ class TestWork:
             visited.append(rows.tolist())
             return stream.visit(kernels, hidden, head, targets, rows, **options)
 
-        monkeypatch.setattr(portable, "visit", counting)
+        monkeypatch.setattr(operator, "visit", counting)
         case = PLAIN._replace(ignored="none")
         made = make(case, seed)
         out = call(made, case, return_entropy=False)
@@ -342,11 +358,12 @@ class TestTorch:
         made = make(SMALL, seed)
         head = (made["hidden"], made["weight"], made["bias"], made["targets"])
         for entropy in (True, False):
-            torch.library.opcheck(portable.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, 4))
+            how = (4, True, "portable", 0.0)
+            torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, *how))
         detached = tuple(t.detach() for t in head)
         ones = torch.ones(SMALL.rows, dtype=torch.float64)
-        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], 4)
-        torch.library.opcheck(portable.linear_logprobs_backward, (*detached, ones, None, *rest))
+        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], *how)
+        torch.library.opcheck(operator.linear_logprobs_backward, (*detached, ones, None, *rest))
 
     def test_compiles_without_graph_break(self, seed, fresh_compiler):
         made = make(SMALL, seed, torch.float32)

@@ -1,0 +1,152 @@
+"""`linear_logprobs` as a custom operator with its backward, over the row kernels of any backend.
+
+The backward recomputes the logits of the rows that have an incoming gradient, and of no others: a trainer whose loss
+filters tokens pays for the tokens it keeps.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
+from mmrpt_kernels.logprobs.rows import row_kernels
+from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
+
+__all__ = ["linear_logprobs", "linear_logprobs_backward"]
+
+
+def _head(weight: torch.Tensor, bias: torch.Tensor | None, scalars: tuple[float, float, float]) -> Head:
+    return Head(weight, bias, HeadOptions(*scalars))
+
+
+@torch.library.custom_op("mmrpt_kernels::linear_logprobs", mutates_args=())
+@without_autocast
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    return_entropy: bool,
+    chunk_size: int | None,
+    compact: bool,
+    rows: str,
+    skip_below: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
+
+    Args:
+        hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
+        compact: gather the wanted rows first, which waits for the device.
+        rows: whose row kernels, a registered name.
+        skip_below: for the backward (`columns.leave_out`).
+    """
+    head = _head(weight, bias, (temperature, softcap, logit_scale))
+    mask = targets != ignore_index
+    wanted = mask.nonzero().squeeze(-1) if compact else mask
+    check_targets(targets, wanted, weight.shape[0])
+    dtype = statistics_dtype(hidden, weight, bias)
+    logps = hidden.new_zeros(targets.shape, dtype=dtype)
+    entropy = hidden.new_zeros(targets.shape if return_entropy else (0,), dtype=dtype)
+    seen, uncertain = visit(
+        row_kernels(rows), hidden, head, targets, wanted, want_entropy=return_entropy, chunk_size=chunk_size
+    )
+    if not compact:
+        return seen, uncertain if return_entropy else entropy
+    logps[wanted] = seen
+    if return_entropy:
+        entropy[wanted] = uncertain
+    return logps, entropy
+
+
+@linear_logprobs.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, *how):
+    dtype = statistics_dtype(hidden, weight, bias)
+    logps = hidden.new_empty(targets.shape, dtype=dtype)
+    return logps, hidden.new_empty(targets.shape if return_entropy else (0,), dtype=dtype)
+
+
+@torch.library.custom_op("mmrpt_kernels::linear_logprobs_backward", mutates_args=())
+@without_autocast
+def linear_logprobs_backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    d_logps: torch.Tensor,
+    d_entropy: torch.Tensor | None,
+    scalars: list[float],
+    ignore_index: int,
+    need: list[bool],
+    chunk_size: int | None,
+    compact: bool,
+    rows: str,
+    skip_below: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
+
+    Without an autograd formula of its own: a second derivative raises instead of being silently zero.
+    """
+    head = _head(weight, bias, tuple(scalars))
+    active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
+    active = active & (targets != ignore_index)
+    wanted = active.nonzero().squeeze(-1) if compact else active
+    gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
+
+    def incoming(_logps, _entropy, taken):
+        return d_logps[taken], None if d_entropy is None else d_entropy[taken]
+
+    visit(
+        row_kernels(rows),
+        hidden,
+        head,
+        targets,
+        wanted,
+        want_entropy=d_entropy is not None,
+        entropy_learns=d_entropy is not None,
+        chunk_size=chunk_size,
+        coefficients=incoming,
+        gradients=gradients,
+    )
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in gradients.result())
+
+
+@linear_logprobs_backward.register_fake
+def _(hidden, weight, bias, targets, d_logps, d_entropy, scalars, ignore_index, need, *how):
+    shaped = (hidden, weight, bias)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0)
+        for tensor, wanted in zip(shaped, need, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, *how = inputs
+    ctx.save_for_backward(hidden, weight, bias, targets)
+    ctx.scalars = [temperature, softcap, logit_scale]
+    ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
+    ctx.how = how  # chunk_size, compact, rows, skip_below
+    ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
+
+
+def _backward(ctx, d_logps, d_entropy):
+    hidden, weight, bias, targets = ctx.saved_tensors
+    none = (None,) * 10
+    if not ctx.return_entropy:
+        d_entropy = None
+    if d_logps is None and d_entropy is None:
+        return (None, None, None, *none)
+    if d_logps is None:
+        d_logps = torch.zeros_like(d_entropy)
+    need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]]
+    grads = torch.ops.mmrpt_kernels.linear_logprobs_backward(
+        hidden, weight, bias, targets, d_logps, d_entropy, ctx.scalars, ctx.ignore_index, need, *ctx.how
+    )
+    return (*(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *none)
+
+
+linear_logprobs.register_autograd(_backward, setup_context=_setup_context)

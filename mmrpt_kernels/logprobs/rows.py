@@ -1,0 +1,95 @@
+"""What a row kernel gives and takes, and who offers one.
+
+A row kernel sees the raw logits of some rows over a vocabulary, or over one part of it, and gives four numbers a row
+(`Partials`). Plain PyTorch finishes them, once for all implementations (`finish`): between the two the partials of
+several parts of one vocabulary can be merged, and the gradient then works from the merged numbers.
+
+    z = softcap(logit_scale * raw) / temperature        as in `mmrpt_kernels.common.head`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Partials", "RowKernels", "Slopes", "Softmax", "finish", "register_rows", "row_kernels"]
+
+# d loss / d logps (n,), d loss / d entropy (n,) or None
+Slopes = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Partials(NamedTuple):
+    """Sums of every row over its vocabulary, or over a part of it; (n,) each, float32 (float64 for float64 logits).
+
+    Words whose z is -inf count nothing; a row that has no others: top -inf, total 0, dots 0. A row with NaN or +inf
+    gives a NaN total.
+    """
+
+    top: torch.Tensor  # max z
+    total: torch.Tensor  # sum exp(z - top)
+    dots: torch.Tensor  # sum (z - top) exp(z - top) <= 0; all 0 where no entropy is wanted
+    chosen: torch.Tensor  # z of the target; -inf where the target is outside [0, V): a word of another part, or none
+
+
+class Softmax(NamedTuple):
+    """What the gradient needs to know of the whole row's softmax; (n,) each. Merged over all parts, where there are
+    several: then top is at least the part's own."""
+
+    top: torch.Tensor
+    total: torch.Tensor
+    entropy: torch.Tensor | None  # None where the loss has no gradient in entropies
+
+
+class RowKernels(NamedTuple):
+    """Arithmetic on a chunk of logits.
+
+    statistics(raw (n, V), targets (n,) int64, options, want_entropy, keep_logits) -> Partials, state
+        raw is the kernel's to overwrite, and state whatever its gradient wants to see again. keep_logits: the gradient
+        will read the logits themselves, for an entropy or a soft cap.
+    gradient(state, targets (n,), options, softmax, slopes, into) -> d loss / d raw (n, V)
+            d z_j = d_logps ([j = target] - p_j) - d_entropy p_j (log p_j + entropy),   p_j = exp(z_j - top) / total
+        Exactly zero in rows whose slopes are zero, whatever their logits are; a target outside [0, V) has no word here.
+        into (n, V): where to write it, rounded to its dtype; None: over the logits' own memory, in their dtype.
+    """
+
+    statistics: Callable[..., tuple[Partials, Any]]
+    gradient: Callable[..., torch.Tensor]
+    rounds: bool  # whether gradient takes `into`
+
+
+def finish(partials: Partials, vocab: int, want_entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None, Softmax]:
+    """logps (n,) <= 0, entropy (n,) in [0, log vocab] or None, and what the gradient needs.
+
+    logp = (z_t - top) - log total: both parts have one sign, so logits of any size keep their precision.
+
+    Args:
+        partials: of whole rows.
+        vocab: words of the whole vocabulary.
+    """
+    log_total = partials.total.log()
+    logps = (partials.chosen - partials.top).sub_(log_total).clamp_max_(0.0)
+    entropy = None
+    if want_entropy:
+        entropy = log_total.sub_(partials.dots / partials.total).clamp_(0.0, math.log(vocab))
+    return logps, entropy, Softmax(partials.top, partials.total, entropy)
+
+
+_REGISTERED: dict[str, RowKernels] = {}
+
+
+def register_rows(name: str, kernels: RowKernels) -> None:
+    """An implementation offers its row kernels under its backend's name; its module does so when it is imported."""
+    _REGISTERED[name] = kernels
+
+
+def row_kernels(name: str) -> RowKernels:
+    """The row kernels of a backend whose module has been imported (the public functions see to that)."""
+    if name not in _REGISTERED:
+        raise RuntimeError(
+            f"rows: got {name!r}, but row kernels are registered by {', '.join(_REGISTERED) or 'nobody'}; "
+            f"import mmrpt_kernels.logprobs.{name} first"
+        )
+    return _REGISTERED[name]

@@ -1,0 +1,220 @@
+"""`linear_policy_loss` and `linear_token_loss` over the stream of chunks and the row kernels of any backend.
+
+The gradients of hidden, weight and bias are made in the forward pass, while a chunk's logits exist; the backward
+multiplies them by the incoming number. Three matrix products instead of a recomputing head's four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
+from mmrpt_kernels.logprobs.stream import Head, check_targets
+from mmrpt_kernels.policy_loss.hand_out import hand_out
+from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
+from mmrpt_kernels.policy_loss.surrogate import learning_rows, policy_rows, token_losses
+from mmrpt_kernels.policy_loss.visits import LossStream, learn_by_sequence, split_rows
+
+__all__ = ["PolicyLossFunction", "linear_policy_loss", "linear_token_loss"]
+
+
+@torch.library.custom_op("mmrpt_kernels::linear_policy_loss", mutates_args=())
+@without_autocast
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    response: torch.Tensor,
+    perception: torch.Tensor,
+    advantages: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    sampler_weights: torch.Tensor | None,
+    loss_weights: torch.Tensor,
+    *,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    kl_coef: float,
+    kl_estimator: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    entropy_scope: str,
+    entropy_kind: str,
+    ratio_level: str,
+    surrogate: str,
+    see_all: bool,
+    need: list[bool],
+    chunk_size: int | None,
+    compact: bool,
+    rows: str,
+    skip_below: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
+
+    Args:
+        hidden: (B, T, H). weight: (V, H). The other tensors (B, T), targets int64, response and perception bool.
+        loss_weights: (B, T) what a token's loss is multiplied by in the aggregate.
+        see_all: also give logps and entropy of response tokens that cannot learn.
+        need: whether hidden, weight, bias want a gradient.
+        compact: gather the rows that count first, which waits for the device once (twice for sequence ratios).
+        rows: whose row kernels, a registered name.
+        skip_below: as `logprobs.columns.leave_out`.
+    """
+    shape = targets.shape
+    head = Head(weight, bias, HeadOptions(temperature, softcap, logit_scale))
+    tokens = PolicyTokens(response, perception, advantages, old_logps, ref_logps, sampler_weights)
+    tokens = PolicyTokens(*(None if t is None else t.reshape(-1) for t in tokens))
+    options = PolicyOptions(
+        kl_coef,
+        kl_estimator,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        entropy_scope,
+        entropy_kind,
+        ratio_level,
+        surrogate,
+    )
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
+    how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows, "skip_below": skip_below}
+    stream = LossStream(flat, head, ids, need=need, **how)
+    with torch.no_grad():
+        _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, compact)
+    grads = stream.gradients.result()
+    d_hidden = grads[0] if grads[0] is None else grads[0].view(hidden.shape)
+    filled = tuple(hidden.new_empty(0) if grad is None else grad for grad in (d_hidden, *grads[1:]))
+    return stream.losses.sum(), stream.logps.view(shape), stream.entropy.view(shape), *filled
+
+
+def _visit_all(stream: LossStream, tokens, options: PolicyOptions, shape, scale, see_all: bool, compact: bool) -> None:
+    """Every visit that the loss and its statistics need; scale (N,)."""
+    by_sequence = options.ratio_level == "sequence" and tokens.old_logps is not None
+    want_entropy = see_all or stream.entropy_learns
+    learns = learning_rows(tokens, options)
+    others = _other_rows(tokens, learns, shape, see_all, by_sequence)
+    if compact:
+        rows, watched = split_rows(learns, others)
+        check_targets(stream.targets, torch.cat([rows, watched]), stream.head.weight.shape[0])
+        stream.visit(watched, see_all)
+        learns = None
+    else:
+        rows = learns | others
+        check_targets(stream.targets, rows, stream.head.weight.shape[0])
+    if by_sequence:
+        learn_by_sequence(stream, tokens, options, rows, want_entropy, shape, scale, learns)
+        return
+
+    def token_loss(logps, entropy, taken):
+        return token_losses(logps, entropy, tokens.at(taken), options)
+
+    stream.learn(rows, want_entropy, token_loss, scale, learns)
+
+
+def _other_rows(tokens, learns, shape, see_all: bool, by_sequence: bool) -> torch.Tensor:
+    """(N,) bool: rows whose statistics are wanted though they cannot learn."""
+    if see_all:
+        return tokens.response & ~learns
+    if by_sequence:  # log-probs of the sequences that have a policy term
+        involved = policy_rows(tokens).view(shape).any(1, keepdim=True).expand(shape).reshape(-1)
+        return tokens.response & involved & ~learns
+    return torch.zeros_like(learns)
+
+
+@linear_policy_loss.register_fake
+def _(hidden, weight, bias, targets, *tensors, need, **options):
+    dtype = statistics_dtype(hidden, weight, bias)
+    statistics = [hidden.new_empty(shape, dtype=dtype) for shape in ((), targets.shape, targets.shape)]
+    grads = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0)
+        for tensor, wanted in zip((hidden, weight, bias), need, strict=True)
+    ]
+    return *statistics, *grads
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.need = keyword_only_inputs["need"]
+    ctx.num_tensors = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_loss, *_constants):
+    """What compilers trace: nothing overwritten, they plan the memory. The public function detaches other outputs."""
+    none = (None,) * ctx.num_tensors
+    if d_loss is None:
+        return none
+    grads = zip(ctx.saved_tensors, ctx.need, strict=True)
+    return *(grad * d_loss.to(grad.dtype) if needed else None for grad, needed in grads), *none[3:]
+
+
+linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    """The eager route of `linear_policy_loss`: the operator's gradients, kept where they can be scaled in place."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, constants: tuple, options: dict):
+        loss, logps, entropy, *grads = linear_policy_loss(hidden, weight, bias, *constants, **options)
+        needed = zip(grads, options["need"], strict=True)
+        ctx.save_for_backward(*(grad if need else None for grad, need in needed))
+        ctx.handed_out = False
+        ctx.mark_non_differentiable(logps, entropy)
+        return loss, logps, entropy
+
+    @staticmethod
+    def backward(ctx, d_loss, *_constants):
+        return *hand_out(ctx, d_loss), None, None
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The eager route of `linear_token_loss`: a Python callable cannot pass through a custom operator's schema."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how):
+        head = Head(weight, bias, options)
+        stream = LossStream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
+        check_targets(targets, rows, weight.shape[0])
+        with torch.autocast(hidden.device.type, enabled=False):
+            stream.learn(rows, want_entropy, token_loss, None, rows if rows.dtype == torch.bool else None)
+        grads = stream.gradients.result()
+        ctx.save_for_backward(*grads)
+        ctx.handed_out = False
+        return stream.losses.sum()
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        return *hand_out(ctx, d_loss), *(None,) * 7
+
+
+def linear_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: HeadOptions,
+    rows: torch.Tensor,
+    token_loss: Callable,
+    want_entropy: bool,
+    *,
+    chunk_size: int | None,
+    kernels: str,
+    skip_below: float,
+) -> torch.Tensor:
+    """Sum of token_loss over `rows`, called once a chunk; hidden (N, H), targets (N,).
+
+    rows: (n,) int64, or (N,) bool (`stream.visit`). kernels: whose row kernels.
+    """
+    grad = torch.is_grad_enabled()
+    need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    how = {"chunk_size": chunk_size, "rows": kernels, "skip_below": skip_below}
+    return _TokenLoss.apply(hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how)
