@@ -13,6 +13,7 @@ temperature: the cap belongs to the model, the temperature to the sampler.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -194,6 +195,24 @@ def project_backward_weight(
     """
     beta = 0 if fresh else 1
     if grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype != into.dtype:
-        torch.addmm(into, grad_raw.t(), hidden_rows, beta=beta, out_dtype=into.dtype, out=into)
+        if _adds_wide(grad_raw.dtype):
+            torch.addmm(into, grad_raw.t(), hidden_rows, beta=beta, out_dtype=into.dtype, out=into)
+            return
+        for start in range(0, into.shape[0], WIDEN_ROWS):
+            words = slice(start, start + WIDEN_ROWS)
+            product = torch.mm(grad_raw[:, words].t(), hidden_rows, out_dtype=into.dtype)
+            into[words] = product if fresh else product.add_(into[words])
     else:
         into.addmm_(grad_raw.to(into.dtype).t(), hidden_rows.to(into.dtype), beta=beta)
+
+
+@functools.cache
+def _adds_wide(dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of `dtype` matrices to a float32 one; older releases want three of one dtype."""
+    square = torch.ones(16, 16, dtype=dtype, device="cuda")
+    total = square.float()
+    try:
+        torch.addmm(total, square, square, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
