@@ -75,6 +75,11 @@ for _op, _why in (
     if _INTERPRETED:  # bfloat16 products are wrong in the interpreter
         _why = "Triton's interpreter, for tests"
         TABLE.append(Row(_op, "triton", ("cpu",), (torch.float32, torch.float16), why=_why, by_name=True, **_needs))
+_why = "one sweep over both views' logits (two for js and hellinger); gradients in the products' dtype"
+TABLE.append(Row("divergence", "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
+if _INTERPRETED:  # no products in its kernels: bfloat16 too
+    _why = "Triton's interpreter, for tests"
+    TABLE.append(Row("divergence", "triton", ("cpu",), FLOATS[:3], (), _why, True, TRITON_MISSING))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
     TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))

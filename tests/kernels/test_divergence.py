@@ -354,9 +354,9 @@ class TestIntegration:
         made = head_inputs(SMALL, seed=seed)
         hidden, hidden_q, weight, bias = (made[n].requires_grad_() for n in ("hidden", "hidden_q", "weight", "bias"))
         operator = torch.ops.mmrpt_kernels.linear_token_divergence.default
-        rest = ("kl,js,hellinger,k3", 0.8, 4.0, 1.3, 4)
+        rest = ("kl,js,hellinger,k3", 0.8, 4.0, 1.3, 4, "portable")
         torch.library.opcheck(operator, (hidden, hidden_q, weight, None, bias, made["targets"], *rest))
-        torch.library.opcheck(operator, (hidden, hidden_q, weight, weight, None, None, "kl", 1.0, 0.0, 1.0, None))
+        torch.library.opcheck(operator, (hidden, hidden_q, weight, weight, None, None, "kl", 1.0, 0.0, 1.0, None, "portable"))
 
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     def test_compile_without_graph_break(self, backend, fresh_compiler, seed):
@@ -423,11 +423,12 @@ class TestIntegration:
 
         made = head_inputs(HeadCase("long", 400, 4, 500, ignored="none"))
         from mmrpt_kernels.common.head import HeadOptions
-        from mmrpt_kernels.divergence import portable
+        from mmrpt_kernels.divergence import portable, stream
 
-        head = portable.Head(made["weight"], made["weight"], None, HeadOptions())
+        head = stream.Head(made["weight"], made["weight"], None, HeadOptions())
+        kernels = portable.row_kernels(made["hidden"], made["hidden_q"], head)
         with Largest() as seen:
-            portable.forward(made["hidden"], made["hidden_q"], head, made["targets"], KINDS, 10)
+            stream.forward(kernels, made["hidden"], made["hidden_q"], head, made["targets"], KINDS, 10)
         assert 10 * 500 <= seen.size <= 2 * 10 * 500
 
 
