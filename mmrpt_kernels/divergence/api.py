@@ -146,10 +146,9 @@ def _operator(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = HeadOptions(temperature, softcap, logit_scale)
-    head = stream.Head(weight, weight if weight_q is None else weight_q, bias, options)
-    kernels = ROW_KERNELS[backend](hidden_p, hidden_q, head)
-    return stream.forward(kernels, hidden_p, hidden_q, head, targets, tuple(kinds.split(",")), chunk_size)
+    settings = (HeadOptions(temperature, softcap, logit_scale), tuple(kinds.split(",")), chunk_size)
+    problem = stream.Problem(hidden_p, hidden_q, weight, weight_q, bias, targets, *settings)
+    return stream.forward(ROW_KERNELS[backend](problem), problem)
 
 
 @_operator.register_fake
@@ -183,13 +182,11 @@ def _operator_backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = HeadOptions(temperature, softcap, logit_scale)
-    head = stream.Head(weight, weight if weight_q is None else weight_q, bias, options)
-    kernels = ROW_KERNELS[backend](hidden_p, hidden_q, head)
+    settings = (HeadOptions(temperature, softcap, logit_scale), tuple(kinds.split(",")), chunk_size)
+    problem = stream.Problem(hidden_p, hidden_q, weight, weight_q, bias, targets, *settings)
     on_targets = (None, None) if targets is None else (grad_logps_p, grad_logps_q)
     grads = stream.RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
-    one_weight, split = weight_q is None, tuple(kinds.split(","))
-    made = stream.backward(kernels, grads, hidden_p, hidden_q, head, one_weight, targets, split, chunk_size, needs)
+    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, needs)
     sources = (hidden_p, hidden_q, weight, weight_q, bias)
     return tuple(
         hidden_p.new_empty(0) if grad is None else grad.to(source.dtype)

@@ -23,22 +23,23 @@ import torch
 from torch.nn.functional import softplus
 
 from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
-from mmrpt_kernels.divergence.stream import Head, RowKernels, RowValues, k3, k3_slope, sum_by_kind
+from mmrpt_kernels.divergence.stream import Problem, RowKernels, RowValues, k3, k3_slope, sum_by_kind
 
 __all__ = ["row_kernels"]
 
 LOG_2 = math.log(2.0)
 
 
-def row_kernels(hidden_p: torch.Tensor, hidden_q: torch.Tensor, head: Head) -> RowKernels:
-    """The pair for one call's tensors."""
-    settings = {"options": head.options, "careful": has_empty_words(head)}
+def row_kernels(problem: Problem) -> RowKernels:
+    """The pair for one call."""
+    settings = {"options": problem.options, "careful": has_empty_words(problem)}
     return RowKernels(partial(values, **settings), partial(gradients, **settings))
 
 
-def has_empty_words(head: Head) -> bool:
+def has_empty_words(problem: Problem) -> bool:
     """Whether a word may have probability zero through a bias of -inf; then 0 * log 0 needs care (a pass more)."""
-    return head.bias is not None and head.options.softcap == 0.0 and not bool(torch.isfinite(head.bias).all())
+    bias = problem.bias
+    return bias is not None and problem.options.softcap == 0.0 and not bool(torch.isfinite(bias).all())
 
 
 def softmax_rows(raw: torch.Tensor, options: HeadOptions):

@@ -20,18 +20,40 @@ from mmrpt_kernels.common.head import (
     statistics_dtype,
 )
 
-__all__ = ["Head", "RowKernels", "RowValues", "backward", "forward", "k3", "k3_slope", "sum_by_kind"]
+__all__ = ["Problem", "RowKernels", "RowValues", "backward", "forward", "k3", "k3_slope", "sum_by_kind"]
 
 VIEWS = 2  # a chunk of rows holds the logits of both views
 
 
-class Head(NamedTuple):
-    """Both views' lm head."""
+class Problem(NamedTuple):
+    """One call's tensors and what is asked of them."""
 
-    weight_p: torch.Tensor  # (V, H)
-    weight_q: torch.Tensor  # (V, H_q)
+    hidden_p: torch.Tensor  # (N, H)
+    hidden_q: torch.Tensor  # (N, H_q)
+    weight: torch.Tensor  # (V, H)
+    weight_q: torch.Tensor | None  # (V, H_q); None: weight serves both views
     bias: torch.Tensor | None  # (V,)
+    targets: torch.Tensor | None  # (N,) int64, negative: no target
     options: HeadOptions
+    kinds: tuple[str, ...]
+    chunk_size: int | None
+
+    def head_q(self) -> torch.Tensor:
+        """The second view's weight (V, H_q)."""
+        return self.weight if self.weight_q is None else self.weight_q
+
+    def dtype(self) -> torch.dtype:
+        """Of statistics and accumulators."""
+        return statistics_dtype(self.hidden_p, self.hidden_q, self.weight)
+
+    def chunk(self, num_rows: int) -> int:
+        """Rows to hold at once."""
+        return chunk_rows(num_rows, VIEWS * self.weight.shape[0], self.chunk_size, self.dtype())
+
+    def logits(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw logits (n, V) of both views at `rows`."""
+        raw_p = project(self.hidden_p[rows], self.weight, self.bias)
+        return raw_p, project(self.hidden_q[rows], self.head_q(), self.bias)
 
 
 class RowValues(NamedTuple):
@@ -77,24 +99,22 @@ def sum_by_kind(divergence: torch.Tensor, kinds: tuple[str, ...]) -> dict[str, t
     return g
 
 
-def forward(kernels: RowKernels, hidden_p, hidden_q, head: Head, targets, kinds, chunk_size) -> RowValues:
+def forward(kernels: RowKernels, problem: Problem) -> RowValues:
     """divergence (N, K), logps_p, logps_q (N,) or (0,) without targets, entropy_p, entropy_q (N,)."""
-    num_rows, vocab = hidden_p.shape[0], head.weight_p.shape[0]
-    dtype = statistics_dtype(hidden_p, hidden_q, head.weight_p)
+    hidden, targets, kinds = problem.hidden_p, problem.targets, problem.kinds
+    num_rows, dtype = hidden.shape[0], problem.dtype()
     with_targets = num_rows if targets is not None else 0
-    divergence = hidden_p.new_empty(num_rows, len(kinds), dtype=dtype)
-    vectors = (hidden_p.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, num_rows, num_rows))
-    out = RowValues(divergence, *vectors)
-    step = chunk_rows(num_rows, VIEWS * vocab, chunk_size, dtype)
+    vectors = (hidden.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, num_rows, num_rows))
+    out = RowValues(hidden.new_empty(num_rows, len(kinds), dtype=dtype), *vectors)
+    step = problem.chunk(num_rows)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
-        raw_p = project(hidden_p[rows], head.weight_p, head.bias)
-        raw_q = project(hidden_q[rows], head.weight_q, head.bias)
-        values = kernels.values(raw_p, raw_q, None if targets is None else targets[rows], kinds)
+        raw = problem.logits(rows)
+        values = kernels.values(*raw, None if targets is None else targets[rows], kinds)
         for whole, part in zip(out, values, strict=True):
             if part is not None:
                 whole[rows] = part
-        raw_p = raw_q = None  # the next chunk's logits take this one's memory
+        raw = values = None  # the next chunk's logits take this one's memory
     return out
 
 
@@ -116,45 +136,38 @@ def active_rows(grads: RowValues) -> torch.Tensor:
     return active.nonzero()[:, 0]
 
 
-def backward(
-    kernels: RowKernels, grads: RowValues, hidden_p, hidden_q, head: Head, shared_weight, targets, kinds, chunk, needs
-) -> _Accumulators:
-    """Gradients of (hidden_p, hidden_q, weight, weight_q, bias), None where not needed.
+def backward(kernels: RowKernels, problem: Problem, grads: RowValues, needs: list[bool]) -> _Accumulators:
+    """Gradients of (hidden_p, hidden_q, weight, weight_q, bias), None where not needed: five booleans in that order.
 
-    Args:
-        shared_weight: both views use one weight, whose gradient is then the sum over the views.
-        chunk: rows a chunk at most; None: from a memory budget.
-        needs: five booleans in that order.
+    Where one weight serves both views its gradient is the sum over them.
     """
-    vocab, dtype = head.weight_p.shape[0], statistics_dtype(hidden_p, hidden_q, head.weight_p)
-    sources = (hidden_p, hidden_q, head.weight_p, head.weight_q, head.bias)
-    dtypes = (hidden_p.dtype, hidden_q.dtype, dtype, dtype, dtype)
+    sources, dtype = problem[:5], problem.dtype()
+    dtypes = (problem.hidden_p.dtype, problem.hidden_q.dtype, dtype, dtype, dtype)
     made = zip(sources, dtypes, needs, strict=True)
     out = _Accumulators(*(t.new_zeros(t.shape, dtype=of) if need else None for t, of, need in made))
-    into_q = out.weight if shared_weight else out.weight_q
+    into_q = out.weight if problem.weight_q is None else out.weight_q
     wanted = (
         out.hidden_p is not None or out.weight is not None or out.bias is not None,
         out.hidden_q is not None or into_q is not None or out.bias is not None,
     )
     active = active_rows(grads)
-    step = chunk_rows(active.numel(), VIEWS * vocab, chunk, dtype)
-    for rows in active.split(step) if active.numel() else ():
+    for rows in active.split(problem.chunk(active.numel())) if active.numel() else ():
         some = RowValues(*(None if t is None else t[rows] for t in grads))
-        hp, hq = hidden_p[rows], hidden_q[rows]
-        raw_p, raw_q = project(hp, head.weight_p, head.bias), project(hq, head.weight_q, head.bias)
-        chosen = None if targets is None else targets[rows]
-        d_raw_p, d_raw_q = kernels.gradients(raw_p, raw_q, chosen, kinds, some, wanted)
-        raw_p = raw_q = None
-        _spread(d_raw_p, hp, rows, head.weight_p, out.hidden_p, out.weight, out.bias)
-        _spread(d_raw_q, hq, rows, head.weight_q, out.hidden_q, into_q, out.bias)
-        d_raw_p = d_raw_q = None
+        raw = problem.logits(rows)
+        targets = None if problem.targets is None else problem.targets[rows]
+        d_p, d_q = kernels.gradients(*raw, targets, problem.kinds, some, wanted)
+        raw = None
+        _spread(d_p, problem.hidden_p[rows], rows, problem.weight, (out.hidden_p, out.weight, out.bias))
+        _spread(d_q, problem.hidden_q[rows], rows, problem.head_q(), (out.hidden_q, into_q, out.bias))
+        d_p = d_q = None
     return out
 
 
-def _spread(d_raw, hidden_rows, rows, weight, into_hidden, into_weight, into_bias) -> None:
-    """Carry d loss / d raw (n, V) of one view to its hidden rows, its weight and the bias."""
+def _spread(d_raw, hidden_rows, rows, weight, into) -> None:
+    """Carry d loss / d raw (n, V) of one view into the gradients of its hidden rows, its weight and the bias."""
     if d_raw is None:
         return
+    into_hidden, into_weight, into_bias = into
     if into_hidden is not None:
         into_hidden[rows] = project_backward_hidden(d_raw, weight).to(into_hidden.dtype)
     if into_weight is not None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.divergence.stream import Head, RowKernels, RowValues, k3, k3_slope, sum_by_kind
+from mmrpt_kernels.divergence.stream import Problem, RowKernels, RowValues, k3, k3_slope, sum_by_kind
 from mmrpt_kernels.divergence.triton.backward import gradient
 from mmrpt_kernels.divergence.triton.forward import (
     ENTROPY_P,
@@ -28,11 +28,12 @@ from mmrpt_kernels.divergence.triton.forward import (
 __all__ = ["row_kernels"]
 
 
-def row_kernels(hidden_p: torch.Tensor, hidden_q: torch.Tensor, head: Head) -> RowKernels:
-    """The pair for one call's tensors."""
-    pairs = ((hidden_p, head.weight_p), (hidden_q, head.weight_q))
-    dtypes = tuple(h.dtype if h.dtype == w.dtype else torch.float32 for h, w in pairs)
-    return RowKernels(partial(values, options=head.options), partial(gradients, options=head.options, dtypes=dtypes))
+def row_kernels(problem: Problem) -> RowKernels:
+    """The pair for one call."""
+    pairs = ((problem.hidden_p, problem.weight), (problem.hidden_q, problem.head_q()))
+    dtypes = tuple(hidden.dtype if hidden.dtype == weight.dtype else torch.float32 for hidden, weight in pairs)
+    settings = {"options": problem.options}
+    return RowKernels(partial(values, **settings), partial(gradients, **settings, dtypes=dtypes))
 
 
 def _column(kind: str, found: Statistics) -> torch.Tensor:

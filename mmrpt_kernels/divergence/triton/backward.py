@@ -102,7 +102,7 @@ def _gradient(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row, part). raw, out (n, V), out may be raw; rows (n, FIELDS), means (n, MEANS), grads (n, GRADIENTS)."""
+    """Program (row, part). raw, out (n, V), out may be raw; rows (n, FIELDS), means (n, MEANS), grads (n, 8)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     raw_p += row * stride_p
     raw_q += row * stride_q
@@ -174,7 +174,7 @@ def gradient(
 
     Args:
         raw_p, raw_q: (n, V) float32, last dimension contiguous, as `statistics` read them.
-        grads: (n, GRADIENTS) float32; the k3's are in those of the log-probabilities, whose rows without a target are 0.
+        grads: (n, GRADIENTS) float32; the k3's are in those of the log-probabilities, 0 in rows without a target.
             Rows of zeros get zeros, whatever their logits are.
     """
     count, vocab = raw_p.shape

@@ -231,7 +231,7 @@ def _means(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row, part), the second sweep: partials (n, MEANS, parts) float32 from raw (n, V) and rows (n, FIELDS)."""
+    """Program (row, part), the second sweep: partials (n, MEANS, parts) from raw (n, V) and rows (n, FIELDS)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     raw_p += row * stride_p
     raw_q += row * stride_q
