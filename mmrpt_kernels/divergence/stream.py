@@ -23,6 +23,14 @@ from mmrpt_kernels.common.head import (
 __all__ = ["Problem", "RowKernels", "RowValues", "backward", "forward", "k3", "k3_slope", "sum_by_kind"]
 
 VIEWS = 2  # a chunk of rows holds the logits of both views
+# On a GPU a chunk is sized by what its products move. Scoring, n rows do 2 n H V FLOPs a view and read the 2 H V bytes
+# of a bfloat16 head: n FLOPs a byte, where an H100 needs about 300 (990 TFLOP/s, 3.35 TB/s). Learning, d weight's
+# product reads and writes 8 H V bytes of float32 accumulator: n / 4. The row kernels' second sweep does not decide:
+# logits of 152k words leave the L2 cache (50 MB) at 40 rows. A word takes two float32 logits, two bfloat16 gradients.
+GPU_SCORE_ROWS = 1024
+GPU_LEARN_ROWS = 4096
+GPU_BYTES = 4 * 2**30
+GPU_BYTES_PER_WORD = 12
 
 
 class Problem(NamedTuple):
@@ -46,9 +54,13 @@ class Problem(NamedTuple):
         """Of statistics and accumulators."""
         return statistics_dtype(self.hidden_p, self.hidden_q, self.weight)
 
-    def chunk(self, num_rows: int) -> int:
-        """Rows to hold at once."""
-        return chunk_rows(num_rows, VIEWS * self.weight.shape[0], self.chunk_size, self.dtype())
+    def chunk(self, num_rows: int, gpu_rows: int) -> int:
+        """Rows to hold at once: `chunk_size`, or by a memory budget; on a GPU at most `gpu_rows`, all chunks alike."""
+        vocab = self.weight.shape[0]
+        if self.chunk_size is not None or not self.weight.is_cuda:
+            return chunk_rows(num_rows, VIEWS * vocab, self.chunk_size, self.dtype())
+        limit = max(1, min(gpu_rows, GPU_BYTES // (GPU_BYTES_PER_WORD * vocab)))
+        return max(1, -(-num_rows // max(1, -(-num_rows // limit))))
 
     def logits(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw logits (n, V) of both views at `rows`."""
@@ -106,7 +118,7 @@ def forward(kernels: RowKernels, problem: Problem) -> RowValues:
     with_targets = num_rows if targets is not None else 0
     vectors = (hidden.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, num_rows, num_rows))
     out = RowValues(hidden.new_empty(num_rows, len(kinds), dtype=dtype), *vectors)
-    step = problem.chunk(num_rows)
+    step = problem.chunk(num_rows, GPU_SCORE_ROWS)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         raw = problem.logits(rows)
@@ -151,7 +163,7 @@ def backward(kernels: RowKernels, problem: Problem, grads: RowValues, needs: lis
         out.hidden_q is not None or into_q is not None or out.bias is not None,
     )
     active = active_rows(grads)
-    for rows in active.split(problem.chunk(active.numel())) if active.numel() else ():
+    for rows in active.split(problem.chunk(active.numel(), GPU_LEARN_ROWS)) if active.numel() else ():
         some = RowValues(*(None if t is None else t[rows] for t in grads))
         raw = problem.logits(rows)
         targets = None if problem.targets is None else problem.targets[rows]
