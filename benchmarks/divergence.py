@@ -1,9 +1,14 @@
-"""Full-vocabulary divergence of two views: linear_token_divergence against materialised logits.
+"""Full-vocabulary divergence of two views: linear_token_divergence against materialised logits and other fused heads.
 
     python -m benchmarks.divergence [--quick] [--device cpu|cuda]
 
 "score" cases are the trainer's use: token perception of a rollout, forward only, KL with both entropies and the sampled
-tokens' log-probabilities. "train" cases differentiate the KL in both views and the head (PAPO and its kin).
+tokens' log-probabilities. "train" cases differentiate the KL in both views and the head (PAPO and its kin). "distil"
+cases differentiate it in the first view and the head alone, the second held fixed, which is all that TRL's and Liger's
+heads do; what a peer cannot do its row says.
+
+"bare products" is the floor: the matrix products that the mathematics needs (two forward, two more for each view that
+learns), in the inputs' dtype, and nothing else; its row reads "inaccurate" because it has no divergence to compare.
 """
 
 from __future__ import annotations
@@ -17,14 +22,28 @@ import torch.nn.functional as F
 
 from benchmarks import harness
 from benchmarks.harness import Case, Contender
+from benchmarks.logprobs import compiled_per_shape, missing, no_compiler
 from mmrpt_kernels import TokenDivergence, linear_token_divergence
+from mmrpt_kernels.backends import TRITON_MISSING
 from mmrpt_kernels.common.head import statistics_dtype
+
+Divergence = Callable[..., TokenDivergence]
+
+
+class NotComparableError(RuntimeError):
+    """The case asks for what this peer does not compute."""
+
+
+def second_head(hidden_p: torch.Tensor, hidden_q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The second view's weight: held fixed where the view is and the first learns."""
+    return weight if hidden_q.requires_grad == hidden_p.requires_grad else weight.detach()
 
 
 def eager(hidden_p, hidden_q, weight, targets, kind="kl") -> TokenDivergence:
     """What a trainer writes without the operator: both views' logits, softmax in float32."""
     dtype = statistics_dtype(hidden_p)
-    lp, lq = (torch.log_softmax(F.linear(h, weight).to(dtype), -1) for h in (hidden_p, hidden_q))
+    pairs = ((hidden_p, weight), (hidden_q, second_head(hidden_p, hidden_q, weight)))
+    lp, lq = (torch.log_softmax(F.linear(h, w).to(dtype), -1) for h, w in pairs)
     p, q = lp.exp(), lq.exp()
     columns = {"kl": lambda: (p * (lp - lq)).sum(-1), "js": lambda: jensen_shannon(lp, lq, p, q)}
     kinds = (kind,) if isinstance(kind, str) else kind
@@ -39,18 +58,87 @@ def jensen_shannon(lp, lq, p, q):
     return ((p * (lp - log_mean)).sum(-1) + (q * (lq - log_mean)).sum(-1)) / 2
 
 
-def forward_or_both(fn: Callable[..., TokenDivergence]) -> Callable[..., Any]:
-    """Forward alone where no input requires gradients; else the mean divergence and its gradients."""
-    train = harness.with_backward(fn, ("hidden_p", "hidden_q", "weight"), lambda out, inputs: out.divergence.mean())
+def ours(hidden_p, hidden_q, weight, targets, kind="kl", *, backend: str) -> TokenDivergence:
+    head_q = second_head(hidden_p, hidden_q, weight)
+    options = {"targets": targets, "kind": kind, "weight_q": None if head_q is weight else head_q}
+    return linear_token_divergence(hidden_p, hidden_q, weight, **options, backend=backend)
+
+
+# What the peers call it: the first view is the student, beta = 1 the divergence KL(student || teacher).
+BETAS = {"kl": 1.0, "js": 0.5}
+
+
+def trl(hidden_p, hidden_q, weight, targets, kind="kl") -> TokenDivergence:
+    """TRL's head of its distillation trainers: divergence and the student's entropy."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    if kind not in BETAS or hidden_q.requires_grad:
+        raise NotComparableError("TRL's head has one kind at a time and a gradient in the student alone")
+    head_q = second_head(hidden_p, hidden_q, weight)
+    found = ChunkedDivergenceFunction.apply(hidden_p, weight, None, hidden_q, head_q, None, BETAS[kind])
+    return TokenDivergence(found[0], None, None, found[1], None)
+
+
+def student_alone(hidden_p, hidden_q, kind) -> None:
+    if kind not in BETAS or hidden_q.requires_grad or not hidden_p.requires_grad:
+        raise NotComparableError("Liger's heads train the student on one mean: no values per token, no second gradient")
+
+
+def liger(hidden_p, hidden_q, weight, targets, kind="kl") -> TokenDivergence:
+    """Liger's fused linear JSD, a Triton kernel in chunks; a mean over rows."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    student_alone(hidden_p, hidden_q, kind)
+    loss = LigerFusedLinearJSD(jsd_beta=BETAS[kind], accum_dtype=torch.float32)
+    return TokenDivergence(loss(hidden_p, weight, hidden_q, weight.detach(), None), None, None, None, None)
+
+
+def liger_chunked(hidden_p, hidden_q, weight, targets, kind="kl", *, compiled: bool) -> TokenDivergence:
+    """Liger's distillation loss in chunked PyTorch, without its cross-entropy; a mean over rows."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    student_alone(hidden_p, hidden_q, kind)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[kind], compiled=compiled)
+    value = loss(hidden_p, weight, hidden_q, weight.detach(), targets)
+    return TokenDivergence(value, None, None, None, None)
+
+
+@torch.no_grad()
+def bare_products(hidden_p, hidden_q, weight, targets, kind="kl") -> dict[str, torch.Tensor]:
+    """The floor; the logits stand for their gradient."""
+    for hidden in (hidden_p, hidden_q):
+        logits = hidden @ weight.t()
+        if hidden.requires_grad:
+            logits @ weight
+            logits.t() @ hidden
+    return {}
+
+
+def forward_or_both(fn: Divergence) -> Callable[..., Any]:
+    """Forward alone where no input requires gradients; else the mean divergence and the gradients of those that do.
+
+    Both call their first result "divergence", so that a peer with fewer results can name what is compared.
+    """
 
     def call(**inputs: Any) -> Any:
-        return train(**inputs) if inputs["weight"].requires_grad else fn(**inputs)
+        learn = [name for name in ("hidden_p", "hidden_q", "weight") if inputs[name].requires_grad]
+        if not learn:
+            return fn(**inputs)
+        found = harness.with_backward(fn, learn, lambda out, _: out.divergence.mean())(**inputs)
+        return {"divergence": found.pop("value"), **found}
 
     return call
 
 
 def make_inputs(
-    device: torch.device, *, rows: int, hidden: int, vocab: int, dtype: torch.dtype, train: bool, kind="kl"
+    device: torch.device,
+    *,
+    rows: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype,
+    learn: tuple[str, ...] = (),
+    kind: str | tuple[str, ...] = "kl",
 ) -> dict[str, Any]:
     """Logits of standard deviation 3; the second view differs from the first by a tenth."""
     generator = torch.Generator(device).manual_seed(0)
@@ -62,48 +150,81 @@ def make_inputs(
     hidden_q = hidden_p + 0.1 * normal(rows, hidden)
     weight = normal(vocab, hidden) * (3.0 / hidden**0.5)
     made = {"hidden_p": hidden_p, "hidden_q": hidden_q, "weight": weight}
-    made = {name: tensor.to(dtype).requires_grad_(train) for name, tensor in made.items()}
+    made = {name: tensor.to(dtype).requires_grad_(name in learn) for name, tensor in made.items()}
     return made | {"targets": torch.randint(vocab, (rows,), generator=generator, device=device), "kind": kind}
 
 
+BOTH, FIRST = ("hidden_p", "hidden_q", "weight"), ("hidden_p", "weight")
+
+
 def case(
-    name: str, rows: int, hidden: int, vocab: int, dtype: torch.dtype, *, train=False, kind="kl", quick=True
+    name: str,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    learn: tuple[str, ...] = (),
+    kind: str | tuple[str, ...] = "kl",
+    quick: bool = True,
 ) -> Case:
-    """A Case; products count 2 N H V each: two for scoring, six with the gradients of both views and the head."""
-    sizes = {"hidden": hidden, "vocab": vocab, "dtype": dtype, "train": train, "kind": kind}
+    """A Case of sizes (N, H, V); products count 2 N H V each: two forward, and two for each view that learns."""
+    rows, hidden, vocab = sizes
+    settings = {"hidden": hidden, "vocab": vocab, "dtype": dtype, "learn": learn, "kind": kind}
     params = {"N": rows, "H": hidden, "V": vocab, "dtype": str(dtype).removeprefix("torch."), "kind": str(kind)}
+    views = sum(name.startswith("hidden") for name in learn)
     return Case(
         name,
         params,
-        partial(make_inputs, rows=rows, **sizes),
-        gate_inputs=partial(make_inputs, rows=min(rows, 64), **sizes),
+        partial(make_inputs, rows=rows, **settings),
+        gate_inputs=partial(make_inputs, rows=min(rows, 64), **settings),
         floor=20.0,  # log-probabilities of this size are what divergences subtract
-        flops=2.0 * rows * hidden * vocab * (6 if train else 2),
+        flops=2.0 * rows * hidden * vocab * (2 + 2 * views),
         quick=quick,
     )
 
 
 def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
+        full = torch.float32
         return [
-            case("score-tiny", 2048, 128, 1024, torch.float32),
-            case("score-32k", 1024, 512, 32_000, torch.float32),
-            case("score-32k-kl-js", 1024, 512, 32_000, torch.float32, kind=("kl", "js"), quick=False),
-            case("train-32k", 1024, 512, 32_000, torch.float32, train=True),
-            case("score-152k", 256, 256, 151_936, torch.float32, quick=False),
+            case("score-tiny", (2048, 128, 1024), full),
+            case("score-32k", (1024, 512, 32_000), full),
+            case("score-32k-kl-js", (1024, 512, 32_000), full, kind=("kl", "js"), quick=False),
+            case("train-32k", (1024, 512, 32_000), full, learn=BOTH),
+            case("distil-32k", (1024, 512, 32_000), full, learn=FIRST),
+            case("score-152k", (256, 256, 151_936), full, quick=False),
         ]
+    half = torch.bfloat16
     return [
-        case("score-3b", 8192, 2048, 151_936, torch.bfloat16),
-        case("score-7b", 8192, 3584, 152_064, torch.bfloat16, quick=False),
-        case("train-3b", 4096, 2048, 151_936, torch.bfloat16, train=True),
+        case("score-3b", (8192, 2048, 151_936), half),
+        case("train-3b", (4096, 2048, 151_936), half, learn=BOTH),
+        case("distil-3b", (4096, 2048, 151_936), half, learn=FIRST),
+        case("distil-3b-js", (4096, 2048, 151_936), half, learn=FIRST, kind="js", quick=False),
+        case("score-3b-kl-js", (8192, 2048, 151_936), half, kind=("kl", "js"), quick=False),
+        case("score-7b", (8192, 3584, 152_064), half, quick=False),
+        case("train-14b-128k", (4096, 5120, 128_256), half, learn=BOTH, quick=False),
+        case("score-7b-64k", (65_536, 3584, 152_064), half, quick=False),
     ]
 
 
 def main(argv=None) -> int:
     args = harness.parse_args("divergence", argv)
+    on_gpu = None if args.device.type == "cuda" else "its kernels need a GPU"
+    have_liger = missing("liger_kernel")
+    gradients = ("divergence", "d_hidden_p", "d_weight")
+
+    def peer(name: str, fn: Divergence, skip: str | None, compare: tuple[str, ...] | None = None) -> Contender:
+        return Contender(name, forward_or_both(fn), peer=True, skip=skip, compare=compare)
+
+    chunked = partial(liger_chunked, compiled=no_compiler(args.device) is None)
     contenders = [
         Contender("eager", forward_or_both(eager), baseline=True),
-        Contender("portable", forward_or_both(partial(linear_token_divergence, backend="portable"))),
+        peer("eager, compiled", compiled_per_shape(eager), no_compiler(args.device)),
+        Contender("portable", forward_or_both(partial(ours, backend="portable"))),
+        Contender("triton", forward_or_both(partial(ours, backend="triton")), skip=TRITON_MISSING or on_gpu),
+        peer("TRL", trl, missing("trl.kernels.chunked_divergence"), ("divergence",)),
+        peer("Liger fused JSD", liger, have_liger or on_gpu, gradients),
+        peer("Liger chunked JSD", chunked, have_liger, gradients),
+        Contender("bare products", bare_products, floor=True),
     ]
     return harness.run("divergence", cases(args.device), contenders, args)
 

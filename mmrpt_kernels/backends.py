@@ -101,6 +101,11 @@ for _op in ("logprobs", "policy_loss", "token_loss"):
     if _INTERPRETED:
         _why = "Triton's interpreter, for tests"
         TABLE.append(Row(_op, "triton", ("cpu",), FLOATS[:3], (), _why, by_name=True, missing=TRITON_MISSING))
+_why = "one sweep over both views' logits (two for js and hellinger); gradients in the products' dtype"
+TABLE.append(Row("divergence", "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
+if _INTERPRETED:  # no products in its kernels: bfloat16 too
+    _why = "Triton's interpreter, for tests"
+    TABLE.append(Row("divergence", "triton", ("cpu",), FLOATS[:3], (), _why, True, TRITON_MISSING))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
     TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))

@@ -6,15 +6,21 @@ from typing import NamedTuple
 
 import torch
 
-from mmrpt_kernels.backends import select
+from mmrpt_kernels.backends import TRITON_MISSING, select
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
 from mmrpt_kernels.common.checks import check, check_dtype, check_same_device, check_shape
 from mmrpt_kernels.common.head import FLOAT_DTYPES, HeadOptions, check_head, statistics_dtype
-from mmrpt_kernels.divergence import portable, reference
+from mmrpt_kernels.divergence import portable, reference, stream
 
 __all__ = ["KINDS", "TokenDivergence", "linear_token_divergence"]
 
 KINDS = ("kl", "reverse_kl", "js", "hellinger", "k3")
+# What makes the row kernels of a call, by backend.
+ROW_KERNELS = {"portable": portable.row_kernels}
+if not TRITON_MISSING:
+    from mmrpt_kernels.divergence import triton
+
+    ROW_KERNELS["triton"] = triton.row_kernels
 
 
 class TokenDivergence(NamedTuple):
@@ -79,14 +85,17 @@ def linear_token_divergence(
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size)
     hidden_p, hidden_q, weight, weight_q, bias = cast_for_autocast(hidden_p, hidden_q, weight, weight_q, bias)
-    name = select("divergence", device=hidden_p.device, dtype=hidden_p.dtype, requested=backend)
+    dtype = statistics_dtype(hidden_p, hidden_q, weight, weight_q, bias)
+    dtype = dtype if dtype == torch.float64 else hidden_p.dtype
+    name = select("divergence", device=hidden_p.device, dtype=dtype, requested=backend)
     lead = hidden_p.shape[:-1]
     flat_p, flat_q = hidden_p.reshape(-1, hidden_p.shape[-1]), hidden_q.reshape(-1, hidden_q.shape[-1])
     flat_targets = None if targets is None else targets.reshape(-1)
     if name == "reference":
         rows = reference.token_divergence(flat_p, flat_q, weight, weight_q, bias, flat_targets, kinds, options)
     else:
-        rows = _operator(flat_p, flat_q, weight, weight_q, bias, flat_targets, ",".join(kinds), *options, chunk_size)
+        tensors = (flat_p, flat_q, weight, weight_q, bias, flat_targets)
+        rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name)
     divergence, logps_p, logps_q, entropy_p, entropy_q = rows
     divergence = divergence[:, 0].reshape(lead) if isinstance(kind, str) else divergence.reshape(*lead, len(kinds))
     if targets is None:
@@ -135,14 +144,15 @@ def _operator(
     softcap: float,
     logit_scale: float,
     chunk_size: int | None,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = HeadOptions(temperature, softcap, logit_scale)
-    head = portable.Head(weight, weight if weight_q is None else weight_q, bias, options)
-    return portable.forward(hidden_p, hidden_q, head, targets, tuple(kinds.split(",")), chunk_size)
+    settings = (HeadOptions(temperature, softcap, logit_scale), tuple(kinds.split(",")), chunk_size)
+    problem = stream.Problem(hidden_p, hidden_q, weight, weight_q, bias, targets, *settings)
+    return stream.forward(ROW_KERNELS[backend](problem), problem)
 
 
 @_operator.register_fake
-def _(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, temperature, softcap, logit_scale, chunk_size):
+def _(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, *_settings):
     rows, dtype = hidden_p.shape[0], statistics_dtype(hidden_p, hidden_q, weight)
     with_targets = 0 if targets is None else rows
     divergence = hidden_p.new_empty(rows, len(kinds.split(",")), dtype=dtype)
@@ -169,15 +179,14 @@ def _operator_backward(
     softcap: float,
     logit_scale: float,
     chunk_size: int | None,
+    backend: str,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = HeadOptions(temperature, softcap, logit_scale)
-    head = portable.Head(weight, weight if weight_q is None else weight_q, bias, options)
+    settings = (HeadOptions(temperature, softcap, logit_scale), tuple(kinds.split(",")), chunk_size)
+    problem = stream.Problem(hidden_p, hidden_q, weight, weight_q, bias, targets, *settings)
     on_targets = (None, None) if targets is None else (grad_logps_p, grad_logps_q)
-    grads = portable.RowGrads(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
-    made = portable.backward(
-        grads, hidden_p, hidden_q, head, weight_q is None, targets, tuple(kinds.split(",")), chunk_size, needs
-    )
+    grads = stream.RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
+    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, needs)
     sources = (hidden_p, hidden_q, weight, weight_q, bias)
     return tuple(
         hidden_p.new_empty(0) if grad is None else grad.to(source.dtype)
@@ -186,24 +195,24 @@ def _operator_backward(
 
 
 @_operator_backward.register_fake
-def _(gd, glp, glq, gep, geq, hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, t, c, s, chunk_size, needs):
+def _(gd, glp, glq, gep, geq, hidden_p, hidden_q, weight, weight_q, bias, *settings_and_needs):
     sources = (hidden_p, hidden_q, weight, weight_q, bias)
     return tuple(
         source.new_empty(source.shape) if need else hidden_p.new_empty(0)
-        for source, need in zip(sources, needs, strict=True)
+        for source, need in zip(sources, settings_and_needs[-1], strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.kinds, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _backward(ctx, *grads):
     needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-    settings = (ctx.kinds, ctx.temperature, ctx.softcap, ctx.logit_scale, ctx.chunk_size)
-    made = _operator_backward(*grads, *ctx.saved_tensors, *settings, needs)
-    return (*(grad if need else None for grad, need in zip(made, needs, strict=True)), *([None] * 6))
+    made = _operator_backward(*grads, *ctx.saved_tensors, *ctx.settings, needs)
+    nothing = (None,) * (1 + len(ctx.settings))
+    return (*(grad if need else None for grad, need in zip(made, needs, strict=True)), *nothing)
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

@@ -40,23 +40,25 @@ def mixed_sum(out, seed: int, keep: torch.Tensor | None = None) -> torch.Tensor:
     for part in out:
         if part is None:
             continue
-        factors = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)
+        factors = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part)
         if keep is not None:
             part, factors = part[keep], factors[keep]
         total = total + (part * factors).sum()
     return total
 
 
-def run(case, backend, dtype, seed, kind=KINDS, upcast=False):
-    """Outputs and gradients of one backend by name; `upcast` computes in float64 from inputs rounded to `dtype`."""
-    made = head_inputs(case, dtype=dtype, seed=seed)
+def run(case, backend, dtype, seed, kind=KINDS, upcast=False, device="cpu"):
+    """Outputs and gradients of one backend by name, brought back to the CPU; `upcast` computes in float64 from inputs
+    rounded to `dtype`."""
+    made = head_inputs(case, dtype=dtype, device=device, seed=seed)
     if upcast:
         made = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in made.items()}
     wrt = leaves(made)
     with poisoned_memory():
         out = call(made, case, kind=kind, backend=backend)
         gradients = torch.autograd.grad(mixed_sum(out, seed), list(wrt.values()))
-    return out._asdict() | {f"d_{name}": g for name, g in zip(wrt, gradients, strict=True)}
+    found = out._asdict() | {f"d_{name}": g for name, g in zip(wrt, gradients, strict=True)}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 class TestReference:
@@ -354,9 +356,11 @@ class TestIntegration:
         made = head_inputs(SMALL, seed=seed)
         hidden, hidden_q, weight, bias = (made[n].requires_grad_() for n in ("hidden", "hidden_q", "weight", "bias"))
         operator = torch.ops.mmrpt_kernels.linear_token_divergence.default
-        rest = ("kl,js,hellinger,k3", 0.8, 4.0, 1.3, 4)
+        rest = ("kl,js,hellinger,k3", 0.8, 4.0, 1.3, 4, "portable")
         torch.library.opcheck(operator, (hidden, hidden_q, weight, None, bias, made["targets"], *rest))
-        torch.library.opcheck(operator, (hidden, hidden_q, weight, weight, None, None, "kl", 1.0, 0.0, 1.0, None))
+        torch.library.opcheck(
+            operator, (hidden, hidden_q, weight, weight, None, None, "kl", 1.0, 0.0, 1.0, None, "portable")
+        )
 
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     def test_compile_without_graph_break(self, backend, fresh_compiler, seed):
@@ -423,11 +427,13 @@ class TestIntegration:
 
         made = head_inputs(HeadCase("long", 400, 4, 500, ignored="none"))
         from mmrpt_kernels.common.head import HeadOptions
-        from mmrpt_kernels.divergence import portable
+        from mmrpt_kernels.divergence import portable, stream
 
-        head = portable.Head(made["weight"], made["weight"], None, HeadOptions())
+        tensors = (made["hidden"], made["hidden_q"], made["weight"], None, None, made["targets"])
+        problem = stream.Problem(*tensors, HeadOptions(), KINDS, 10)
+        kernels = portable.row_kernels(problem)
         with Largest() as seen:
-            portable.forward(made["hidden"], made["hidden_q"], head, made["targets"], KINDS, 10)
+            stream.forward(kernels, problem)
         assert 10 * 500 <= seen.size <= 2 * 10 * 500
 
 
@@ -449,7 +455,7 @@ class TestRefusals:
             ({"targets": torch.tensor([0, 20, 1])}, ("targets", "20", "vocabulary")),
             ({"temperature": 0.0}, ("temperature",)),
             ({"chunk_size": 0}, ("chunk_size",)),
-            ({"backend": "triton"}, ("divergence", "triton", "portable")),
+            ({"backend": "cuda"}, ("divergence", "cuda", "portable")),
         ],
     )
     def test_refusal_says_what_and_how(self, change, words):

@@ -1,0 +1,79 @@
+"""Device helpers that the kernels share: the head's transform, log-probabilities, and what a row's parts merge to."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mmrpt_kernels.common.head import HeadOptions
+
+__all__ = ["LOWEST", "clamped", "factors", "load_words", "mean_logs", "tiles", "transformed"]
+
+# Words that a program takes at a time, and in all; fixed, so that a row's sums are the same in every batch and chunk.
+# 152k words are 19 programs a row: a chunk of a few rows still fills a GPU. Chosen by compiling
+# (tests/kernels/test_divergence_compile.py), not yet timed.
+BLOCK = 1024
+SPAN = 8192
+WARPS = 4
+
+# The maximum of no words. Finite, because inf - inf is NaN.
+LOWEST = tl.constexpr(-1e38)
+
+
+def tiles() -> dict[str, int]:
+    """What the sweeps over the vocabulary are launched with."""
+    return {"SPAN": SPAN, "BLOCK": BLOCK, "num_warps": WARPS}
+
+
+def factors(options: HeadOptions) -> tuple[float, float]:
+    """(inner, outer) of `transformed`."""
+    temperature, softcap, logit_scale = options
+    return (logit_scale / softcap, softcap / temperature) if softcap > 0.0 else (1.0, logit_scale / temperature)
+
+
+@triton.jit
+def tanh(x):
+    """tanh in float32: near 0 the exponential form cancels, so the Taylor series up to x**11 takes over."""
+    u = x * x
+    series = -1382.0 / 155925.0 * u + 62.0 / 2835.0
+    series = series * u - 17.0 / 315.0
+    series = series * u + 2.0 / 15.0
+    series = series * u - 1.0 / 3.0
+    near = x + x * u * series
+    # exp overflows to inf where tanh is 1, and 2 / inf is 0.
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def transformed(raw, inner, outer, CAPPED: tl.constexpr):
+    """(z, d z / d raw) of raw logits: z = outer * tanh(inner * raw) where CAPPED, else outer * raw."""
+    if CAPPED:
+        bent = tanh(raw * inner)
+        return bent * outer, (1.0 - bent * bent) * (inner * outer)
+    else:
+        return raw * outer, outer
+
+
+@triton.jit
+def load_words(row, word, vocab, inner, outer, CAPPED: tl.constexpr):
+    """(z, d z / d raw) of some words of one row; z = -inf beyond the vocabulary, which has probability 0."""
+    z, slope = transformed(tl.load(row + word, mask=word < vocab, other=0.0), inner, outer, CAPPED)
+    return tl.where(word < vocab, z, float("-inf")), slope
+
+
+@triton.jit
+def clamped(x, low, high):
+    """x in [low, high]; NaN stays."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def mean_logs(difference):
+    """log(p / m) and log(q / m), m = (p + q) / 2, from log p - log q; exactly 0 where that is 0, and never inf - inf.
+
+    log(p / m) = -log((1 + exp(-r)) / 2); for r < 0 the same is r - log((1 + exp(r)) / 2).
+    """
+    bend = -tl.log(0.5 + 0.5 * tl.exp(-tl.abs(difference)))
+    return bend + tl.where(difference < 0.0, difference, 0.0), bend - tl.where(difference > 0.0, difference, 0.0)
