@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from mmrpt.types import MaskedSample  # noqa: E402
 from mmrpt_kernels import linear_policy_loss, perception_weights  # noqa: E402
 from mmrpt_kernels.integrations.trl import fused_head  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 1.3
 
 
@@ -275,3 +278,15 @@ def test_masked_samples_as_a_dataset(dataset, pairs, tmp_path):
     write_jsonl(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match="holds no masked sample"):
         masked_dataset(tmp_path / "empty.jsonl", pairs)
+
+
+def test_the_example_of_the_docs_runs(tmp_path):
+    spec = importlib.util.spec_from_file_location("trl_example", ROOT / "docs" / "trl_example.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = example.main([str(tmp_path), "--warmup", "1", "--steps", "2", "--pairs", "12"])
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 2 and all("perception/score" in entry for entry in steps)
+    assert utils._ChunkedLogProbFunction.__name__ == "ChunkedLogProbFunction"
