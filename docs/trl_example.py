@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> PerceptionGRPOTrainer:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     pairs = World(WorldConfig(max_cards=1, language_bias=0.0)).source("train", args.pairs)
-    texts = [pairs[i].caption for i in range(min(200, len(pairs)))]
-    policy = build_tiny_vlm(TinyVLMConfig(), texts, images=[pairs.image(pairs[i].id) for i in range(64)])
+    some = [pairs[i] for i in range(min(64, len(pairs)))]
+    images = [pairs.image(example.id) for example in some]
+    policy = build_tiny_vlm(TinyVLMConfig(), [example.caption for example in some], images=images)
     warm_up(policy, pairs, args.warmup)
 
     # A run of mmrpt.train writes this file from attention; here the truth says which words need the image.
