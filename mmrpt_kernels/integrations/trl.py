@@ -140,13 +140,15 @@ def _other_outputs(call: HeadCall, logps: torch.Tensor) -> dict[str, torch.Tenso
     for the rest, and where only `is_top1` is wanted, for rows alone whose target might not be the first.
     """
     wanted = set(call.outputs) & set(OUTPUTS[1:])
+    if not wanted:
+        return {}
     hidden, weight, bias = cast_for_autocast(call.hidden, call.weight, call.bias)
     options, found = call.options(), {}
     if "mean_logits" in wanted and options.softcap == 0.0:
         wanted.remove("mean_logits")
         found["mean_logits"] = _mean_logits(hidden, weight, bias, options)
-    if not wanted:
-        return found
+        if not wanted:
+            return found
     decided = logps > SURELY_FIRST if wanted == {"is_top1"} else torch.zeros_like(logps, dtype=torch.bool)
     rows = (~decided).nonzero().squeeze(-1)
     for name in wanted:

@@ -250,6 +250,7 @@ print(FusedLinearForPPO.forward.__module__)
 
 
 @needs_verl
+@pytest.mark.slow
 def test_importing_verl_loads_the_plugin(tmp_path):
     assert import_verl(tmp_path, SHOW).stdout.strip().endswith("verl.utils.experimental.torch_functional")
     done = import_verl(tmp_path, SHOW, MMRPT_VERL="1")
