@@ -66,12 +66,11 @@ def masked_dataset(path: str | Path, source: PairSource, prompts: PromptSettings
 
 
 class _ImageProcessor(Qwen2_5_VLProcessor):
-    """The family's processor for images and text; transformers makes its video part only with torchvision."""
+    """The family's processor for images and text, of parts that need not be of the family's own classes: its video part
+    exists only with torchvision, and transformers 4 asks for Qwen's tokenizer class."""
 
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        if argument_name == "video_processor" and argument is None:
-            return None
-        return super().check_argument_for_proper_class(argument_name, argument)
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+        return None
 
 
 def processor_of(policy: Policy) -> Qwen2_5_VLProcessor:
@@ -80,6 +79,7 @@ def processor_of(policy: Policy) -> Qwen2_5_VLProcessor:
     For a model folder with all of its files, where torchvision is installed, `AutoProcessor` gives the same.
     """
     policy.tokenizer.padding_side = "left"  # prompts are followed by what is sampled
+    policy.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # a plain tokenizer of 4.x adds token types
     return _ImageProcessor(
         image_processor=policy.image_processor,
         tokenizer=policy.tokenizer,
