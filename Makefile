@@ -24,7 +24,7 @@ $(VENV)/.stamp-train: $(SOURCES)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(SOURCES)
-	$(PYTHON) scripts/bootstrap.py --venv $(VENV) --extras train,data,dev
+	$(PYTHON) scripts/bootstrap.py --venv $(VENV) --extras train,data,trl,dev
 	@touch $@ $(VENV)/.stamp-train
 
 demo: $(VENV)/.stamp-train

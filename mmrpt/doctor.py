@@ -8,6 +8,7 @@ nothing is wrong; notes (no GPU, no extension) do not count as wrong.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -126,6 +127,21 @@ def _check_gpus() -> Iterator[Finding]:
         device = torch.cuda.get_device_properties(index)
         text = f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB"
         yield Finding("ok", f"GPU {index}", text)
+
+
+def check_trainers() -> Iterator[Finding]:
+    """Whether the adapters of mmrpt_kernels.integrations know the installed TRL and verl; either may be absent."""
+    for name in ("trl", "verl"):
+        have, what = _installed(name), f"adapter of {name}"
+        if have is None:
+            yield Finding("note", what, f"{name} is not installed; nothing but the adapter needs it")
+            continue
+        try:
+            with importlib.import_module(f"mmrpt_kernels.integrations.{name}").fused_head():
+                yield Finding("ok", what, f"knows {name} {have}: its fused head can be replaced")
+        except Exception as error:  # an optional package that is broken, or an unknown release
+            remedy = f"pip install 'mmrpt[{name}]', or train with {name}'s own head: only the adapter needs it"
+            yield Finding("note", what, f"{type(error).__name__}: {error}", remedy)
 
 
 def check_assets() -> Iterator[Finding]:
@@ -278,6 +294,7 @@ def examine() -> Iterator[Finding]:
     yield from check_machine()
     yield from check_packages(requirements(None), "pip install mmrpt")
     yield from check_packages(requirements("train"), "pip install 'mmrpt[train]'")
+    yield from check_trainers()
     yield from check_assets()
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     yield from check_operators(devices)

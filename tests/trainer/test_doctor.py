@@ -6,7 +6,9 @@ import subprocess
 import sys
 import tomllib
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +116,20 @@ def test_something_wrong_means_exit_code_one(monkeypatch: pytest.MonkeyPatch, ca
     assert doctor.main([]) == 1
     printed = capsys.readouterr().out
     assert "-> free some" in printed and "1 of 2 checks found something wrong" in printed
+
+
+def test_the_adapters_are_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    assert {f.what: f.state for f in doctor.check_trainers()} == {"adapter of trl": "note", "adapter of verl": "note"}
+
+    def adapter(name: str) -> SimpleNamespace:
+        def refuse():
+            raise RuntimeError("verl: got 0.4, expected >=0.9,<0.10")
+
+        return SimpleNamespace(fused_head=nullcontext if name.endswith(".trl") else refuse)
+
+    monkeypatch.setattr(doctor, "_installed", lambda name: "1.16.0" if name == "trl" else "0.4")
+    monkeypatch.setattr(doctor.importlib, "import_module", adapter)
+    known, unknown = doctor.check_trainers()
+    assert known.state == "ok" and "knows trl 1.16.0" in known.text
+    assert unknown.state == "note" and "got 0.4" in unknown.text and "mmrpt[verl]" in unknown.remedy

@@ -1,0 +1,1 @@
+"""The method inside other trainers, imported on demand only: `from mmrpt.integrations import trl`."""

@@ -1,0 +1,227 @@
+"""The method inside TRL: masked samples as its dataset, and GRPO whose tokens learn by how much they need the image.
+
+    dataset = masked_dataset("runs/demo/masked.jsonl", source)
+    trainer = PerceptionGRPOTrainer(model, [format_reward, exact_reward], args=GRPOConfig(...), train_dataset=dataset,
+                                    processing_class=processor)
+    trainer.train()
+
+VPPO's filter and shaping equal the ordinary loss with token-level advantages A * alpha(trajectory) * mask(token), and
+GRPOTrainer takes those: the one method overridden is `_generate_and_score_completions`, which writes them. Rewards are
+mmrpt.rewards as they are. `mmrpt_kernels.integrations.trl.enable_fused_head()` besides makes the filter save work.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2_5_VLProcessor
+from trl import GRPOTrainer
+
+from mmrpt.config import PerceptionSettings, PromptSettings
+from mmrpt.data.images import blacken_patches, seed_of
+from mmrpt.data.jsonl import read_jsonl
+from mmrpt.models import Policy
+from mmrpt.perception import shape_and_filter
+from mmrpt.rollout.prompts import restore_text
+from mmrpt.types import MaskedSample, PairSource
+from mmrpt_kernels import linear_token_divergence
+from mmrpt_kernels.integrations.trl import Head, HeadCall, replaced_head
+
+__all__ = ["PerceptionGRPOTrainer", "masked_dataset", "processor_of"]
+
+
+def masked_dataset(path: str | Path, source: PairSource, prompts: PromptSettings | None = None) -> Dataset:
+    """Masked samples (JSON lines, as a run writes them) as a dataset for `GRPOTrainer`; images are read on demand.
+
+    Columns: `prompt`, one user turn that asks for the span; `image`; `answer`, the span, which mmrpt.rewards read, and
+    again as `solution`, where TRL's rewards look for it; `id` and `example_id`.
+    """
+    prompts = prompts or PromptSettings()
+    samples = [MaskedSample(**row) for row in read_jsonl(path)]
+    if not samples:
+        raise ValueError(f"{path} holds no masked sample: expected JSON lines; run the masking stage first.")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": restore_text(sample, prompts)}],
+            "answer": sample.answer,
+            "solution": sample.answer,
+            "id": sample.id,
+            "example_id": sample.example_id,
+        }
+        for sample in samples
+    ]
+
+    def with_images(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return batch | {"image": [source.image(example) for example in batch["example_id"]]}
+
+    return Dataset.from_list(rows).with_transform(with_images)
+
+
+class _ImageProcessor(Qwen2_5_VLProcessor):
+    """The family's processor for images and text, of parts that need not be of the family's own classes: its video part
+    exists only with torchvision, and transformers 4 asks for Qwen's tokenizer class."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+        return None
+
+
+def processor_of(policy: Policy) -> Qwen2_5_VLProcessor:
+    """What TRL takes as `processing_class`, of a policy's own tokenizer and image processor. No video.
+
+    For a model folder with all of its files, where torchvision is installed, `AutoProcessor` gives the same.
+    """
+    policy.tokenizer.padding_side = "left"  # prompts are followed by what is sampled
+    policy.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # a plain tokenizer of 4.x adds token types
+    return _ImageProcessor(
+        image_processor=policy.image_processor,
+        tokenizer=policy.tokenizer,
+        video_processor=None,
+        chat_template=policy.tokenizer.chat_template,
+    )
+
+
+class PerceptionGRPOTrainer(GRPOTrainer):
+    """GRPO with VPPO's perception: token filter and trajectory weights (arXiv 2510.09285) as (B, T) advantages.
+
+    After TRL has sampled and rewarded, each response is read once more with its image and once with black patches over
+    it; the divergence of the two is the token's perception. Trajectories whose advantage is zero stay out of the
+    statistics, as dropped groups do in the method. Evaluation is TRL's.
+
+    Metrics: `perception/score` (mean over response tokens), `perception/kept` (share of tokens with gradient), and,
+    where a sampler reports log-probs and TRL itself does not compare them, `sampling/sampling_logp_difference/mean` and
+    `/max`: how far the trainer's log-probs are from the sampler's.
+    """
+
+    def __init__(self, *args: Any, perception: PerceptionSettings | None = None, **kwargs: Any) -> None:
+        """As GRPOTrainer. `perception`: divergence, patches, share of tokens kept, lowest weight."""
+        super().__init__(*args, **kwargs)
+        self.perception = perception or PerceptionSettings()
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out = super()._generate_and_score_completions(inputs)
+        if not self.model.training or not self.perception.enabled:
+            return out
+        scores, logps = self._token_perception(out, inputs)
+        response = out["completion_mask"].bool()
+        if "tool_mask" in out:
+            response = response & out["tool_mask"].bool()
+        advantages = out["advantages"][:, None]
+        counted = response & (advantages != 0)
+        options = self.perception
+        weights = shape_and_filter(
+            scores, counted, keep_ratio=options.keep_ratio, min_weight=options.min_weight
+        )  # every rank must call: the statistics are of all ranks' trajectories
+        self._log_mean("perception/score", scores[response])
+        self._log_mean("perception/kept", weights.perception_mask[counted].float())
+        self._log_sampler_gap(out, logps, response)
+        return out | {"advantages": advantages * weights.trajectory_weights[:, None] * weights.perception_mask}
+
+    @torch.no_grad()
+    def _token_perception(self, out: dict[str, Any], inputs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Divergence of the two views and log-probs given the image, (B, T) float32 each, of every response token.
+
+        Both views run through TRL's own scoring pass, which knows how to batch the inputs of every model family. In
+        place of its head stand two others: one that keeps the hidden states of the true view, and one that compares
+        the perturbed view with them and hands divergence and log-prob back in the places of log-prob and entropy.
+        """
+        views: list[Tensor] = []
+
+        def keep(call: HeadCall) -> tuple[Tensor | None, ...]:
+            views.append(call.hidden)
+            return torch.zeros_like(call.targets, dtype=torch.float32), None, None, None, None
+
+        def compare(call: HeadCall) -> tuple[Tensor | None, ...]:
+            options = call.options()._asdict()
+            found = linear_token_divergence(
+                views.pop(0),
+                call.hidden,
+                call.weight,
+                targets=call.targets,
+                kind=self.perception.kind,
+                bias=call.bias,
+                **options,
+            )
+            return found.divergence.float(), found.logps_p.float(), None, None, None
+
+        perturbed = out | {"pixel_values": self._perturbed_pixels(out, inputs)}
+        training = self.model.training
+        self.model.eval()  # dropout would differ between the views
+        try:
+            with replaced_head(Head(keep)):
+                self._score(out, compute_entropy=False)
+            with replaced_head(Head(compare)):
+                scores, logps, _ = self._score(perturbed, compute_entropy=True)
+        finally:
+            self.model.train(training)
+        return scores, logps
+
+    def _score(self, out: Mapping[str, Any], *, compute_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's scoring pass over the completions of `out`, with whatever image inputs the family has."""
+        taken = inspect.signature(self._get_per_token_logps_and_entropies).parameters
+        return self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1),
+            torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1),
+            out["completion_ids"].shape[1],
+            batch_size=self.args.per_device_train_batch_size,
+            compute_entropy=compute_entropy,
+            **{name: value for name, value in out.items() if name in taken},
+        )
+
+    def _perturbed_pixels(self, out: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> Tensor:
+        """`pixel_values` of the images with black patches. The same image gets the same patches within a step."""
+        images = [image for row in inputs for image in _images_of(row)]
+        options = self.perception
+        black = [
+            blacken_patches(
+                image,
+                seed=seed_of(self.args.seed, self.state.global_step, zlib.crc32(image.tobytes())),
+                patch_size=options.patch_size,
+                probability=options.probability,
+            )
+            for image in images
+        ]
+        pixels = self.processing_class.image_processor(images=black, return_tensors="pt")["pixel_values"]
+        expected = out["pixel_values"]
+        if pixels.shape != expected.shape:
+            raise ValueError(
+                f"perturbed pixel_values have shape {tuple(pixels.shape)}, the batch's {tuple(expected.shape)}: this "
+                "model family processes images together with their text, which perception scoring does not know; "
+                "train with perception=PerceptionSettings(enabled=False)."
+            )
+        return pixels.to(expected.device, expected.dtype)
+
+    def _log_mean(self, name: str, values: Tensor) -> None:
+        """Log the mean over all ranks' values."""
+        total = torch.stack([values.sum().float(), values.new_tensor(values.numel(), dtype=torch.float32)])
+        total, count = self.accelerator.reduce(total, reduction="sum").tolist()
+        self._metrics["train"][name].append(total / max(count, 1.0))
+
+    def _log_sampler_gap(self, out: Mapping[str, Any], logps: Tensor, response: Tensor) -> None:
+        sampled = out.get("sampling_per_token_logps")
+        name = "sampling/sampling_logp_difference"
+        if sampled is None or (self.use_vllm and self.vllm_importance_sampling_correction):
+            return
+        gap = (logps - sampled).abs()[response & ~torch.isnan(sampled)]
+        self._log_mean(f"{name}/mean", gap)
+        largest = gap.max() if gap.numel() else gap.new_zeros(())
+        self._metrics["train"][f"{name}/max"].append(self.accelerator.gather(largest).max().item())
+
+
+def _images_of(row: Mapping[str, Any]) -> list[Image.Image]:
+    """The images of a dataset row. Raises ValueError where perception cannot be scored."""
+    images = row["images"] if "images" in row else [row.get("image")]
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError(
+            f"a row holds {[type(image).__name__ for image in images]} under `image` or `images`: expected PIL images "
+            "in every row, which perception is scored by; load them with the dataset (datasets.Image() decodes)."
+        )
+    return images

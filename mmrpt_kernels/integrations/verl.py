@@ -1,0 +1,114 @@
+"""verl's fused lm heads replaced by `linear_logprobs`, for its FSDP workers with `use_fused_kernels=True`.
+
+    MMRPT_VERL=1 python -m verl.trainer.main_ppo ...     # every worker: verl loads the entry point of this package
+
+or, in a process of your own, `enable_fused_head()`. Both of verl's heads are replaced, that of its backends "torch" and
+"liger" and that of its backend "triton": verl looks them up at each forward pass. Log-probabilities and entropies are
+float32 whatever the model's dtype, and the backward pass does no work for tokens without a gradient: prompts, padding,
+zero advantages. Megatron's vocabulary-parallel head is not served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
+from mmrpt_kernels.logprobs import linear_logprobs
+
+__all__ = ["disable_fused_head", "enable_fused_head", "fused_head"]
+
+VERSIONS = ("0.9", "0.10")
+PARAMETERS = {
+    "FusedLinearForPPO.forward": ("self", "hidden_states", "vocab_weights", "input_ids", "temperature"),
+    "LinearCrossEntropy.forward": (
+        "ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group",
+    ),
+}  # fmt: skip
+# (owner, attribute, what stood there before) of each head that was replaced, the latest last.
+_replaced: list[tuple[object, str, Callable]] = []
+
+
+def enable_fused_head(*, self_check: bool = True, backend: str | None = None) -> None:
+    """Let verl compute log-probabilities and entropies by `linear_logprobs`, from now on in this process.
+
+    Args:
+        self_check: compare the first batch with plain PyTorch (a few rows; see `guards.SelfCheck`).
+        backend: of `linear_logprobs`, see mmrpt_kernels.backends.
+
+    Raises:
+        UnsupportedError: verl is missing, or not a release whose heads this adapter knows.
+    """
+    version = check_version("verl", *VERSIONS)
+    from verl.utils.experimental import torch_functional
+    from verl.utils.kernel import linear_cross_entropy as kernel
+
+    heads = {
+        "FusedLinearForPPO.forward": torch_functional.FusedLinearForPPO.forward,
+        "LinearCrossEntropy.forward": kernel.LinearCrossEntropy.forward,
+    }
+    for name, function in heads.items():
+        check_parameters(function, PARAMETERS[name], f"verl {version}: {name}")
+    forward, cross_entropy = _make_heads(SelfCheck(self_check), backend)
+    for owner, attribute, ours in (
+        (torch_functional.FusedLinearForPPO, "forward", forward),
+        (kernel, "linear_cross_entropy", cross_entropy),
+    ):
+        _replaced.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, ours)
+
+
+def disable_fused_head() -> None:
+    """Give verl its own heads back; harmless where they are there already."""
+    _restore(0)
+
+
+@contextmanager
+def fused_head(*, self_check: bool = True, backend: str | None = None) -> Iterator[None]:
+    """`enable_fused_head` inside the block; afterwards the heads are what they were before."""
+    depth = len(_replaced)
+    enable_fused_head(self_check=self_check, backend=backend)
+    try:
+        yield
+    finally:
+        _restore(depth)
+
+
+def _restore(depth: int) -> None:
+    """Undo the latest replacements until `depth` of them are left."""
+    while len(_replaced) > depth:
+        owner, attribute, before = _replaced.pop()
+        setattr(owner, attribute, before)
+
+
+def _make_heads(check: SelfCheck, backend: str | None) -> tuple[Callable, Callable]:
+    """Ours under the names and parameters of FusedLinearForPPO.forward and linear_cross_entropy."""
+
+    def serve(hidden, weight, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+        """logps (N,), entropy (N,) of hidden (N, H), targets (N,)."""
+        found = linear_logprobs(
+            hidden, weight, targets, temperature=temperature, ignore_index=-1, return_entropy=True, backend=backend
+        )
+        check(hidden, weight, targets, None, HeadOptions(float(temperature)), found)
+        return found.logps, found.entropy
+
+    def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        """log_probs and entropy (...), float32, of hidden_states (..., H), vocab_weights (V, H), input_ids (...)."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logps, entropy = serve(flat, vocab_weights, input_ids.reshape(-1).long(), temperature)
+        return logps.view(input_ids.shape), entropy.view(input_ids.shape)
+
+    def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
+        """logprobs (N,) and entropy (N,), float32 and flat whatever the shape of hidden (..., H) and labels (...)."""
+        if reduction.lower() != "none" or dist_process_group is not None:
+            raise UnsupportedError(
+                f"linear_cross_entropy: got reduction={reduction!r} and a process group "
+                f"{'' if dist_process_group is not None else 'of None'}, expected 'none' and None: heads sharded over "
+                "the vocabulary (Megatron) are not served; train without the adapter"
+            )
+        return serve(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1).long(), temperature)
+
+    return forward, linear_cross_entropy

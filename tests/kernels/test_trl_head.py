@@ -1,0 +1,317 @@
+"""TRL's head and ours in its place: same results and gradients, zero rows free, unknown releases refused."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'mmrpt[trl]'")
+
+from trl.kernels import ChunkedLogProbFunction  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+from mmrpt_kernels.integrations import guards, trl  # noqa: E402
+from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError  # noqa: E402
+from mmrpt_kernels.logprobs import LogProbs, stream  # noqa: E402
+from mmrpt_kernels.testing import assert_close_to_truth  # noqa: E402
+
+NAMES = ("logps", *trl.OUTPUTS)
+
+
+@pytest.fixture(autouse=True)
+def head_of_trl():
+    yield
+    utils._ChunkedLogProbFunction = ChunkedLogProbFunction
+
+
+def inputs(rows: int, vocab: int, *, bias: bool, dtype=torch.float32, scale: float = 3.0, width: int = 24):
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width) * scale / width**0.5).to(dtype).requires_grad_()
+    return (
+        hidden,
+        weight,
+        torch.randn(vocab).to(dtype).requires_grad_() if bias else None,
+        torch.randint(vocab, (rows,)),
+    )
+
+
+def run(head, tensors, options, outputs=trl.OUTPUTS):
+    """Results, and gradients of a loss that weighs log-probs and entropies."""
+    hidden, weight, bias, targets = tensors
+    results = head.apply(hidden, weight, bias, targets, *options, outputs)
+    loss = (results[0] * torch.linspace(-1, 1, len(targets))).sum()
+    if results[1] is not None:
+        loss = loss + 0.3 * results[1].square().sum()
+    leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    return results, torch.autograd.grad(loss, leaves) if leaves else ()
+
+
+# (temperature, TRL's chunk size, soft cap, logit scale)
+OPTIONS = {
+    "plain": (1.0, 32768, None, 1.0),
+    "temperature": (0.7, 5, None, 1.0),
+    "all": (1.3, 16, 5.0, 0.4),
+    "negative scale": (1.0, 32768, None, -0.5),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (13, 131), (300, 37)])
+def test_results_and_gradients_are_those_of_trl(rows, vocab, options, bias):
+    tensors = inputs(rows, vocab, bias=bias)
+    with trl.fused_head():
+        ours, our_grads = run(utils._ChunkedLogProbFunction, tensors, options)
+    theirs, their_grads = run(ChunkedLogProbFunction, tensors, options)
+    truth, true_grads = run(
+        trl._make_head(False, "reference"),
+        [t.detach().double().requires_grad_() if i < 3 and t is not None else t for i, t in enumerate(tensors)],
+        options,
+    )
+    for name, own, other, true in zip(NAMES, ours, theirs, truth, strict=True):
+        if name == "is_top1":
+            assert own.dtype == torch.bool and torch.equal(own, other)
+        else:
+            assert not true.isnan().any() and own.requires_grad == (name in ("logps", "entropy"))
+            # Sums of logits of size 10 cancel in the log-probability: their rounding is allowed for by `floor`.
+            assert_close_to_truth(own, other, true, name=name, floor=10.0)
+    for own, other, true in zip(our_grads, their_grads, true_grads, strict=True):
+        assert_close_to_truth(own, other, true, name="gradient", floor=float(len(tensors[3])))
+
+
+@pytest.mark.parametrize("outputs", [(), ("log_probs",), ("entropy",), ("log_probs", "mean_logits"), ("is_top1",)])
+def test_only_what_is_asked_for_is_returned(outputs):
+    tensors = inputs(6, 11, bias=False)
+    with trl.fused_head():
+        ours, _ = run(utils._ChunkedLogProbFunction, tensors, OPTIONS["all"], outputs)
+    assert [name for name, result in zip(NAMES, ours, strict=True) if result is not None] == [
+        "logps",
+        *(name for name in trl.OUTPUTS if name in outputs),
+    ]
+
+
+def test_half_precision_is_judged_by_the_error_rule():
+    tensors = inputs(40, 501, bias=True, dtype=torch.bfloat16)
+    wide = [t.detach().double() if t.is_floating_point() else t for t in tensors]
+    with trl.fused_head():
+        ours, grads = run(utils._ChunkedLogProbFunction, tensors, OPTIONS["all"])
+    theirs, their_grads = run(ChunkedLogProbFunction, tensors, OPTIONS["all"])
+    truth, true_grads = run(
+        trl._make_head(False, "reference"), [*(t.requires_grad_() for t in wide[:3]), wide[3]], OPTIONS["all"]
+    )
+    for name, own, other, true in zip(NAMES[:4], ours, theirs, truth, strict=False):
+        assert own.dtype == torch.float32
+        assert_close_to_truth(own, other, true, name=name, dtype=torch.bfloat16)
+    for own, other, true in zip(grads, their_grads, true_grads, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert_close_to_truth(own, other, true, name="gradient", dtype=torch.bfloat16)
+
+
+def test_under_autocast_the_head_runs_in_its_dtype():
+    tensors = inputs(9, 61, bias=True)
+    with trl.fused_head(), torch.autocast("cpu", torch.bfloat16):
+        ours, grads = run(utils._ChunkedLogProbFunction, tensors, OPTIONS["plain"])
+    cast = [t.detach().bfloat16().requires_grad_() for t in tensors[:3]]
+    expected, _ = run(trl._make_head(False, None), [*cast, tensors[3]], OPTIONS["plain"])
+    for name, own, other in zip(NAMES, ours, expected, strict=True):
+        torch.testing.assert_close(own, other, msg=name)
+    assert {grad.dtype for grad in grads} == {torch.float32}
+
+
+def test_no_rows_give_no_rows_and_a_loss_that_still_reaches_the_weights():
+    tensors = inputs(0, 11, bias=True)
+    with trl.fused_head():
+        results, grads = run(utils._ChunkedLogProbFunction, tensors, OPTIONS["all"])
+    assert all(result.shape == (0,) for result in results)
+    assert [grad.shape for grad in grads] == [t.shape for t in tensors[:3]] and not any(g.any() for g in grads)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, _, targets = inputs(6, 11, bias=False)
+    with trl.fused_head():
+        _, grads = run(utils._ChunkedLogProbFunction, (hidden, weight.detach(), None, targets), OPTIONS["plain"])
+    assert len(grads) == 1 and grads[0].abs().sum() > 0
+
+
+def test_the_first_of_equal_logits_is_the_first():
+    """Without a clear winner, where the shortcut does not decide, and in a tie."""
+    weight = torch.zeros(4, 2)
+    hidden, targets = torch.ones(4, 2), torch.arange(4)
+    with trl.fused_head():
+        results = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8, None, 1.0, ("is_top1",))
+    assert results[4].tolist() == [True, False, False, False]
+
+
+@pytest.fixture
+def rows_visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of logits that linear_logprobs makes, one entry a chunk."""
+    visited: list[int] = []
+
+    def counting(rows, weight, bias):
+        visited.append(rows.shape[0])
+        return project(rows, weight, bias)
+
+    project = stream.project
+    monkeypatch.setattr(stream, "project", counting)
+    return visited
+
+
+def test_rows_without_gradient_cost_nothing(rows_visited):
+    hidden, weight, _, targets = inputs(50, 17, bias=False)
+    hidden.data[3] = float("nan")  # its gradient is zero: nothing of it may reach the weights
+    with trl.fused_head(self_check=False):
+        logps, entropy, *_ = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8, None, 1.0)
+        entropy.mean().item()  # logged, as trainers do
+        assert sum(rows_visited) == 50
+        rows_visited.clear()
+        advantages = torch.zeros(50)
+        advantages[[7, 20, 21]] = torch.tensor([1.0, -2.0, 0.5])
+        (logps * advantages).sum().backward()
+    assert sum(rows_visited) == 3
+    assert hidden.grad.isfinite().all() and hidden.grad.any(-1).nonzero().flatten().tolist() == [7, 20, 21]
+    assert weight.grad.isfinite().all()
+
+
+# ---- replacing and refusing ----
+
+
+def test_enable_and_disable():
+    before = utils._ChunkedLogProbFunction
+    trl.enable_fused_head()
+    trl.enable_fused_head()
+    assert isinstance(utils._ChunkedLogProbFunction, trl.Head)
+    trl.disable_fused_head()
+    assert utils._ChunkedLogProbFunction is before is ChunkedLogProbFunction
+
+
+def test_the_block_restores_what_it_found_also_after_an_error():
+    trl.enable_fused_head()
+    outer = utils._ChunkedLogProbFunction
+    with pytest.raises(ZeroDivisionError), trl.fused_head():
+        assert utils._ChunkedLogProbFunction is not outer
+        raise ZeroDivisionError
+    assert utils._ChunkedLogProbFunction is outer
+
+
+@pytest.mark.parametrize("version", ["1.15.3", "2.0.0", "2.0.0.dev0", "0.27"])
+def test_another_version_is_refused(monkeypatch, version):
+    monkeypatch.setattr(guards.importlib.metadata, "version", lambda name: version)
+    with pytest.raises(UnsupportedError, match=rf"trl: got {version}, expected >=1.16,<2"):
+        trl.enable_fused_head()
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+def test_a_missing_trl_is_said(monkeypatch):
+    def missing(name):
+        raise guards.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(guards.importlib.metadata, "version", missing)
+    with pytest.raises(UnsupportedError, match="trl: not installed.*pip install"):
+        trl.enable_fused_head()
+
+
+def test_another_signature_is_refused(monkeypatch):
+    def forward(ctx, hidden, weight, targets):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
+    with pytest.raises(UnsupportedError, match=r"takes \(ctx, hidden, weight, targets\), expected \(ctx, hidden"):
+        trl.enable_fused_head()
+
+
+def test_a_head_that_is_looked_up_elsewhere_is_refused(monkeypatch):
+    monkeypatch.setattr(utils, "add_fused_lm_head", lambda model: None)
+    with pytest.raises(UnsupportedError, match="no longer calls"):
+        trl.enable_fused_head()
+
+
+def test_a_head_that_means_something_else_is_refused(monkeypatch):
+    """The same signature, but the temperature acts before the soft cap."""
+    original = ChunkedLogProbFunction.forward
+    parameters = inspect.signature(original)
+
+    def forward(
+        ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+    ):
+        return original(
+            ctx, hidden, weight, bias, targets, 1.0, chunk_size, final_logit_softcapping, logit_scale / temperature,
+            outputs,
+        )  # fmt: skip
+
+    forward.__signature__ = parameters
+    monkeypatch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
+    with pytest.raises(UnsupportedError, match="gives log-probs .* on a tiny case, expected"):
+        trl.enable_fused_head()
+
+
+def test_an_unknown_output_is_refused():
+    with trl.fused_head(), pytest.raises(UnsupportedError, match="got \\['top_k'\\]"):
+        run(utils._ChunkedLogProbFunction, inputs(3, 5, bias=False), OPTIONS["plain"], ("entropy", "top_k"))
+
+
+def test_a_sharded_head_is_refused():
+    hidden, weight, _, targets = inputs(3, 5, bias=False)
+    weight.ds_id = 0  # how DeepSpeed marks the parameters of ZeRO-3
+    with trl.fused_head(), pytest.raises(UnsupportedError, match="ZeRO-3"):
+        run(utils._ChunkedLogProbFunction, (hidden, weight, None, targets), OPTIONS["plain"])
+
+
+# ---- the self-check on the first batch ----
+
+
+@pytest.mark.parametrize(
+    ("break_it", "law"),
+    [
+        (lambda found: LogProbs(found.logps + 20.0, found.entropy), "above 0"),
+        (lambda found: LogProbs(found.logps, found.entropy - 20.0), "below 0"),
+        (lambda found: LogProbs(found.logps.roll(1), found.entropy), "log-probability: max error"),
+        (lambda found: LogProbs(found.logps, found.entropy * 0.9), "entropy: max error"),
+        (lambda found: LogProbs(found.logps * torch.nan, found.entropy), "log-probability: actual has NaN"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_batch_is_checked(monkeypatch, break_it, law, dtype):
+    tensors = inputs(20, 53, bias=True, dtype=dtype)
+    true = trl.linear_logprobs
+    trl.enable_fused_head()
+    head = utils._ChunkedLogProbFunction
+    trl.enable_fused_head(self_check=False)
+    unchecked = utils._ChunkedLogProbFunction
+    monkeypatch.setattr(trl, "linear_logprobs", lambda *args, **kwargs: break_it(true(*args, **kwargs)))
+    with pytest.raises(SelfCheckError, match=law):
+        run(head, tensors, OPTIONS["all"])
+    run(unchecked, tensors, OPTIONS["all"], ("entropy",))
+
+
+def test_later_batches_are_not_checked_and_an_unreadable_one_leaves_it_open(monkeypatch):
+    hidden, weight, bias, targets = inputs(5, 53, bias=True)
+    trl.enable_fused_head()
+    head = utils._ChunkedLogProbFunction
+    run(head, (torch.full_like(hidden, torch.nan), weight, bias, targets), OPTIONS["plain"], ("entropy",))
+    true = trl.linear_logprobs
+    broken = types.SimpleNamespace(wrong=True)
+
+    def half_broken(*args, **kwargs):
+        found = true(*args, **kwargs)
+        return LogProbs(found.logps - 1.0, found.entropy) if broken.wrong else found
+
+    monkeypatch.setattr(trl, "linear_logprobs", half_broken)
+    with pytest.raises(SelfCheckError):
+        run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
+    broken.wrong = False
+    run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
+    broken.wrong = True
+    run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("scale", [0.01, 3.0, 300.0, 3000.0])
+def test_the_self_check_raises_no_false_alarm(options, scale):
+    """Peaked and flat rows, many draws: an alarm would end somebody's training."""
+    for _ in range(25):
+        with trl.fused_head():
+            tensors = inputs(16, 301, bias=True, scale=scale)
+            utils._ChunkedLogProbFunction.apply(*tensors, *options, ("entropy",))
