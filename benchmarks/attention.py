@@ -307,7 +307,7 @@ def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
     """What the kernels are to reach on a GPU, from the medians of each case that timed what it takes."""
     if record["provenance"]["device"] == "cpu":
         return []
-    found = []
+    found, peaks = [], {}
 
     def judge(goal: str, case: str, measured: float, limit: str, met: bool) -> None:
         found.append({"goal": goal, "case": case, "measured": measured, "limit": limit, "met": met})
@@ -333,6 +333,10 @@ def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
         if errors and yardstick:
             worst = max(errors[key] / max(yardstick[key], 1e-12) for key in errors)
             judge("largest error / eager's, our kernels", name, worst, "<= 1.5", worst <= 1.5)
+        peaks[name] = rows.get("triton", {}).get("peak_bytes")
+    if peaks.get("forward-7b-8k") and peaks.get("forward-7b-16k"):
+        ratio = peaks["forward-7b-16k"] / peaks["forward-7b-8k"]
+        judge("memory at 16k tokens / at 8k, our kernels", "forward-7b", ratio, "<= 2.2", ratio <= 2.2)
     return found
 
 

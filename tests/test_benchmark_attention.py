@@ -97,6 +97,13 @@ def test_goals_are_ratios_of_what_was_timed() -> None:
     assert found["fastest attention's time / mass of text rows"]["met"] is False
     assert found["eager's time / best with mass"]["measured"] == pytest.approx(50 / 1.02)
     assert found["largest error / eager's, our kernels"]["measured"] == pytest.approx(1.0)
+    lengths = [
+        {"name": f"forward-7b-{n}k", "params": {"T": n * 1024, "train": False}, "contenders": [row("triton", 1.0)]}
+        for n in (8, 16)
+    ]
+    for n, case in zip((100, 199), lengths, strict=True):
+        case["contenders"][0]["peak_bytes"] = n
+    assert attention.goals(record | {"cases": lengths})[-1]["measured"] == pytest.approx(1.99)
     printed = present.table(record | {"goals": list(found.values())})
     assert "| fastest attention's time / mass of text rows | big | 0.933 | >= 0.94 | no |" in printed
     assert attention.goals(record | {"provenance": {"device": "cpu"}}) == []
