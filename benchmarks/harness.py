@@ -73,10 +73,10 @@ class Contender:
 
     baseline: the ratios' denominator and the gate's yardstick; exactly one.
     peer: somebody else's: what fails is reported, not fatal.
-    skip: why it cannot run here (shown in the table), or None. What serves some cases only raises NotImplementedError
-        in the others.
+    skip: why it cannot run here (shown in the table), or None; or a function of the case that says so. What serves some
+        cases only may also raise NotImplementedError in the others.
     compare: names of the results that the gate compares; None: all the baseline has. A contender that returns fewer
-        results than the baseline must name those it has.
+        results than the baseline must name those it has; (): what it computes is something else.
     floor: the bare products that the mathematics needs, nobody's implementation: not gated, and the others' times are
         also given as multiples of its time. At most one.
     """
@@ -85,7 +85,7 @@ class Contender:
     fn: Callable[..., Any]
     baseline: bool = False
     peer: bool = False
-    skip: str | None = None
+    skip: str | Callable[[Case], str | None] | None = None
     compare: tuple[str, ...] | None = None
     floor: bool = False
 
@@ -171,7 +171,7 @@ class _Gate:
         errors = {}
         if contender.floor:
             return {}
-        for name in contender.compare or tuple(self.truth):
+        for name in tuple(self.truth) if contender.compare is None else contender.compare:
             assert name in results, f"{name} is missing; results: {', '.join(results) or 'none'}"
             actual, truth, yardstick = results[name], self.truth[name], self.yardstick[name]
             if not truth.is_floating_point():
@@ -262,15 +262,11 @@ def _measure(
 
 
 def _run_case(case: Case, contenders: Sequence[Contender], args: argparse.Namespace, budget: float) -> dict[str, Any]:
-    rows = {
-        c.name: {
-            "name": c.name,
-            "baseline": c.baseline,
-            "peer": c.peer,
-            "status": "ok" if c.skip is None else f"skipped: {c.skip}",
-        }
-        for c in contenders
-    }
+    rows = {}
+    for c in contenders:
+        why = c.skip(case) if callable(c.skip) else c.skip
+        status = "ok" if why is None else f"skipped: {why}"
+        rows[c.name] = {"name": c.name, "baseline": c.baseline, "peer": c.peer, "status": status}
     _gate_all(case, contenders, rows, args.device)
     try:
         _measure(case, contenders, rows, args, budget)
@@ -305,8 +301,17 @@ def result_path(folder: Path, op: str, device: torch.device) -> Path:
     return folder / f"{op}-{name}.json"
 
 
-def run(op: str, cases: Sequence[Case], contenders: Sequence[Contender], args: argparse.Namespace) -> int:
+def run(
+    op: str,
+    cases: Sequence[Case],
+    contenders: Sequence[Contender],
+    args: argparse.Namespace,
+    *,
+    goals: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
+) -> int:
     """Gate, time and write `<results>/<op>-<device>.json` and `.png`; print the table. Returns the exit code.
+
+    goals: the record -> rows {"goal", "case", "measured", "limit", "met"}, kept in the record and printed below it.
 
     Raises ValueError when there is not exactly one baseline or names repeat.
     """
@@ -332,6 +337,8 @@ def run(op: str, cases: Sequence[Case], contenders: Sequence[Contender], args: a
         record["cases"].append(
             _run_case(case, contenders, args, budget) if left > 0 else _left_out(case, contenders, args)
         )
+        if goals is not None:
+            record["goals"] = goals(record)
         path.write_text(json.dumps(record, indent=1) + "\n")  # after every case: one that is stopped loses only itself
     drawn = draw(record, path.with_suffix(".png"))
     print(table(record))

@@ -78,7 +78,16 @@ def table(record: Record) -> str:
         f"{record['op']} on {origin['device_name']} ({origin['threads']} threads), {origin['date'][:10]}, commit "
         f"{origin['commit']}; {versions}{'; quick' if record.get('quick') else ''}"
     )
-    return "\n".join([head, "", *text])
+    return "\n".join([head, "", *text, *_goals(record)])
+
+
+def _goals(record: Record) -> list[str]:
+    """Lines of a second table, one a goal and case; nothing for an operator without goals."""
+    lines = [
+        f"| {row['goal']} | {row['case']} | {row['measured']:.3g} | {row['limit']} | {'yes' if row['met'] else 'no'} |"
+        for row in record.get("goals", [])
+    ]
+    return ["", "| goal | case | measured | limit | met |", "|---|---|---|---|---|", *lines] if lines else []
 
 
 def draw(record: Record, path: Path) -> Path | None:

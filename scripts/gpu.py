@@ -4,7 +4,7 @@
 
 Parts run as processes of their own, so that one that hangs, crashes or poisons the GPU does not take the others along;
 each gets a share of the time left. Tables are printed last. Exit code 0 when every part succeeded. Writes into the
-results folder: gpu-tests.log, gpu-summary.json and what the benchmarks write.
+results folder: gpu-tests.log, gpu-sanitizer.log, gpu-summary.json and what the benchmarks write.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NO_TESTS = 5  # pytest's exit code when nothing was selected: no operator has a GPU test yet, or all skip
 TEST_SHARE = 0.45  # of the budget at most; what the tests leave goes to the benchmarks
+SANITIZER_SHARE = 0.15  # likewise
+SANITIZER_TEST = "test_attention_sanitizer.py"  # slow, so it must not hold up the other tests
 BUILD_SECONDS = 90.0
 
 
@@ -104,18 +106,20 @@ def gpu_test_files(folder: Path = ROOT / "tests") -> list[str]:
     return sorted(str(path) for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text())
 
 
-def run_tests(results: Path, limit: float) -> Part:
-    """Every test marked `gpu`; the mark stands in the test's own file."""
-    files = gpu_test_files()
+def run_tests(results: Path, limit: float, *, sanitizer: bool = False) -> Part:
+    """Every test marked `gpu`; the mark stands in the test's own file. `sanitizer`: compute-sanitizer's alone, or all
+    the others."""
+    name = "sanitizer" if sanitizer else "tests"
+    files = [path for path in gpu_test_files() if (Path(path).name == SANITIZER_TEST) == sanitizer]
     if not files:
-        return Part("tests", True, 0.0, "no GPU test yet")
+        return Part(name, True, 0.0, "no GPU test yet")
     command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "--color=no"]
     # A file that cannot be imported here fails the part, but not the tests of the others.
     command.append("--continue-on-collection-errors")
     if importlib.util.find_spec("xdist") is not None:
         # Triton compiles on the CPU: several workers share the waiting. More would crowd the GPU's memory.
         command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
-    log = results / "gpu-tests.log"
+    log = results / f"gpu-{name}.log"
     code, output, seconds = run(command, limit, log)
     lines = output.strip().splitlines() or ["no output"]
     closing = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|skipped|error|des)", line)), "")
@@ -124,7 +128,7 @@ def run_tests(results: Path, limit: float) -> Part:
     elif code != 0:
         print("\n".join(lines[-60:]))
         closing = f"{'stopped at its limit' if code == 124 else f'exit {code}'}: {closing or lines[-1]}; see {log.name}"
-    return Part("tests", code in (0, NO_TESTS), seconds, closing.strip("= "))
+    return Part(name, code in (0, NO_TESTS), seconds, closing.strip("= "))
 
 
 def run_benchmarks(results: Path, limit: float) -> tuple[Part, str]:
@@ -147,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     results.mkdir(parents=True, exist_ok=True)
     parts = [part for part in [build_extension()] if part is not None]
     parts.append(run_tests(results, min(TEST_SHARE * args.budget, end - time.monotonic())))
+    parts.append(run_tests(results, min(SANITIZER_SHARE * args.budget, end - time.monotonic()), sanitizer=True))
     benchmarks, tables = run_benchmarks(results, end - time.monotonic())
     parts.append(benchmarks)
     (results / "gpu-summary.json").write_text(json.dumps([asdict(part) for part in parts], indent=1) + "\n")

@@ -102,6 +102,33 @@ def test_what_raises_or_is_skipped_leaves_the_others_alone(tmp_path: Path) -> No
     assert rows["c/stable"]["seconds"][0] > 0
 
 
+def test_a_contender_may_be_absent_from_some_cases_and_may_compute_something_else(tmp_path: Path) -> None:
+    contenders = [
+        Contender("eager", log_sum_exp, baseline=True),
+        Contender("small only", stable, skip=lambda case: None if case.params["N"] < 100 else "N is too large"),
+        Contender("other", lambda x, shift, rows: {"another": x}, peer=True, compare=()),
+    ]
+    cases = [Case("small", {"N": 8}, make_inputs(8)), Case("large", {"N": 128}, make_inputs(128))]
+    assert harness.run("tiny", cases, contenders, arguments(tmp_path)) == 0
+    rows = rows_of(tmp_path)
+    assert rows["small/small only"]["status"] == "ok"
+    assert rows["large/small only"]["status"] == "skipped: N is too large"
+    assert rows["small/other"]["status"] == "ok" and rows["small/other"]["errors"] == {}
+
+
+def test_goals_stand_in_the_record_and_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def goals(record: dict) -> list[dict]:
+        return [
+            {"goal": "quick", "case": c["name"], "measured": 1.5, "limit": ">= 2", "met": False}
+            for c in record["cases"]
+        ]
+
+    contenders = [Contender("eager", stable, baseline=True)]
+    assert harness.run("tiny", [Case("c", {}, make_inputs(8))], contenders, arguments(tmp_path), goals=goals) == 0
+    assert json.loads((tmp_path / "tiny-cpu.json").read_text())["goals"][0]["measured"] == 1.5
+    assert "| quick | c | 1.5 | >= 2 | no |" in capsys.readouterr().out
+
+
 def test_the_gate_sees_a_wrong_gradient_behind_a_right_value(tmp_path: Path) -> None:
     def detached(x, shift, rows):
         return torch.logsumexp(x, -1) + (x - x.detach()).sum(-1)

@@ -341,6 +341,21 @@ def test_gpu_tests_in_a_line(
     assert part.ok is ok and part.summary.startswith(summary)
 
 
+def test_the_sanitizer_is_a_part_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It takes minutes: the other tests do not wait for it, nor does it take their time."""
+    assert any(path.endswith(gpu.SANITIZER_TEST) for path in gpu.gpu_test_files())
+    ran = []
+    monkeypatch.setattr(
+        gpu, "run", lambda command, limit, log: (ran.append((command, log.name)), (0, "1 passed", 1.0))[1]
+    )
+    monkeypatch.setattr(gpu, "gpu_test_files", lambda: ["tests/test_x.py", f"tests/{gpu.SANITIZER_TEST}"])
+    parts = [gpu.run_tests(tmp_path, 10.0, sanitizer=sanitizer) for sanitizer in (False, True)]
+    assert [part.name for part in parts] == ["tests", "sanitizer"]
+    files = [[word for word in command if word.startswith("tests/")] for command, _ in ran]
+    assert files == [["tests/test_x.py"], [f"tests/{gpu.SANITIZER_TEST}"]]
+    assert [log for _, log in ran] == ["gpu-tests.log", "gpu-sanitizer.log"]
+
+
 def test_only_files_that_name_the_mark_are_collected(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/test_a.py").write_text("@pytest.mark.gpu\ndef test(): ...")
@@ -353,7 +368,7 @@ def test_one_failing_gpu_part_fails_the_run_but_not_the_others(
 ) -> None:
     monkeypatch.setattr(gpu, "find_gpu", lambda: "a GPU")
     monkeypatch.setattr(gpu, "build_extension", lambda: None)
-    monkeypatch.setattr(gpu, "run_tests", lambda results, limit: gpu.Part("tests", False, 1.0, "1 failed"))
+    monkeypatch.setattr(gpu, "run_tests", lambda results, limit, **_: gpu.Part("tests", False, 1.0, "1 failed"))
     done = gpu.Part("benchmarks", True, 2.0, "all done")
     monkeypatch.setattr(gpu, "run_benchmarks", lambda results, limit: (done, "| a table |"))
     assert gpu.main(["--results", str(tmp_path)]) == 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels import backends
-from mmrpt_kernels.attention import portable, reference
+from mmrpt_kernels.attention import portable, reference, vendor
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.checks import check, check_dtype, check_range, check_same_device, check_shape
@@ -75,7 +75,9 @@ def attention_with_visual_mass(
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32 or int64, where each packed sequence begins, and the end.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths, for backends that size a launch by them.
         head_reduction: "none" or "mean" over the query heads.
-        backend: see `mmrpt_kernels.backends`.
+        backend: see `mmrpt_kernels.backends`. "sdpa+mass" takes out and lse from PyTorch's SDPA and the mass from
+            `visual_mass`: causal with T == S or T == 1, or full attention, of equal head sizes and nothing more; a mass
+            of 1 is then 1 but for the rounding of the lse.
 
     Returns:
         AttentionWithMass(out, mass, lse).
@@ -87,7 +89,7 @@ def attention_with_visual_mass(
     packed = _check_attention(q, k, v, key_weights, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _options(q.shape[-1], causal, window_size, softmax_scale, softcap)
-    traits = _traits(options, packed, key_padding_mask is not None, q.shape[-1], v.shape[-1])
+    traits = _traits(q, k, v, options, packed, key_padding_mask is not None)
     masks = {"key_padding_mask": key_padding_mask, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     return _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backend)
 
@@ -122,7 +124,7 @@ def masked_attention_with_visual_mass(
     check_shape("attn_mask", attn_mask, (batch, 1, q.shape[1], k.shape[1]), "(B or 1, 1, T, S): one mask for all heads")
     check_same_device(q=q, attn_mask=attn_mask)
     options = _options(q.shape[-1], False, (-1, -1), softmax_scale, softcap)
-    traits = _traits(options, False, False, q.shape[-1], v.shape[-1]) | {"attn_mask"}
+    traits = _traits(q, k, v, options, False, False) | {"attn_mask"}
     return _attend(q, k, v, key_weights, options, {"attn_mask": attn_mask}, traits, head_reduction, backend)
 
 
@@ -176,7 +178,7 @@ def visual_mass(
         check_dtype("query_mask", query_mask, (torch.bool,))
     check_same_device(q=q, lse=lse, query_mask=query_mask)
     options = _options(q.shape[-1], causal, window_size, softmax_scale, softcap)
-    traits = _traits(options, packed, key_padding_mask is not None, q.shape[-1], q.shape[-1])
+    traits = _traits(q, k, k, options, packed, key_padding_mask is not None)
     chosen = backends.select("visual_mass", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
     mass = IMPLEMENTATIONS[chosen].mass_from_lse(
         q,
@@ -196,7 +198,12 @@ def _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backen
     """Dispatch of checked arguments."""
     chosen = backends.select("attention", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
     weights = key_weights if key_weights.dim() == q.dim() - 1 else key_weights[..., None]
-    out, mass, lse = IMPLEMENTATIONS[chosen].attention(q, k, v, weights, options, **masks)
+    if chosen == "sdpa+mass":
+        out, lse = vendor.attention(q, k, v, options)
+        chosen = backends.first_choice("visual_mass", device=q.device, dtype=q.dtype, traits=traits)
+        mass = IMPLEMENTATIONS[chosen].mass_from_lse(q, k, lse.detach(), weights, options)
+    else:
+        out, mass, lse = IMPLEMENTATIONS[chosen].attention(q, k, v, weights, options, **masks)
     return AttentionWithMass(out, _shape_mass(mass, q, key_weights, head_reduction), lse)
 
 
@@ -228,14 +235,20 @@ def _options(
     return AttentionOptions(left, 0 if causal else right, scale, float(softcap))
 
 
-def _traits(options: AttentionOptions, packed: bool, padded: bool, dim: int, dim_v: int) -> frozenset[str]:
+def _traits(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, packed: bool, padded: bool
+) -> frozenset[str]:
     """What the call needs, in the words of `backends.Row.lacks`."""
+    num_rows, num_keys, dim, dim_v = q.shape[-3], k.shape[-3], q.shape[-1], v.shape[-1]
     present = {
         "packed": packed,
         "key_padding_mask": padded,
         "window": options.window_left >= 0 or options.window_right > 0,
         "softcap": options.softcap > 0.0,
+        "scale_not_positive": options.scale <= 0.0,
+        "causal_suffix": options.window_right == 0 and num_rows not in (1, num_keys),
         "value_dim": dim != dim_v,
+        "head_size_not_8s": dim % 8 != 0,
         "head_size_over_256": max(dim, dim_v) > 256,
     }
     return frozenset(trait for trait, there in present.items() if there)

@@ -1,8 +1,8 @@
 """Launch settings of the attention kernels: tables by architecture, dtype and head size.
 
 Where they come from: each row was chosen by compiling tiles ahead of time for its architecture and taking a large one
-whose registers do not spill and whose shared memory fits (tests/kernels/test_attention_triton_compile.py, which also
-names the float32 rows that spill a little). None has been timed on hardware yet.
+whose registers do not spill and whose shared memory fits (tests/kernels/test_attention_triton_compile.py checks it).
+None has been timed on hardware yet.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     keys: int  # keys of a tile
     warps: int
     stages: int  # depth of the load pipeline
+    slice_d: int = 0  # of the head size that a product of the backward pass takes at a time; 0 = whole
 
 
 # Small, so that a short test crosses many tile borders.
@@ -61,20 +62,20 @@ FORWARD = {
     (80, 2, 128): (Settings(128, 32, 8, 3), Settings(64, 32, 8, 2)),
     (80, 2, 256): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 2)),
     (80, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (80, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
+    (80, 4, 128): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
     (80, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (90, 2, 64): (Settings(128, 128, 8, 3), Settings(128, 64, 8, 2)),
     (90, 2, 128): (Settings(128, 128, 8, 2), Settings(128, 64, 8, 2)),
     (90, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
     (90, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (90, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
+    (90, 4, 128): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 32, 8, 1)),
     (100, 2, 64): (Settings(128, 128, 8, 3), Settings(64, 64, 8, 2)),
     (100, 2, 128): (Settings(128, 128, 8, 2), Settings(64, 64, 8, 2)),
     (100, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
     (100, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (100, 4, 128): (Settings(32, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 4, 128): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 32, 8, 1)),
 }
 
 # The backward pass over a block of keys: dk, dv, dw.
@@ -83,19 +84,19 @@ KEYS = {
     (80, 2, 128): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 1)),
     (80, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
     (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
-    (80, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (80, 4, 128): (Settings(16, 16, 8, 1, 16), Settings(16, 16, 8, 1, 16)),
     (80, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (90, 2, 64): (Settings(64, 128, 8, 2), Settings(32, 64, 8, 1)),
     (90, 2, 128): (Settings(32, 64, 8, 2), Settings(16, 64, 8, 2)),
     (90, 2, 256): (Settings(16, 64, 8, 2), Settings(16, 32, 8, 1)),
     (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
-    (90, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (90, 4, 128): (Settings(16, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
     (90, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (100, 2, 64): (Settings(64, 64, 8, 2), Settings(32, 64, 8, 1)),
     (100, 2, 128): (Settings(32, 64, 8, 2), Settings(32, 64, 8, 1)),
     (100, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
     (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
-    (100, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 4, 128): (Settings(16, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
     (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
 }
 
@@ -105,20 +106,20 @@ ROWS = {
     (80, 2, 128): (Settings(128, 32, 8, 2), Settings(64, 64, 8, 2)),
     (80, 2, 256): (Settings(64, 32, 8, 1), Settings(32, 32, 8, 2)),
     (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (80, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
-    (80, 4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (80, 4, 128): (Settings(32, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
+    (80, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 32)),
     (90, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
     (90, 2, 128): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
     (90, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
     (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (90, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
-    (90, 4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (90, 4, 128): (Settings(32, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
+    (90, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 32)),
     (100, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
     (100, 2, 128): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
     (100, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
     (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (100, 4, 128): (Settings(16, 32, 8, 1), Settings(16, 16, 8, 1)),
-    (100, 4, 256): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 4, 128): (Settings(32, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
+    (100, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 32)),
 }
 
 

@@ -82,7 +82,7 @@ def _settle(
 ) -> None:
     """In place: rows that attend nothing get 0, 0 and -inf; masses of boolean groups lie in [0, 1] and are 1 where all
     that a row attends to is in the group: what rounding blurs, counting knows."""
-    everything = torch.ones_like(key_weights[..., :1], dtype=torch.bool)
+    everything = key_weights.new_ones((*key_weights.shape[:-1], 1), dtype=torch.bool)
     members = everything
     if key_weights.dtype == torch.bool:
         members = torch.cat([everything, key_weights], dim=-1)

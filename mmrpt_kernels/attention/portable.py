@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.attention.dense import Masks, attend, attend_backward, statistics_dtype
+from mmrpt_kernels.attention.autograd import (
+    gradients_like,
+    make_attention_differentiable,
+    make_mass_differentiable,
+    mass_like,
+    results_like,
+)
+from mmrpt_kernels.attention.dense import Masks, attend, attend_backward
 from mmrpt_kernels.attention.engines import RowGradients
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.selected import selected_mass, selected_mass_backward
@@ -42,24 +49,13 @@ def _attention(
     options = AttentionOptions(window_left, window_right, scale, softcap)
     if cu_seqlens_q is None:
         return attend(q, k, v, key_weights, options, Masks(key_padding_mask, attn_mask), block_rows)
-    made = _attention_fake(q, k, v, key_weights)
+    made = results_like(q, k, v, key_weights)
     for rows, keys in _segments(q, k, cu_seqlens_q, cu_seqlens_k):
         part = attend(
             q[None, rows], k[None, keys], v[None, keys], key_weights[None, keys], options, Masks(), block_rows
         )
         made[0][rows], made[1][:, rows], made[2][:, rows] = (x[0] for x in part)
     return made
-
-
-@_attention.register_fake
-def _attention_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = q.shape[:-3] + (q.shape[-2], q.shape[-3])  # (B, Hq, T) or (Hq, sum T)
-    dtype = statistics_dtype(q)
-    return (
-        q.new_empty(q.shape[:-1] + v.shape[-1:]),
-        q.new_empty(rows + key_weights.shape[-1:], dtype=dtype),
-        q.new_empty(rows, dtype=dtype),
-    )
 
 
 @torch.library.custom_op("mmrpt_kernels::attention_with_mass_backward", mutates_args=())
@@ -87,7 +83,7 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    made = _attention_backward_fake(q, k, v, key_weights)
+    made = gradients_like(key_weights, q, k, v)
     if cu_seqlens_q is None:
         rows = RowGradients(dout, dmass, dlse, out, mass, lse)
         masks = Masks(key_padding_mask, attn_mask)
@@ -117,30 +113,7 @@ def _store(targets, gradients) -> None:
             target.copy_(gradient.view(target.shape))
 
 
-@_attention_backward.register_fake
-def _attention_backward_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, ...]:
-    dw = torch.empty_like(key_weights) if key_weights.is_floating_point() else q.new_empty(0)
-    contiguous = torch.contiguous_format
-    return (*(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)), dw)
-
-
-def _save_attention(ctx, inputs, output) -> None:
-    q, k, v, key_weights, key_padding_mask, attn_mask, cu_q, cu_k, *settings = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, key_weights, *output, key_padding_mask, attn_mask, cu_q, cu_k)
-    ctx.settings = settings
-
-
-def _attention_autograd(ctx, dout, dmass, dlse):
-    q, k, v, key_weights, out, mass, lse, *masks = ctx.saved_tensors
-    nothing = (None,) * (len(masks) + len(ctx.settings))
-    if dout is None and dmass is None and dlse is None:
-        return None, None, None, None, *nothing
-    *grads, dw = _attention_backward(q, k, v, key_weights, dout, dmass, dlse, out, mass, lse, *masks, *ctx.settings)
-    return *grads, (dw if key_weights.is_floating_point() else None), *nothing
-
-
-_attention.register_autograd(_attention_autograd, setup_context=_save_attention)
+make_attention_differentiable(_attention, _attention_backward)
 
 
 def attention(
@@ -181,17 +154,12 @@ def _visual_mass(
     options = AttentionOptions(window_left, window_right, scale, softcap)
     if cu_seqlens_q is None:
         return selected_mass(q, k, lse, key_weights, query_mask, key_padding_mask, options, block_rows)
-    mass = _visual_mass_fake(q, k, lse, key_weights)
+    mass = mass_like(q, k, lse, key_weights)
     for rows, keys in _segments(q, k, cu_seqlens_q, cu_seqlens_k):
         wanted = None if query_mask is None else query_mask[None, rows]
         inputs = (q[None, rows], k[None, keys], lse[None, :, rows], key_weights[None, keys])
         mass[:, rows] = selected_mass(*inputs, wanted, None, options, block_rows)[0]
     return mass
-
-
-@_visual_mass.register_fake
-def _visual_mass_fake(q, k, lse, key_weights, *_) -> torch.Tensor:
-    return q.new_empty(tuple(lse.shape) + key_weights.shape[-1:], dtype=statistics_dtype(q))
 
 
 @torch.library.custom_op("mmrpt_kernels::visual_mass_backward", mutates_args=())
@@ -215,7 +183,7 @@ def _visual_mass_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    made = _visual_mass_backward_fake(q, k, lse, key_weights)
+    made = gradients_like(key_weights, q, k)
     if cu_seqlens_q is None:
         inputs = (q, k, lse, key_weights, dmass, mass, query_mask, key_padding_mask)
         _store(made, selected_mass_backward(*inputs, options, block_rows))
@@ -234,26 +202,7 @@ def _visual_mass_backward(
     return made
 
 
-@_visual_mass_backward.register_fake
-def _visual_mass_backward_fake(q, k, lse, key_weights, *_) -> tuple[torch.Tensor, ...]:
-    dq, dk, _, dw = _attention_backward_fake(q, k, k, key_weights)
-    return dq, dk, dw
-
-
-def _save_visual_mass(ctx, inputs, output) -> None:
-    q, k, lse, key_weights, query_mask, key_padding_mask, cu_q, cu_k, *settings = inputs
-    ctx.save_for_backward(q, k, lse, key_weights, output, query_mask, key_padding_mask, cu_q, cu_k)
-    ctx.settings = settings
-
-
-def _visual_mass_autograd(ctx, dmass):
-    q, k, lse, key_weights, mass, *masks = ctx.saved_tensors
-    dq, dk, dw = _visual_mass_backward(q, k, lse, key_weights, dmass, mass, *masks, *ctx.settings)
-    nothing = (None,) * (len(masks) + len(ctx.settings))
-    return dq, dk, None, (dw if key_weights.is_floating_point() else None), *nothing
-
-
-_visual_mass.register_autograd(_visual_mass_autograd, setup_context=_save_visual_mass)
+make_mass_differentiable(_visual_mass, _visual_mass_backward)
 
 
 def mass_from_lse(

@@ -371,6 +371,17 @@ def test_what_stands_at_padded_positions_reaches_nobody(engine, seed):
         torch.testing.assert_close(found[name], clean[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("backend", ["portable", "reference", "sdpa+mass"])
+def test_no_groups_at_all(backend, seed):
+    """Attention alone: the mass has no columns."""
+    q, k, v, *_ = attention_inputs(AttentionCase("none", 2, 9, 9, 4, 2, 8), seed=seed).values()
+    found = attention_with_visual_mass(q, k, v, torch.zeros(2, 9, 0, dtype=torch.bool), backend=backend)
+    expected = attention_with_visual_mass(q, k, v, torch.zeros(2, 9, dtype=torch.bool), backend=backend)
+    assert found.mass.shape == (2, 4, 9, 0)
+    torch.testing.assert_close(found.out, expected.out)
+    torch.testing.assert_close(found.lse, expected.lse)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)], ids=str)
 def test_empty_inputs(shape):
     batch, rows, keys = shape

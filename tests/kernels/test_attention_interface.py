@@ -167,6 +167,8 @@ def test_backends_are_chosen_and_refused(seed):
 CU = torch.tensor([0, 5, 24], dtype=torch.int32)
 BAD_CALLS = {
     "rank of q": ({"q": torch.zeros(2, 3, 4)}, r"q: got shape \(2, 3, 4\), expected .* \(B, T, Hq, D\)"),
+    "rank of k": ({"k": torch.zeros(2, KEYS, DIM)}, r"k: got shape \(2, 12, 8\), expected .* \(B, S, Hkv, D\)"),
+    "rank of v": ({"v": torch.zeros(2, KEYS, 2, 1, DIM)}, r"v: got shape \(2, 12, 2, 1, 8\)"),
     "batch of k": ({"k": torch.zeros(1, KEYS, 2, DIM)}, r"k: got shape \(1, 12, 2, 8\)"),
     "head size of k": ({"k": torch.zeros(2, KEYS, 2, 9)}, r"k: got shape \(2, 12, 2, 9\)"),
     "heads": ({"k": torch.zeros(2, KEYS, 3, DIM)}, "k: got 3 heads for 4 query heads, expected a divisor"),
@@ -174,6 +176,7 @@ BAD_CALLS = {
     "dtype of v": ({"v": torch.zeros(2, KEYS, 2, DIM).double()}, "v: got dtype torch.float64"),
     "dtype of q": ({"q": torch.zeros(2, ROWS, HEADS, DIM).long()}, "q: got dtype torch.int64"),
     "weights' shape": ({"key_weights": torch.rand(2, 11)}, r"key_weights: got shape \(2, 11\)"),
+    "weights of one sample": ({"key_weights": torch.rand(1, KEYS, 3)}, r"key_weights: got shape \(1, 12, 3\)"),
     "weights per head": ({"key_weights": torch.rand(2, 4, KEYS, 3)}, "key_weights: got shape .*one weight per key"),
     "weights' dtype": ({"key_weights": torch.ones(2, KEYS).long()}, "key_weights: got dtype torch.int64"),
     "padding's shape": ({"key_padding_mask": torch.ones(2, 1, KEYS).bool()}, "key_padding_mask: got shape"),

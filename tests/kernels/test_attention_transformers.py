@@ -9,6 +9,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from benchmarks.measure import peak_bytes  # noqa: E402
+from mmrpt_kernels import backends  # noqa: E402
 from mmrpt_kernels.integrations import transformers as integration  # noqa: E402
 from mmrpt_kernels.integrations.transformers import (  # noqa: E402
     enable_visual_mass,
@@ -265,6 +267,50 @@ def test_query_mask_blanks_the_other_rows():
         torch.testing.assert_close(found, every * wanted)
     with record_visual_mass(model, query_mask=wanted[:, 1:]), pytest.raises(ValueError, match="query_mask: got shape"):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_the_record_is_layers_times_tokens_and_no_layer_holds_all_pairs():
+    model, num_tokens = model_of("llava"), 1500
+    inputs = {"input_ids": torch.randint(8, 40, (1, num_tokens), generator=torch.Generator().manual_seed(0))}
+    visual = torch.arange(num_tokens)[None] < num_tokens // 2
+
+    def call():
+        with record_visual_mass(model, key_weights=visual) as record:
+            model.model(**inputs, use_cache=False)
+        return record
+
+    masses = call().masses
+    assert sum(mass.untyped_storage().nbytes() for mass in masses.values()) == LAYERS * num_tokens * 4
+    matrix = 4 * num_tokens**2 * 4  # the weights of four heads, as eager attention has them
+    assert peak_bytes(call, torch.device("cpu")) < matrix / 2
+
+
+@pytest.mark.parametrize("needs", [{}, {"key_padding_mask"}, {"attn_mask"}, {"softcap"}, {"attn_mask", "softcap"}])
+def test_on_a_gpu_the_kernels_serve_by_default(needs):
+    """Whatever a recorded layer asks for; the table alone decides, so no GPU is needed to see it."""
+    if backends.TRITON_MISSING:
+        pytest.skip(backends.TRITON_MISSING)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        call = {"device": torch.device("cuda", 0), "dtype": dtype, "traits": frozenset(needs)}
+        assert backends.select("attention", **call) == "triton"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_records_what_a_cpu_does():
+    model, inputs = model_of("qwen2_5_vl"), inputs_of("qwen2_5_vl", "left")
+    with record_visual_mass(model) as record:
+        model(**inputs)
+    expected = record.stacked()
+    try:
+        model.cuda()
+        with record_visual_mass(model) as record:
+            model(**{name: x.cuda() for name, x in inputs.items()})
+    finally:
+        model.cpu()
+    real = inputs["attention_mask"].bool()[None].expand_as(expected)
+    torch.testing.assert_close(record.stacked().cpu()[real], expected[real], rtol=1e-3, atol=1e-4)
 
 
 def test_attention_dropout_leaves_the_mass_alone():

@@ -117,10 +117,11 @@ def test_it_meets_the_definition(case, device, seed):
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="a GPU's tiles are its table's")
-@pytest.mark.parametrize("tile", [(32, 16), (16, 32)], ids=str)
+@pytest.mark.parametrize("tile", [(32, 16, 4, 1), (16, 32, 4, 1, 16)], ids=str)
 @pytest.mark.parametrize("name", ["two_sided_window", "more_queries_than_keys", "value_dim", "float_groups"])
 def test_tiles_of_other_shapes(name, tile, monkeypatch, seed):
-    monkeypatch.setattr(config, "INTERPRETER", config.Settings(*tile, 4, 1))
+    """Also products that take the head size in slices."""
+    monkeypatch.setattr(config, "INTERPRETER", config.Settings(*tile))
     test_it_meets_the_definition(cases(name)[0], "cpu", seed)
 
 

@@ -80,31 +80,20 @@ def test_every_row_of_the_table_is_compiled_here():
     assert set(config.FORWARD) == set(config.KEYS) == set(config.ROWS) == rows
 
 
-# Float32 operands of long products leave little room in the registers: bytes that a thread may spill there.
-KNOWN_SPILLS = {
-    ("_backward_rows", "fp32", 256): 272,
-    ("_backward_rows", "fp32", 128): 16,
-    ("_backward_keys", "fp32", 128): 32,
-    ("_forward", "fp32", 256): 16,
-}
 # Everything at once that costs registers.
 RICH = {"softcap": 30.0, "window": (1000, 0), "groups": 3, "boolean": False, "extras": ("padding",)}
 SIZES = (64, 128, 256)
 
 
 def check(made: list[Compiled], arch: int) -> None:
-    """No spills but the known ones, shared memory within limits; tensor cores at work in half precision."""
-    known = []
+    """No spills, shared memory within limits; tensor cores at work in half precision."""
+    check_resources(made)
     for one in made:
         constants, dtype = one.spec.constants, one.spec.signature["q"][1:]
-        allowed = KNOWN_SPILLS.get((one.spec.kernel, dtype, constants.get("BLOCK_D")), 0)
-        if 0 < one.spill_bytes <= allowed:
-            known.append(one)
-        elif dtype != "fp32" and one.spec.kernel in PRODUCTS:
+        if dtype != "fp32" and one.spec.kernel in PRODUCTS:
             # A product with fewer than 64 rows is too small for a warp group: it runs on the older instruction.
             tall = constants["BLOCK_N" if one.spec.kernel == "_backward_keys" else "BLOCK_M"] >= 64
             assert (INSTRUCTION[arch] if tall else "mma.sync") in one.ptx, one.spec.title
-    check_resources([one for one in made if one not in known])
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -139,8 +128,11 @@ def test_no_row_spills_in_float32(arch, monkeypatch):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("arch", [80, 90])
-def test_no_other_call_spills(arch, call, monkeypatch):
-    """Packed, masked, many groups, values of another size, no causality; head sizes between those of the table."""
-    specs = [spec for dim in (80, 96, 128) for spec in launches(monkeypatch, arch, dim, torch.float16, **call)]
+@pytest.mark.parametrize("arch, dtype", [(80, torch.float16), (90, torch.float16), (90, torch.float32)], ids=str)
+def test_no_other_call_spills(arch, dtype, call, monkeypatch):
+    """Packed, masked, many groups, values of another size, no causality; head sizes between those of the table.
+
+    Not yet true, so not asserted: sm_80 in float32, where the keys pass of packed calls spills 16 bytes at 80 and 96.
+    """
+    specs = [spec for dim in (80, 96, 128) for spec in launches(monkeypatch, arch, dim, dtype, **call)]
     check(compiled(specs), arch)

@@ -68,8 +68,21 @@ def test_a_backend_that_is_not_installed_says_so(monkeypatch):
         choose(requested="triton")
 
 
+def test_of_a_backends_rows_the_one_for_the_device_gives_the_reason(monkeypatch):
+    rows = [Row("perception", "triton", (kind,), (torch.float32,), ("packed",), "fast") for kind in ("cpu", "cuda")]
+    for order in (rows, rows[::-1]):
+        monkeypatch.setattr(backends, "TABLE", [*order, *backends.TABLE])
+        with pytest.raises(BackendError, match="it does not support: packed"):
+            choose("perception", requested="triton", traits=frozenset({"packed"}))
+
+
+def test_the_tables_own_choice_asks_nobody():
+    with use_backend("reference"):
+        assert backends.first_choice("logprobs", device=CPU, dtype=torch.float32) == "portable"
+
+
 def test_unknown_names_and_missing_backends_raise(monkeypatch):
-    with pytest.raises(BackendError, match="expected one of cuda, triton, portable, reference"):
+    with pytest.raises(BackendError, match="expected one of cuda, triton, sdpa.mass, portable, reference"):
         choose(requested="fast")
     with pytest.raises(BackendError, match="has no such backend"):
         choose("perception", requested="cuda")

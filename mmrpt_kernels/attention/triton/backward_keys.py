@@ -16,6 +16,7 @@ from mmrpt_kernels.attention.triton.tiles import (
     capped_scores,
     load_tile,
     place_of_program,
+    products_of,
     rows_of_every_key,
     rows_of_keys,
     weigh,
@@ -26,13 +27,14 @@ __all__ = ["backward_of_keys"]
 
 @triton.jit
 def _rows_of_head(
-    dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base, dm_base, kinds,
-    q_t, do_t, w_g, mask_t, mask_s,
+    dk, dv, dw, k_tile, k_at, v_tile, v_at, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base,
+    dm_base, kinds, q_t, do_t, w_g, mask_t, mask_s,
     origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
     scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dw after the rows of one query head: `blocks` blocks from row `origin` on.
 
@@ -53,7 +55,9 @@ def _rows_of_head(
         q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
         lse = tl.load((lse_base + start) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
         delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
-        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        q_at = (q_base + start * q_t) + place * q_t
+        products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        products = products_of(k_at, q_at, keep, live, k_tile, q_tile, products, DIM, SLICE_D, PRECISION)
         x, bend = capped_scores(products, scale, softcap, CAPPED)
         p = tl.exp2(x - lse[None, :])
         if MASKED or (block < inner_first) | (block >= inner_stop):
@@ -68,7 +72,8 @@ def _rows_of_head(
             do_ptrs = (do_base + start * do_t) + do_offsets
             do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
             dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-            dp = tl.dot(v_tile, tl.trans(do_tile), dp, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+            do_at = (do_base + start * do_t) + place * do_t
+            dp = products_of(v_at, do_at, keep, live, v_tile, do_tile, dp, DIM_V, SLICE_D, PRECISION)
         if HAS_DMASS:
             dm_ptrs = (dm_base + start * groups) + place * groups
             extra = tl.zeros((BLOCK_M,), tl.float32)
@@ -93,10 +98,10 @@ def _backward_keys(
     do_b, do_t, do_h,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, splits, section, groups, dw_first, left, right,
     scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
-    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr,
+    HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the rows of its query heads, or of one split of them.
 
@@ -155,12 +160,12 @@ def _backward_keys(
         places = (batch * heads + head) * num_rows
         dm_base = dmass + places * groups if HAS_DMASS else dmass
         dk, dv, dw = _rows_of_head(
-            dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_in + places,
-            delta_in + places, dm_base, block_kinds,
+            dk, dv, dw, k_tile, k_base + place * k_s, v_tile, v_base + place * v_s, key, keep, q_base, do_base, w_ptrs,
+            mask_base, lse_in + places, delta_in + places, dm_base, block_kinds,
             q_t, do_t, w_g, mask_t, mask_s,
             origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
             scale, softcap,
-            DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
+            DIM, DIM_V, BLOCK_D, BLOCK_V, SLICE_D, BLOCK_M, BLOCK_N, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
             LEFT, RIGHT, MASKED, CAPPED, PRECISION,
         )  # fmt: skip
 
@@ -221,6 +226,7 @@ def backward_of_keys(
         "section": problem.section(splits),
         "BLOCK_M": settings.rows,
         "BLOCK_N": settings.keys,
+        "SLICE_D": settings.slice_d,
     }
     # dw of more groups than fit the registers takes a launch each MAX_GROUPS; dk and dv come out the same every time.
     for start in range(0, 1 if dw is None else groups, MAX_GROUPS):

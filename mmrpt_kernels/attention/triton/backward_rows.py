@@ -19,6 +19,7 @@ from mmrpt_kernels.attention.triton.tiles import (
     keys_of_rows,
     load_tile,
     place_of_program,
+    products_of,
     weigh,
 )
 
@@ -69,13 +70,13 @@ def _row_terms(
 
 @triton.jit
 def _keys_of_row_block(
-    dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs, kinds_base,
-    k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
+    dq, q_tile, q_at, do_tile, do_at, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs,
+    kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
     first, inner_first, inner_stop, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
+    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq after key blocks [first, stop); the band cuts only blocks outside [inner_first, inner_stop).
 
@@ -93,7 +94,9 @@ def _keys_of_row_block(
         if PADDED:
             keep = keep & (tl.load(pad_base + key * pad_s, mask=keep, other=0) != 0)
         k_tile = load_tile((k_base + start * k_s) + k_offsets, keep[:, None], dim[None, :], True, DIM, BLOCK_D)
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        k_at = (k_base + start * k_s) + place * k_s
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        products = products_of(q_at, k_at, live, keep, q_tile, k_tile, products, DIM, SLICE_D, PRECISION)
         x, bend = capped_scores(products, scale, softcap, CAPPED)
         p = tl.exp2(x - lse[:, None])
         if MASKED or (block < inner_first) | (block >= inner_stop):
@@ -109,7 +112,8 @@ def _keys_of_row_block(
         if HAS_DOUT:
             v_ptrs = (v_base + start * v_s) + v_offsets
             v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
-            dp = tl.dot(do_tile, tl.trans(v_tile), dp, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+            v_at = (v_base + start * v_s) + place * v_s
+            dp = products_of(do_at, v_at, live, keep, do_tile, v_tile, dp, DIM_V, SLICE_D, PRECISION)
         if HAS_DMASS:
             extra = tl.zeros_like(delta)
             w_ptrs = (w_base + start * w_s) + place * w_s
@@ -128,10 +132,10 @@ def _backward_rows(
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
     do_b, do_t, do_h,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, section, groups, left, right, scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-    CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
+    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one head against their keys. dq_out (B, T, Hq, D)."""
     tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
@@ -166,13 +170,15 @@ def _backward_rows(
     inner_stop = min(max(max(stop, 0) // BLOCK_N, inner_first), stop_block)
 
     head = head.to(tl.int64)
-    q_ptrs = (q + batch * q_b + head * q_h + start * q_t) + (place[:, None] * q_t + dim[None, :])
+    q_base = q + batch * q_b + head * q_h + start * q_t
+    q_ptrs = q_base + (place[:, None] * q_t + dim[None, :])
     q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-    do_tile = q_tile
+    q_at, do_tile, do_at = q_base + place * q_t, q_tile, place
     if HAS_DOUT:
         do_base = dout + batch * do_b + head * do_h + start * do_t
         do_ptrs = do_base + (place[:, None] * do_t + dim_v[None, :])
         do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+        do_at = do_base + place * do_t
     places = (batch * heads + head) * num_rows + start
     lse = tl.load((lse_in + places) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
     delta = tl.load((delta_in + places) + place, mask=live, other=0.0)  # (BLOCK_M,)
@@ -185,11 +191,11 @@ def _backward_rows(
     kinds_base = kinds + batch * tl.cdiv(num_keys, BLOCK_N) * groups
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _keys_of_row_block(
-        dq, q_tile, do_tile, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs, kinds_base,
-        k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
+        dq, q_tile, q_at, do_tile, do_at, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs,
+        kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
         first_block, inner_first, inner_stop, stop_block, shift, row_hi, key_lo, key_hi, groups, left, right,
         scale, softcap,
-        DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
+        DIM, DIM_V, BLOCK_D, BLOCK_V, SLICE_D, BLOCK_M, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
         LEFT, RIGHT, PADDED, MASKED, CAPPED, PRECISION,
     )  # fmt: skip
     dq_base = dq_out + ((batch * num_rows + start) * heads + head) * DIM
@@ -245,5 +251,6 @@ def backward_of_rows(problem: Problem, shared: dict[str, Any], dq: torch.Tensor)
         "section": problem.section(problem.repeat),
         "BLOCK_M": settings.rows,
         "BLOCK_N": settings.keys,
+        "SLICE_D": settings.slice_d,
     }
     launch(_backward_rows, own["num_tiles"] * heads, shared | own, settings)

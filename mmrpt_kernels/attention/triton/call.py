@@ -14,7 +14,6 @@ __all__ = [
     "Problem",
     "architecture",
     "as_batch",
-    "gradients_like",
     "last_contiguous",
     "launch",
     "packed_tiles",
@@ -120,15 +119,6 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
 def as_batch(packed: bool, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors with a batch dimension: packed ones are a batch of one."""
     return [x if x is None or not packed else x[None] for x in tensors]
-
-
-def gradients_like(key_weights: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Empty gradients of the inputs and, last, of the weights: (0,) for boolean ones, which have none."""
-    contiguous = torch.contiguous_format
-    made = (torch.empty_like(x, memory_format=contiguous) for x in inputs)
-    if key_weights.is_floating_point():
-        return *made, torch.empty_like(key_weights, memory_format=contiguous)
-    return *made, inputs[0].new_empty(0)
 
 
 def prepare(

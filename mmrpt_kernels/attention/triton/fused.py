@@ -1,12 +1,13 @@
-"""The fused attention as custom operators: their autograd, and what they return in shapes alone."""
+"""The fused attention as custom operators."""
 
 from __future__ import annotations
 
 import torch
 
+from mmrpt_kernels.attention.autograd import make_attention_differentiable
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.backward import backward
-from mmrpt_kernels.attention.triton.call import as_batch, gradients_like, prepare
+from mmrpt_kernels.attention.triton.call import as_batch, prepare
 from mmrpt_kernels.attention.triton.decode import decode, serves
 from mmrpt_kernels.attention.triton.forward import forward
 from mmrpt_kernels.common.autocast import without_autocast
@@ -37,16 +38,6 @@ def _attention(
     if key_weights.shape[-1] == 0:
         mass = mass.new_empty((*mass.shape[:-1], 0))
     return (out, mass, lse) if cu_seqlens_q is None else (out[0], mass[0], lse[0])
-
-
-@_attention.register_fake
-def _attention_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = q.shape[:-3] + (q.shape[-2], q.shape[-3])  # (B, Hq, T) or (Hq, sum T)
-    return (
-        q.new_empty(q.shape[:-1] + v.shape[-1:]),
-        q.new_empty(rows + key_weights.shape[-1:], dtype=torch.float32),
-        q.new_empty(rows, dtype=torch.float32),
-    )
 
 
 @torch.library.custom_op("mmrpt_kernels::triton_attention_backward", mutates_args=())
@@ -84,28 +75,7 @@ def _attention_backward(
     return *made, dw
 
 
-@_attention_backward.register_fake
-def _attention_backward_fake(q, k, v, key_weights, *_) -> tuple[torch.Tensor, ...]:
-    return gradients_like(key_weights, q, k, v)
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, key_weights, *rest = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, key_weights, *output, *rest[:4])
-    ctx.settings = rest[4:]
-
-
-def _differentiate(ctx, dout, dmass, dlse):
-    q, k, v, key_weights, out, mass, lse, *masks = ctx.saved_tensors
-    nothing = (None,) * (len(masks) + len(ctx.settings))
-    if dout is None and dmass is None and dlse is None:
-        return None, None, None, None, *nothing
-    *grads, dw = _attention_backward(q, k, v, key_weights, dout, dmass, dlse, out, mass, lse, *masks, *ctx.settings)
-    return *grads, (dw if key_weights.is_floating_point() else None), *nothing
-
-
-_attention.register_autograd(_differentiate, setup_context=_save)
+make_attention_differentiable(_attention, _attention_backward)
 
 
 def attention(

@@ -1,11 +1,12 @@
-"""The mass from a known lse as custom operators: their autograd, and what they return in shapes alone."""
+"""The mass from a known lse as custom operators."""
 
 from __future__ import annotations
 
 import torch
 
+from mmrpt_kernels.attention.autograd import make_mass_differentiable
 from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton.call import as_batch, gradients_like, last_contiguous
+from mmrpt_kernels.attention.triton.call import as_batch, last_contiguous
 from mmrpt_kernels.attention.triton.rows import RowList, list_rows
 from mmrpt_kernels.attention.triton.side import side_mass
 from mmrpt_kernels.attention.triton.side_backward import side_mass_backward
@@ -52,11 +53,6 @@ def _visual_mass(
     return mass[0] if packed else mass
 
 
-@_visual_mass.register_fake
-def _visual_mass_fake(q, k, lse, key_weights, *_) -> torch.Tensor:
-    return q.new_empty(tuple(lse.shape) + key_weights.shape[-1:], dtype=torch.float32)
-
-
 @torch.library.custom_op("mmrpt_kernels::triton_visual_mass_backward", mutates_args=())
 @without_autocast
 def _visual_mass_backward(
@@ -91,25 +87,7 @@ def _visual_mass_backward(
     return dq.view(q.shape), dk.view(k.shape), dw
 
 
-@_visual_mass_backward.register_fake
-def _visual_mass_backward_fake(q, k, lse, key_weights, *_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gradients_like(key_weights, q, k)
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, lse, key_weights, *rest = inputs
-    ctx.save_for_backward(q, k, lse, key_weights, output, *rest[:4])
-    ctx.settings = rest[4:]
-
-
-def _differentiate(ctx, dmass):
-    q, k, lse, key_weights, mass, *masks = ctx.saved_tensors
-    dq, dk, dw = _visual_mass_backward(q, k, lse, key_weights, dmass, mass, *masks, *ctx.settings)
-    nothing = (None,) * (len(masks) + len(ctx.settings))
-    return dq, dk, None, (dw if key_weights.is_floating_point() else None), *nothing
-
-
-_visual_mass.register_autograd(_differentiate, setup_context=_save)
+make_mass_differentiable(_visual_mass, _visual_mass_backward)
 
 
 def mass_from_lse(

@@ -18,7 +18,7 @@ from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.call import architecture
 from mmrpt_kernels.attention.triton.rows import RowList
 from mmrpt_kernels.attention.triton.side import precision, row_tile
-from mmrpt_kernels.attention.triton.tiles import LOG2_E, capped_scores
+from mmrpt_kernels.attention.triton.tiles import LOG2_E, capped_scores, products_of
 
 __all__ = ["Tiles", "side_backward_settings", "side_mass_backward"]
 
@@ -48,35 +48,6 @@ def side_backward_settings(architecture: int, dtype: torch.dtype, dim: int) -> t
     if dim > 128:
         return Tiles(64, 32, 0, 8, 2), Tiles(32, 64, 0, 8, 1)
     return Tiles(64, 64, 0, 8, 2), Tiles(64, 64, 0, 8, 1)
-
-
-@triton.jit
-def _products(
-    a_at,
-    b_at,
-    a_mask,
-    b_mask,
-    a_tile,
-    b_tile,
-    DIM: tl.constexpr,
-    SLICE_D: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(BLOCK_A, BLOCK_B) float32: a . b of whole tiles (BLOCK, BLOCK_D), or of slices of the head size read anew, where
-    the parts of float32 operands would not fit the registers."""
-    if SLICE_D == 0:
-        total = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
-    else:
-        total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        d = tl.arange(0, SLICE_D)
-        for done in range(0, DIM, SLICE_D):
-            within = d < DIM - done
-            a = tl.load(a_at[:, None] + done + d[None, :], mask=a_mask[:, None] & within[None, :], other=0.0)
-            b = tl.load(b_at[None, :] + done + d[:, None], mask=b_mask[None, :] & within[:, None], other=0.0)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit
@@ -147,7 +118,8 @@ def _rows_kernel(
         at_k = key_wide * stride_ks
         # 0 where padding forbids: 0 * NaN would be NaN in dq.
         k_tile = tl.load(k + at_k[:, None] + d[None, :], mask=kept[:, None] & within[None, :], other=0.0)  # (N, D)
-        products = _products(q + at_q, k + at_k, live, kept, q_tile, k_tile, DIM, SLICE_D, BLOCK_M, BLOCK_N, PRECISION)
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        products = products_of(q + at_q, k + at_k, live, kept, q_tile, k_tile, products, DIM, SLICE_D, PRECISION)
         scores, slope = capped_scores(products, scale, softcap, CAPPED)
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]) & kept[None, :]
         probs = tl.where(seen, tl.exp2(scores - row_lse[:, None]), 0.0)
@@ -213,9 +185,8 @@ def _keys_kernel(
             row_lse, dmass_0, row_delta, alive = _row_statistics(
                 lse, dmass_head, delta, at_lse, row * stride_mt, at_delta, live
             )
-            products = _products(
-                k + at_k, q + at_q, kept, live, k_tile, q_tile, DIM, SLICE_D, BLOCK_N, BLOCK_M, PRECISION
-            )
+            products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            products = products_of(k + at_k, q + at_q, kept, live, k_tile, q_tile, products, DIM, SLICE_D, PRECISION)
             scores, slope = capped_scores(products, scale, softcap, CAPPED)
             seen = (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :]) & kept[:, None]
             probs = tl.where(seen, tl.exp2(scores - row_lse[None, :]), 0.0)  # (BLOCK_N, BLOCK_M)

@@ -24,6 +24,7 @@ __all__ = [
     "keys_of_rows",
     "load_tile",
     "place_of_program",
+    "products_of",
     "rows_of_every_key",
     "rows_of_keys",
     "tanh",
@@ -115,6 +116,29 @@ def load_tile(pointers, keep, column, SOME: tl.constexpr, DIM: tl.constexpr, BLO
         return tl.load(pointers, mask=column < DIM, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def products_of(
+    a_at, b_at, a_mask, b_mask, a_tile, b_tile, total,
+    DIM: tl.constexpr, SLICE_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total (BLOCK_A, BLOCK_B) float32 plus a . b of whole tiles (BLOCK, BLOCK_D), or of slices of the head size read
+    anew, where the parts of float32 operands would not fit the registers.
+
+    Args:
+        a_at, b_at: (BLOCK,) pointers to the rows; with SLICE_D 0 (whole tiles) they go unused, else the tiles do.
+    """
+    if SLICE_D == 0:
+        total = tl.dot(a_tile, tl.trans(b_tile), total, input_precision=PRECISION)
+    else:
+        d = tl.arange(0, SLICE_D)
+        for done in range(0, DIM, SLICE_D):
+            within = d < DIM - done
+            a = tl.load(a_at[:, None] + done + d[None, :], mask=a_mask[:, None] & within[None, :], other=0.0)
+            b = tl.load(b_at[None, :] + done + d[:, None], mask=b_mask[None, :] & within[:, None], other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
