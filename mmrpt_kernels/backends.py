@@ -97,8 +97,9 @@ for _op in ("logprobs", "policy_loss", "token_loss"):
         )
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
-    TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))
-del _op, _why, _needs, _device
+    _lacks = ("vocab_group",) if _op in ("logprobs", "policy_loss", "token_loss") else ()
+    TABLE.append(Row(_op, "reference", (), FLOATS, _lacks, "the definition: slow, obvious, float64-capable"))
+del _op, _why, _needs, _device, _lacks
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
 _override: str | None = None

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head
+from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
 from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
 
 __all__ = ["LogProbs", "linear_logprobs", "load_rows"]
@@ -44,6 +46,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     chunk_size: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> LogProbs:
     """Log-probabilities of target tokens, and entropies, from hidden states: the (N, V) logits never exist.
 
@@ -55,7 +58,7 @@ def linear_logprobs(
 
     Args:
         hidden: (..., H) half, bfloat16, float32 or float64.
-        weight: (V, H), the lm head.
+        weight: (V, H), the lm head. A DTensor is gathered, or used in parts (docs/sharded_head.md).
         targets: (...) int64; rows of `ignore_index` give logp 0, entropy 0, no gradient and no work.
         bias: (V,) or None.
         temperature: > 0, divides the logits.
@@ -64,24 +67,32 @@ def linear_logprobs(
         return_entropy: also compute the entropy, about a tenth more work.
         chunk_size: rows of logits held at once; None: what fits 32 MiB. Results do not depend on it beyond rounding.
         backend: "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
+        vocab_group: process group over which the vocabulary is cut: weight (V_r, H) and bias (V_r,) are then this
+            rank's words, ranks in word order, any V_r >= 1; targets stay ids of the whole vocabulary. All other
+            arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call and
+            its backward. Results are then bit-identical on all ranks; d weight is this rank's part and d hidden the whole sum.
 
     Raises:
-        ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V).
+        ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V); on all
+            ranks of vocab_group, where their tokens or options differ.
         BackendError: `backend` cannot serve the call.
     """
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    check_head(hidden, weight, bias, options, chunk_size)
+    weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
+    check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
     checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
     checks.check_dtype("targets", targets, (torch.int64,))
     checks.check_same_device(hidden=hidden, targets=targets)
-    name = backends.select("logprobs", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    traits = group_traits(vocab_group)
+    name = backends.select("logprobs", device=hidden.device, dtype=hidden.dtype, requested=backend, traits=traits)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     if name == "reference":
         return LogProbs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
     flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
+    how = (chunk_size, load_rows(name), group_name(vocab_group))
     logps, entropy = operator.linear_logprobs(
-        flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, chunk_size, load_rows(name)
+        flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, *how
     )
     return LogProbs(logps.view(shape), entropy.view(shape) if return_entropy else None)

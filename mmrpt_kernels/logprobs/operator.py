@@ -11,13 +11,10 @@ import torch
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.logprobs.rows import row_kernels
+from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
 
 __all__ = ["linear_logprobs", "linear_logprobs_backward"]
-
-
-def _head(weight: torch.Tensor, bias: torch.Tensor | None, scalars: tuple[float, float, float]) -> Head:
-    return Head(weight, bias, HeadOptions(*scalars))
 
 
 @torch.library.custom_op("mmrpt_kernels::linear_logprobs", mutates_args=())
@@ -34,16 +31,20 @@ def linear_logprobs(
     return_entropy: bool,
     chunk_size: int | None,
     rows: str,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
 
     Args:
         hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
         rows: whose row kernels, a registered name.
+        vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part.
     """
-    head = _head(weight, bias, (temperature, softcap, logit_scale))
     wanted = (targets != ignore_index).nonzero().squeeze(-1)
-    check_targets(targets, wanted, weight.shape[0])
+    options = HeadOptions(temperature, softcap, logit_scale)
+    shard = find_shard(vocab_group, hidden, weight, targets, wanted, (chunk_size, return_entropy, *options))
+    head = Head(weight, bias, options, shard)
+    check_targets(targets, wanted, head.vocab)
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_zeros(targets.shape, dtype=dtype)
     entropy = hidden.new_zeros(targets.shape if return_entropy else (0,), dtype=dtype)
@@ -57,7 +58,7 @@ def linear_logprobs(
 
 
 @linear_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, chunk_size, rows):
+def _(hidden, weight, bias, targets, temperature, softcap, logit_scale, ignore_index, return_entropy, *how):
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_empty(targets.shape, dtype=dtype)
     return logps, hidden.new_empty(targets.shape if return_entropy else (0,), dtype=dtype)
@@ -77,14 +78,19 @@ def linear_logprobs_backward(
     need: list[bool],
     chunk_size: int | None,
     rows: str,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
 
+    With a vocab_group, whose ranks all have the same d_logps and d_entropy: d hidden is the sum over its ranks.
+
     Without an autograd formula of its own: a second derivative raises instead of being silently zero.
     """
-    head = _head(weight, bias, tuple(scalars))
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     wanted = (active & (targets != ignore_index)).nonzero().squeeze(-1)
+    options = (chunk_size, need, d_entropy is not None, scalars)
+    shard = find_shard(vocab_group, hidden, weight, targets, wanted, options)
+    head = Head(weight, bias, HeadOptions(*scalars), shard)
     gradients = Gradients(hidden, head, need=tuple(need))
 
     def incoming(_logps, _entropy, taken):
@@ -106,7 +112,7 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _(hidden, weight, bias, targets, d_logps, d_entropy, scalars, ignore_index, need, chunk_size, rows):
+def _(hidden, weight, bias, targets, d_logps, d_entropy, scalars, ignore_index, need, *how):
     shaped = (hidden, weight, bias)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0)
@@ -119,13 +125,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, rows
+    ctx.how = how  # chunk_size, rows, vocab_group
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 8
+    none = (None,) * 9
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

@@ -24,6 +24,7 @@ from mmrpt_kernels.common.head import (
     statistics_dtype,
 )
 from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish
+from mmrpt_kernels.logprobs.shards import Shard
 
 __all__ = ["Coefficients", "Gradients", "Head", "check_targets", "visit"]
 
@@ -41,11 +42,20 @@ Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slope
 
 
 class Head(NamedTuple):
-    """The lm head: weight (V, H), bias (V,) or None, and what happens between raw logits and softmax."""
+    """The lm head: weight (V, H), bias (V,) or None, and what happens between raw logits and softmax.
+
+    With a shard, weight and bias are one rank's part of it.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     options: HeadOptions
+    shard: Shard | None = None
+
+    @property
+    def vocab(self) -> int:
+        """Words of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
 
 class Gradients:
@@ -60,6 +70,7 @@ class Gradients:
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
         self.weight = self.bias = None  # made by the first chunk, which has nothing to add to
+        self.rows: list[torch.Tensor] = []  # of d hidden that hold a shard's part of a sum over ranks
 
     def wanted(self) -> bool:
         return any(self.need)
@@ -72,6 +83,7 @@ class Gradients:
         if self.need[0]:
             grads = project_backward_hidden(grad_raw, self.head.weight)
             self.hidden.index_copy_(0, rows, grads.to(self.hidden.dtype))
+            self.rows.append(rows)
         if self.need[1]:
             fresh = self.weight is None
             if fresh:
@@ -82,7 +94,13 @@ class Gradients:
             self.bias = summed if self.bias is None else self.bias.add_(summed)
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """d hidden, d weight, d bias in the dtypes of their tensors."""
+        """d hidden, d weight, d bias in the dtypes of their tensors; called once.
+
+        d hidden is the sum over a shard's ranks, whose parts were rounded to its dtype and are added in float32.
+        """
+        if self.head.shard is not None and self.rows:
+            rows = torch.cat(self.rows)
+            self.hidden.index_copy_(0, rows, self.head.shard.add_up(self.hidden[rows]))
         parameters = zip((self.weight, self.bias), self.head[:2], self.need[1:], strict=True)
         rounded = (
             None
@@ -114,6 +132,8 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
     grow to an eighth of the weight gradient's own size.
     """
     vocab, width = head.weight.shape
+    if head.shard is not None:
+        vocab = head.shard.largest  # the same chunks on every rank
     if chunk_size is not None:
         limit = chunk_size
     elif head.weight.is_cuda:
@@ -166,9 +186,13 @@ def visit(
         chunk = slice(start, start + step)
         taken = rows[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
+        if head.shard is not None:
+            wanted = wanted - head.shard.start
         raw = project(hidden_rows, head.weight, head.bias)
         partials, state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
-        seen, uncertain, softmax = finish(partials, vocab, want_entropy)
+        if head.shard is not None:
+            partials = head.shard.merge(partials)
+        seen, uncertain, softmax = finish(partials, head.vocab, want_entropy)
         logps[chunk] = seen
         if entropy is not None:
             entropy[chunk] = uncertain

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows
 from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
@@ -64,6 +66,7 @@ def linear_policy_loss(
     return_statistics: bool = True,
     chunk_size: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states: no (N, V) logits, no work for tokens without gradient.
 
@@ -103,6 +106,8 @@ def linear_policy_loss(
         return_statistics: False: only tokens with a gradient are computed.
         chunk_size: rows of logits held at once; None: from a memory budget.
         backend: "portable", "reference" or None for the table's choice.
+        vocab_group: process group over which the vocabulary is cut, as in `linear_logprobs`: weight and bias are this
+            rank's words, everything else the same on all ranks; d hidden, made in this call, is the sum over ranks.
 
     Log-ratios above 80 count as 80, with gradient zero, where float32's exp would overflow.
 
@@ -127,7 +132,8 @@ def linear_policy_loss(
         entropy_kind,
         ratio_level,
     )
-    check_head(hidden, weight, bias, head, chunk_size)
+    weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
+    check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
     check_options(options, aggregation, normalizer, ref_logps)
     dtype = statistics_dtype(hidden, weight, bias)
     tokens = gather_tokens(
@@ -143,7 +149,8 @@ def linear_policy_loss(
         ref_logps=ref_logps,
         sampler_weights=sampler_weights,
     )
-    name = backends.select("policy_loss", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    traits = group_traits(vocab_group)
+    name = backends.select("policy_loss", device=hidden.device, dtype=hidden.dtype, requested=backend, traits=traits)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     if name == "reference":
         loss, logps, entropy = reference.linear_policy_loss(
@@ -152,6 +159,7 @@ def linear_policy_loss(
     else:
         per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
         how = {"see_all": return_statistics, "chunk_size": chunk_size, "rows": load_rows(name)}
+        how["vocab_group"] = group_name(vocab_group)
         loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
     if not return_statistics:
@@ -184,6 +192,7 @@ def linear_token_loss(
     use_entropy: bool = True,
     chunk_size: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of any loss of (log-prob, entropy), fused with the lm head: no (N, V) logits.
 
@@ -204,7 +213,8 @@ def linear_token_loss(
             token_loss that requires a gradient is refused, as it would get none.
         targets: (...) int64; rows of `ignore_index` are left out.
         active_mask: (...) bool; rows outside are not computed. None: all rows.
-        temperature, softcap, logit_scale, chunk_size, backend: as in `linear_logprobs`.
+        temperature, softcap, logit_scale, chunk_size, backend, vocab_group: as in `linear_logprobs`; token_loss must
+            then give the same on all ranks.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
 
     Returns:
@@ -216,20 +226,23 @@ def linear_token_loss(
         BackendError: `backend` cannot serve the call.
     """
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    check_head(hidden, weight, bias, options, chunk_size)
+    weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
+    check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
     checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
     checks.check_dtype("targets", targets, (torch.int64,))
     if active_mask is not None:
         checks.check_shape("active_mask", active_mask, tuple(targets.shape), "(...): one bool per token")
         checks.check_dtype("active_mask", active_mask, (torch.bool,))
     checks.check_same_device(hidden=hidden, targets=targets, active_mask=active_mask)
-    name = backends.select("token_loss", device=hidden.device, dtype=hidden.dtype, requested=backend)
+    traits = group_traits(vocab_group)
+    name = backends.select("token_loss", device=hidden.device, dtype=hidden.dtype, requested=backend, traits=traits)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     active = ids != ignore_index
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
         head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "backend": name}
+        head["vocab_group"] = vocab_group
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
@@ -237,7 +250,8 @@ def linear_token_loss(
     arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
     if name == "reference":
         return reference.linear_token_loss(*arguments)
-    return operator.linear_token_loss(*arguments, chunk_size=chunk_size, kernels=load_rows(name))
+    how = {"chunk_size": chunk_size, "kernels": load_rows(name), "vocab_group": group_name(vocab_group)}
+    return operator.linear_token_loss(*arguments, **how)
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.logprobs.rows import row_kernels
+from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
 from mmrpt_kernels.policy_loss.hand_out import hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
@@ -158,6 +159,7 @@ def linear_policy_loss(
     need: list[bool],
     chunk_size: int | None,
     rows: str,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
 
@@ -167,9 +169,10 @@ def linear_policy_loss(
         see_all: also give logps and entropy of response tokens that cannot learn.
         need: whether hidden, weight, bias want a gradient.
         rows: whose row kernels, a registered name.
+        vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part,
+            d hidden the sum over ranks.
     """
     shape = targets.shape
-    head = Head(weight, bias, HeadOptions(temperature, softcap, logit_scale))
     tokens = PolicyTokens(response, perception, advantages, old_logps, ref_logps, sampler_weights)
     tokens = PolicyTokens(*(None if t is None else t.reshape(-1) for t in tokens))
     options = PolicyOptions(
@@ -177,13 +180,18 @@ def linear_policy_loss(
     )
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
-    how = {"chunk_size": chunk_size, "rows": rows}
-    stream = _Stream(flat, head, ids, need=need, entropy_learns=entropy_learns, **how)
     learns = learning_rows(tokens, options)
     learning, scale = learns.nonzero().squeeze(-1), loss_weights.reshape(-1)
     by_sequence = ratio_level == "sequence" and old_logps is not None
     others = _other_rows(tokens, learns, shape, see_all, by_sequence)
-    check_targets(stream.targets, torch.cat([learning, others]), weight.shape[0])
+    visited = torch.cat([learning, others])
+    head_options = HeadOptions(temperature, softcap, logit_scale)
+    alike = (chunk_size, need, see_all, head_options, options)
+    shard = find_shard(vocab_group, flat, weight, ids, visited, alike)
+    head = Head(weight, bias, head_options, shard)
+    check_targets(ids, visited, head.vocab)
+    how = {"chunk_size": chunk_size, "rows": rows}
+    stream = _Stream(flat, head, ids, need=need, entropy_learns=entropy_learns, **how)
     with torch.no_grad():
         stream.visit(others, see_all)
         want_entropy = see_all or entropy_learns
@@ -265,10 +273,11 @@ class _TokenLoss(torch.autograd.Function):
     """The eager route of `linear_token_loss`: a Python callable cannot pass through a custom operator's schema."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how):
-        head = Head(weight, bias, options)
+    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how, vocab_group):
+        shard = find_shard(vocab_group, hidden, weight, targets, rows, (how["chunk_size"], need, want_entropy, options))
+        head = Head(weight, bias, options, shard)
+        check_targets(targets, rows, head.vocab)
         stream = _Stream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
-        check_targets(targets, rows, weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             stream.learn(rows, want_entropy, token_loss, None)
         grads = stream.gradients.result()
@@ -278,7 +287,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        return *hand_out(ctx, d_loss), *(None,) * 7
+        return *hand_out(ctx, d_loss), *(None,) * 8
 
 
 def linear_token_loss(
@@ -293,9 +302,12 @@ def linear_token_loss(
     *,
     chunk_size: int | None,
     kernels: str,
+    vocab_group: str | None,
 ) -> torch.Tensor:
-    """Sum of token_loss over `rows` (n,), called once a chunk; hidden (N, H), targets (N,); kernels: whose."""
+    """Sum of token_loss over `rows` (n,), called once a chunk; hidden (N, H), targets (N,); kernels: whose row kernels;
+    vocab_group: name of the process group over which the vocabulary is cut, or None."""
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     how = {"chunk_size": chunk_size, "rows": kernels}
-    return _TokenLoss.apply(hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how)
+    how_and_where = (token_loss, options, want_entropy, need, how, vocab_group)
+    return _TokenLoss.apply(hidden, weight, bias, targets, rows, *how_and_where)
