@@ -31,11 +31,7 @@ class Shard(NamedTuple):
 
     def merge(self, partials: Partials) -> Partials:
         """Partials of whole rows from every rank's; one collective of 4 n numbers, the same bits on all ranks."""
-        own = torch.stack(partials)
-        count = dist.get_world_size(self.group)
-        gathered = own.new_empty(count * 4, own.shape[1])
-        dist.all_gather_into_tensor(gathered, own, group=self.group)
-        tops, totals, dots, chosen = gathered.view(count, 4, -1).unbind(1)
+        tops, totals, dots, chosen = gather(torch.stack(partials), self.group).unbind(1)
         top = tops.amax(0)
         # How far a part's maximum lies below the row's; a part of -inf alone is as far as can be.
         shifts = (tops - top.clamp_min(torch.finfo(top.dtype).min)).clamp_min_(FAR_BELOW)
@@ -57,8 +53,16 @@ class Shard(NamedTuple):
         dist.all_to_all_single(mine, slices, group=self.group)
         wide = torch.float64 if parts.dtype == torch.float64 else torch.float32
         summed = mine.view(count, -1).sum(0, dtype=wide).to(parts.dtype)
-        dist.all_gather_into_tensor(slices, summed, group=self.group)
-        return slices[:size].view_as(parts)
+        return gather(summed, self.group).view(-1)[:size].view_as(parts)
+
+
+def gather(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(ranks, *own.shape) every rank's `own`, in rank order."""
+    gathered = own.new_empty(dist.get_world_size(group), *own.shape)
+    # all_gather_into_tensor is the same function's name before torch 2.13.
+    collect = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    collect(gathered.view(-1), own.view(-1), group=group)
+    return gathered
 
 
 def find_shard(
@@ -87,11 +91,7 @@ def find_shard(
     chosen = zlib.crc32(repr((options, hidden.dtype, weight.dtype)).encode())
     sizes = torch.tensor([weight.shape[0], *hidden.shape, chosen, rows.shape[0]], device=hidden.device)
     fingerprint = ((rows + 1) * (targets[rows] + 1)).sum()
-    own = torch.cat([sizes, fingerprint[None]])
-    count = dist.get_world_size(group)
-    gathered = own.new_empty(count * own.shape[0])
-    dist.all_gather_into_tensor(gathered, own, group=group)
-    words, *common = gathered.view(count, -1).t().tolist()
+    words, *common = gather(torch.cat([sizes, fingerprint[None]]), group).t().tolist()
     for what, found in zip(COMMON, common, strict=True):
         if len(set(found)) > 1:
             raise ValueError(
