@@ -30,9 +30,11 @@ DEFAULT_ARCHITECTURES = ("80", "90", "100")
 
 
 def find_nvcc() -> str | None:
-    """CUDA's compiler: $CUDA_HOME first, then the PATH."""
+    """CUDA's compiler: in $CUDA_HOME where that is set, else on the PATH or in CUDA's usual place."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def architectures(nvcc: str) -> list[str]:

@@ -95,6 +95,12 @@ for _op in ("logprobs", "policy_loss", "token_loss"):
         TABLE.append(
             Row(_op, "cuda", (_device,), FLOATS[:3], (), _why, by_name=True, missing=_why_no_extension(_device))
         )
+for _op in ("logprobs", "policy_loss", "token_loss"):
+    _why = "row kernels between the vendor's products, at memory speed; compute capability 8.0 or newer"
+    TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
+    if _INTERPRETED:
+        _why = "Triton's interpreter, for tests"
+        TABLE.append(Row(_op, "triton", ("cpu",), FLOATS[:3], (), _why, by_name=True, missing=TRITON_MISSING))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
     _lacks = ("vocab_group",) if _op in ("logprobs", "policy_loss", "token_loss") else ()

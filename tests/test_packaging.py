@@ -14,17 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrpt_kernels.common.extension import build_info, extension
 from scripts import bootstrap, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-NOT_BUILT = (
-    f"mmrpt_kernels._C is not built ({build_info()['reason']}); `python setup.py build_ext --inplace` builds it where "
-    "a C++ compiler and pybind11 are present"
-)
-needs_extension = pytest.mark.skipif(not build_info()["built"], reason=NOT_BUILT)
 needs_builder = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
 
 
@@ -128,114 +122,7 @@ assert "mmrpt" not in sys.modules, "operators must not know the method"
     assert done.returncode == 0, done.stderr
 
 
-# ---- the extension: the row mathematics that kernels share, against float64 ----
-
-
-def row_statistics(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    rows, vocab = logits.shape
-    lse, logp, entropy = (torch.full((rows,), torch.nan) for _ in range(3))
-    addresses = [tensor.data_ptr() for tensor in (logits, targets, lse, logp, entropy)]
-    extension().row_statistics(*addresses, rows, vocab, logits.stride(0))
-    return lse, logp, entropy
-
-
-def row_gradient(logits: torch.Tensor, targets: torch.Tensor, d_logp: torch.Tensor, d_entropy: torch.Tensor):
-    rows, vocab = logits.shape
-    gradient = torch.full((rows, vocab), torch.nan)
-    addresses = [tensor.data_ptr() for tensor in (logits, targets, d_logp, d_entropy, gradient)]
-    extension().row_gradient(*addresses, rows, vocab, logits.stride(0))
-    return gradient
-
-
-def eager(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    logps = logits.log_softmax(-1)
-    entropy = -torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1)
-    return logits.logsumexp(-1), logps.gather(-1, targets[:, None])[:, 0], entropy
-
-
-ROW_CASES = {
-    "one word": (3, 1, 1.0),
-    "ordinary": (5, 1000, 3.0),
-    "odd, over a part": (4, 257, 3.0),
-    "flat": (2, 4096, 1e-6),
-    "peaked": (6, 300, 1e4),
-    "long": (1, 151_936, 3.0),
-}
-
-
-@needs_extension
-@pytest.mark.parametrize("name", ROW_CASES)
-def test_row_statistics_match_float64(name: str, seed: int) -> None:
-    rows, vocab, size = ROW_CASES[name]
-    logits = size * torch.randn(rows, vocab + 3)[:, :vocab]  # rows are not contiguous
-    targets = torch.randint(vocab, (rows,))
-    truth = eager(logits.double(), targets)
-    for what, got, want in zip(("lse", "logp", "entropy"), row_statistics(logits, targets), truth, strict=True):
-        # A float32 unit of the largest number that enters each of them, times two per part of the row.
-        limit = 8 * torch.finfo(torch.float32).eps * max(want.abs().max().item(), 10.0)
-        error = (got - want).abs().max().item()
-        assert error <= limit, f"{name}, {what}: error {error:.2e} above {limit:.2e} (seed {seed})"
-    _, logp, entropy = row_statistics(logits, targets)
-    assert (logp <= 0).all() and (entropy >= 0).all()
-
-
-@needs_extension
-def test_row_statistics_of_ruled_out_words_and_of_nan(seed: int) -> None:
-    logits = torch.randn(4, 600)
-    logits[0, ::2] = -torch.inf
-    logits[1, :] = -torch.inf
-    logits[1, 7] = 3.0  # one word is left: probability 1, entropy 0
-    logits[2, 300:] = -torch.inf  # whole parts without a finite logit
-    logits[3, 5] = torch.nan
-    targets = torch.tensor([0, 7, 1, 2])
-    lse, logp, entropy = row_statistics(logits, targets)
-    want = eager(logits[:3].double(), targets[:3])
-    torch.testing.assert_close(lse[:3].double(), want[0], rtol=1e-6, atol=1e-6)
-    assert logp[0] == -torch.inf and logp[1] == 0 and entropy[1] == 0
-    torch.testing.assert_close(entropy[:3].double(), want[2], rtol=1e-6, atol=1e-6)
-    assert lse[3].isnan() and logp[3].isnan() and entropy[3].isnan()
-
-
-@needs_extension
-@pytest.mark.parametrize("name", ["one word", "ordinary", "odd, over a part", "peaked"])
-def test_row_gradient_matches_autograd_in_float64(name: str, seed: int) -> None:
-    rows, vocab, size = ROW_CASES[name]
-    logits, targets = size * torch.randn(rows, vocab), torch.randint(vocab, (rows,))
-    d_logp, d_entropy = torch.randn(rows), torch.randn(rows)
-    wide = logits.double().requires_grad_(True)
-    _, logp, entropy = eager(wide, targets)
-    (logp * d_logp + entropy * d_entropy).sum().backward()
-    got = row_gradient(logits, targets, d_logp, d_entropy)
-    # exp(z - lse) inherits the rounding of z - lse: relative error about eps * |z - lse| where p is not negligible.
-    torch.testing.assert_close(got.double(), wide.grad, rtol=2e-5, atol=2e-6, msg=lambda m: f"{m} (seed {seed})")
-
-
-@needs_extension
-def test_row_gradient_gives_ruled_out_words_nothing() -> None:
-    logits = torch.tensor([[0.5, -torch.inf, 1.5]])
-    got = row_gradient(logits, torch.tensor([0]), torch.tensor([1.0]), torch.tensor([1.0]))
-    assert got[0, 1] == 0 and got.isfinite().all() and abs(got.sum().item()) < 1e-6
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here: the header's device side is not compiled")
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_the_header_compiles_for_the_device(architecture: str, tmp_path: Path) -> None:
-    """Every function of row_math.h, called from a kernel: same source, same mathematics."""
-    kernel = """
-#include "common/row_math.h"
-extern "C" __global__ void all(const float* z, float* out, int n) {
-  mmrpt::RowSums a = mmrpt::empty_sums();
-  for (int j = threadIdx.x; j < n; j += blockDim.x) a = mmrpt::push(a, z[j]);
-  a = mmrpt::merge(a, mmrpt::empty_sums());
-  out[0] = mmrpt::log_sum_exp(a);
-  out[1] = mmrpt::log_probability(a, z[0]);
-  out[2] = mmrpt::logit_gradient(a, mmrpt::entropy(a), z[0], true, out[1], out[0]);
-}
-"""
-    (tmp_path / "all.cu").write_text(kernel)
-    command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-cubin"]
-    done = subprocess.run([*command, "all.cu", "-o", "all.cubin"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "all.cubin").stat().st_size > 0, done.stderr
+# ---- the extension (its row kernels: tests/kernels/test_row_kernels_cuda.py) ----
 
 
 def build_copy(folder: Path, mode: str, more: dict[str, str] | None = None, **variables: str):
@@ -253,7 +140,7 @@ def build_copy(folder: Path, mode: str, more: dict[str, str] | None = None, **va
 @pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("1", 1)])
 def test_a_failing_compiler_is_a_warning_unless_the_build_was_asked_for(mode: str, code: int, tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
-    done = build_copy(tmp_path, mode, CC="/bin/false", CXX="/bin/false")
+    done = build_copy(tmp_path, mode, CC="/bin/false", CXX="/bin/false", MMRPT_CUDA_ARCHITECTURES="90")
     assert done.returncode == code, done.stderr
     assert "mmrpt_kernels._C" in done.stderr or code, done.stderr
     assert not list((tmp_path / "mmrpt_kernels").glob("*.so"))
@@ -264,6 +151,20 @@ def test_a_build_switched_off_or_misspelt(tmp_path: Path) -> None:
     assert not list((tmp_path / "off/mmrpt_kernels").glob("*.so"))
     done = build_copy(tmp_path / "wrong", "yes")
     assert done.returncode != 0 and "expected auto, 0 or 1" in done.stderr
+
+
+@needs_builder
+def test_without_nvcc_the_host_versions_are_built_unless_all_was_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    done = build_copy(tmp_path / "auto", "auto", CUDA_HOME="/nonexistent")
+    assert done.returncode == 0 and "no nvcc" in done.stderr, done.stderr
+    code = "from mmrpt_kernels import _C; print([_C.build_info()['cuda_architectures'], hasattr(_C, 'row_partials')])"
+    loaded = python(code, PYTHONPATH=str(tmp_path / "auto"))
+    assert loaded.stdout.strip() == "['', True]", loaded.stderr
+    call = "from mmrpt_kernels import _C; _C.row_partials(0, 1, (1, 1), 0, 0, False, (1.0, 0.0, 1.0), (0, 0))"
+    assert "no CUDA sources" in python(call, PYTHONPATH=str(tmp_path / "auto")).stderr
+    done = build_copy(tmp_path / "all", "1", CUDA_HOME="/nonexistent")
+    assert done.returncode != 0 and "no nvcc" in done.stderr, done.stderr
 
 
 @needs_builder

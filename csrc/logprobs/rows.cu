@@ -35,11 +35,7 @@ __global__ void __launch_bounds__(kLanes) partials_kernel(const PartialsCall cal
   const std::int64_t i = blockIdx.x;
   const float* row = call.logits + i * call.stride;
   const RowSums sums = merge_block(lane_sums<kDots, kCapped>(row, call.vocab, call.head, threadIdx.x));
-  if (threadIdx.x != 0) return;
-  call.out[i] = sums.top;
-  call.out[call.rows + i] = sums.total;
-  call.out[2 * call.rows + i] = sums.dots;
-  call.out[3 * call.rows + i] = chosen_logit(row, call.targets[i], call.vocab, call.head);
+  if (threadIdx.x == 0) store(call, i, sums);
 }
 
 template <typename T, bool kEntropy, bool kCapped>

@@ -96,10 +96,17 @@ MMRPT_UNROLL
   return sums;
 }
 
-// z of the target, -inf where this part of the vocabulary does not hold it.
-MMRPT_HOST_DEVICE float chosen_logit(const float* row, std::int64_t target, int vocab, const Head& head) {
-  if (target < 0 || target >= vocab) return -INFINITY;
-  return head.outer * (head.capped ? bend<true>(row[target], head) : row[target]);
+// What row i leaves behind. The target's z is -inf where this part of the vocabulary does not hold it.
+MMRPT_HOST_DEVICE void store(const PartialsCall& call, std::int64_t i, const RowSums& sums) {
+  const float* row = call.logits + i * call.stride;
+  const std::int64_t target = call.targets[i];
+  float chosen = -INFINITY;
+  if (target >= 0 && target < call.vocab)
+    chosen = call.head.outer * (call.head.capped ? bend<true>(row[target], call.head) : row[target]);
+  call.out[i] = sums.top;
+  call.out[call.rows + i] = sums.total;
+  call.out[2 * call.rows + i] = call.want_dots ? sums.dots : 0.0f;  // merging makes dots of nothing but shifts
+  call.out[3 * call.rows + i] = chosen;
 }
 
 MMRPT_HOST_DEVICE RowGradient row_gradient(const GradientCall& call, std::int64_t row) {

@@ -26,11 +26,7 @@ void partials_on_host(const PartialsCall& call) {
       RowSums parts[kLanes];
       for (int lane = 0; lane < kLanes; ++lane)
         parts[lane] = lane_sums<dots.value, capped.value>(row, call.vocab, call.head, lane);
-      const RowSums sums = merge_lanes(parts);
-      call.out[i] = sums.top;
-      call.out[call.rows + i] = sums.total;
-      call.out[2 * call.rows + i] = sums.dots;
-      call.out[3 * call.rows + i] = chosen_logit(row, call.targets[i], call.vocab, call.head);
+      store(call, i, merge_lanes(parts));
     }
   });
 }

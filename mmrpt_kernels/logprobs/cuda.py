@@ -1,4 +1,4 @@
-"""Row kernels in CUDA C++ (csrc/logprobs), through the compiled extension; on CPU tensors the same functions' host build.
+"""Row kernels in CUDA C++ (csrc/logprobs), through the compiled extension; on CPU tensors their host build.
 
 Plain calls, no custom operators: the stream runs inside custom operators already, outside autograd and unseen by
 compilers, and everything here is enqueued on torch's current stream, so memory is reused in the order of that stream.
@@ -18,8 +18,8 @@ __all__ = ["ROW_KERNELS"]
 def _call(kernel: str, device: torch.device, *arguments) -> None:
     """Run a kernel of the extension where the tensors are.
 
-    The guard sets torch's current device to theirs, which the extension's own copy of the CUDA runtime does as well: the
-    driver's current context is one for both.
+    The guard sets torch's current device to theirs, as the extension's own copy of the CUDA runtime does: the driver's
+    current context is one for both.
     """
     function = getattr(extension(), kernel)
     if device.type == "cpu":
@@ -37,7 +37,7 @@ def _column(values: torch.Tensor) -> torch.Tensor:
 def row_statistics(
     raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool, keep_logits: bool
 ) -> tuple[Partials, torch.Tensor]:
-    """`RowKernels.statistics` for raw (n, V) float32, rows at any stride; raw stays as it is, so there is nothing to keep."""
+    """`RowKernels.statistics` for raw (n, V) float32, rows at any stride; raw stays as it is and is the state."""
     raw = raw if raw.stride(-1) == 1 else raw.contiguous()
     targets = targets.contiguous()
     out = raw.new_empty(4, raw.shape[0])

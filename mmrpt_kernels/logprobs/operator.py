@@ -30,6 +30,7 @@ def linear_logprobs(
     ignore_index: int,
     return_entropy: bool,
     chunk_size: int | None,
+    compact: bool,
     rows: str,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,13 +38,16 @@ def linear_logprobs(
 
     Args:
         hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
+        compact: gather the wanted rows first, which waits for the device.
         rows: whose row kernels, a registered name.
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part.
     """
-    wanted = (targets != ignore_index).nonzero().squeeze(-1)
     options = HeadOptions(temperature, softcap, logit_scale)
-    shard = find_shard(vocab_group, hidden, weight, targets, wanted, (chunk_size, return_entropy, *options))
+    mask = targets != ignore_index
+    alike = (chunk_size, compact, return_entropy, options)
+    shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, mask, alike)
     head = Head(weight, bias, options, shard)
+    wanted = mask.nonzero().squeeze(-1) if compact else mask
     check_targets(targets, wanted, head.vocab)
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_zeros(targets.shape, dtype=dtype)
@@ -51,6 +55,8 @@ def linear_logprobs(
     seen, uncertain = visit(
         row_kernels(rows), hidden, head, targets, wanted, want_entropy=return_entropy, chunk_size=chunk_size
     )
+    if not compact:
+        return seen, uncertain if return_entropy else entropy
     logps[wanted] = seen
     if return_entropy:
         entropy[wanted] = uncertain
@@ -77,6 +83,7 @@ def linear_logprobs_backward(
     ignore_index: int,
     need: list[bool],
     chunk_size: int | None,
+    compact: bool,
     rows: str,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,10 +94,11 @@ def linear_logprobs_backward(
     Without an autograd formula of its own: a second derivative raises instead of being silently zero.
     """
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-    wanted = (active & (targets != ignore_index)).nonzero().squeeze(-1)
-    options = (chunk_size, need, d_entropy is not None, scalars)
-    shard = find_shard(vocab_group, hidden, weight, targets, wanted, options)
+    active = active & (targets != ignore_index)
+    alike = (chunk_size, compact, need, d_entropy is not None, scalars)
+    shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, active, alike)
     head = Head(weight, bias, HeadOptions(*scalars), shard)
+    wanted = active.nonzero().squeeze(-1) if compact else active
     gradients = Gradients(hidden, head, need=tuple(need))
 
     def incoming(_logps, _entropy, taken):
@@ -125,13 +133,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, rows, vocab_group
+    ctx.how = how  # chunk_size, compact, rows, vocab_group
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 9
+    none = (None,) * 10
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

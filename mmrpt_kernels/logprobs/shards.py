@@ -18,7 +18,7 @@ from mmrpt_kernels.logprobs.rows import FAR_BELOW, Partials
 __all__ = ["Shard", "find_shard"]
 
 # What a call's ranks must have in common, in the order in which `find_shard` compares them.
-COMMON = ("tokens", "hidden size", "options", "tokens with work", "targets")
+COMMON = ("tokens", "hidden size", "options", "tokens with work", "targets, or which tokens have work")
 
 
 class Shard(NamedTuple):
@@ -66,32 +66,31 @@ def gather(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def find_shard(
-    name: str | None,
+    name: str,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    rows: torch.Tensor,
+    work: torch.Tensor,
     options: tuple,
-) -> Shard | None:
-    """This rank's part; None without a group. One collective of a few numbers, which waits for the device.
+) -> Shard:
+    """This rank's part. One collective of a few numbers, which waits for the device.
 
     Args:
         name: the process group's.
-        hidden: (N, H). weight: (V_r, H). targets: (N,) int64, valid at `rows`.
-        rows: (n,) int64, the tokens that will be visited.
+        hidden: (N, H). weight: (V_r, H). targets: (N,) int64.
+        work: (N,) bool or small integers, what will be done for a token: 0 nothing, and the target does not matter.
         options: numbers and words that decide what is computed.
 
     Raises:
         ValueError: on every rank, where ranks differ in anything but V_r, instead of a deadlock or a wrong sum; or
             where a rank has no words.
     """
-    if name is None:
-        return None
     group = dist.distributed_c10d._resolve_process_group(name)
     chosen = zlib.crc32(repr((options, hidden.dtype, weight.dtype)).encode())
-    sizes = torch.tensor([weight.shape[0], *hidden.shape, chosen, rows.shape[0]], device=hidden.device)
-    fingerprint = ((rows + 1) * (targets[rows] + 1)).sum()
-    words, *common = gather(torch.cat([sizes, fingerprint[None]]), group).t().tolist()
+    sizes = torch.tensor([weight.shape[0], *hidden.shape, chosen], device=hidden.device)
+    places = torch.arange(1, targets.shape[0] + 1, device=targets.device)
+    sums = torch.stack([work.sum(), (work * places * (targets + 1)).sum()])
+    words, *common = gather(torch.cat([sizes, sums]), group).t().tolist()
     for what, found in zip(COMMON, common, strict=True):
         if len(set(found)) > 1:
             raise ValueError(

@@ -161,7 +161,8 @@ def visit(
 
     Args:
         hidden: (N, H). targets: (N,) int64, valid at `rows`.
-        rows: (n,) int64, the tokens to visit; the others cost nothing.
+        rows: (n,) int64, the tokens to visit; the others cost nothing. Or (N,) bool: all tokens are visited, which
+            waits for no device; those outside have log-prob and entropy 0 and give no gradient, whatever they hold.
         want_entropy: compute the entropy.
         entropy_learns: `coefficients` may give a second coefficient; False saves a second buffer of logits.
         chunk_size: rows a chunk at most; None: from a memory budget.
@@ -172,6 +173,8 @@ def visit(
         logps (n,), entropy (n,) or None, in the order of `rows`, float32 (float64 where an input is).
     """
     dtype = statistics_dtype(hidden, head.weight, head.bias)
+    masked = rows.dtype == torch.bool
+    places = torch.arange(rows.shape[0], device=rows.device) if masked else rows
     logps = hidden.new_empty(rows.shape, dtype=dtype)
     entropy = hidden.new_empty(rows.shape, dtype=dtype) if want_entropy else None
     count = rows.shape[0]
@@ -184,21 +187,27 @@ def visit(
         into = hidden.new_empty(min(step, count), vocab, dtype=rounded)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
-        taken = rows[chunk]
+        taken = places[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
         if head.shard is not None:
             wanted = wanted - head.shard.start
+        if masked:  # 0 * NaN would reach d weight
+            hidden_rows.masked_fill_(~rows[chunk, None], 0.0)
         raw = project(hidden_rows, head.weight, head.bias)
         partials, state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
         if head.shard is not None:
             partials = head.shard.merge(partials)
         seen, uncertain, softmax = finish(partials, head.vocab, want_entropy)
+        if masked:
+            seen, uncertain = (None if t is None else torch.where(rows[chunk], t, 0.0) for t in (seen, uncertain))
         logps[chunk] = seen
         if entropy is not None:
             entropy[chunk] = uncertain
         if coefficients is not None:
             slopes = coefficients(seen, uncertain, taken)
             if learns:
+                if masked:
+                    slopes = tuple(None if t is None else torch.where(rows[chunk], t, 0.0) for t in slopes)
                 some = None if into is None else into[: taken.shape[0]]
                 grad_raw = kernels.gradient(state, wanted, head.options, softmax, slopes, some)
                 gradients.add(taken, hidden_rows, grad_raw)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
-from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
-from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows
+from mmrpt_kernels.common.sharding import group_name, local_head
+from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
 from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
@@ -56,6 +55,7 @@ def linear_policy_loss(
     entropy_scope: str = "response",
     entropy_kind: str = "exact",
     ratio_level: str = "token",
+    surrogate: str = "clip",
     aggregation: str = "token_mean",
     normalizer: torch.Tensor | float | None = None,
     bias: torch.Tensor | None = None,
@@ -65,6 +65,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     return_statistics: bool = True,
     chunk_size: int | None = None,
+    compact: bool = True,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> PolicyLoss:
@@ -72,12 +73,17 @@ def linear_policy_loss(
 
         A' = trajectory_weight * advantage          r = exp(logp - old_logp)
         surrogate = min(r A', clip(r, 1 - clip_low, 1 + clip_high) A'),  and for A' < 0: max(surrogate, dual_clip A')
+                    or, "cispo": constant(clip(r)) A' logp, whose gradient no clip takes away
         token = response * (-perception * sampler_weight * surrogate + kl_coef * kl - entropy_coef * entropy)
         loss = aggregate(token)
 
     The gradients of hidden, weight and bias are made in this call, chunk by chunk, one visit of each logit; `backward`
-    multiplies them by the incoming number, in place, and can run once per call. Plain cross-entropy is advantages = 1
-    with old_logps=None.
+    multiplies them by the incoming number, in place, and can run once per call.
+
+    The family by its settings: PPO, GRPO and DAPO as they stand (clip_high=0.28, "token_mean"); Dr.GRPO normalizer = B
+    times the longest response, so that no length divides; GSPO ratio_level="sequence" with "sequence_mean" and clips of
+    3e-4; CISPO surrogate="cispo"; REINFORCE old_logps=None. Supervised cross-entropy has the gradient of advantages = 1
+    with old_logps=None; `linear_token_loss(..., lambda logps, entropy, rows: -logps)` gives its value as well.
 
     Args:
         hidden: (B, T, H) half, bfloat16, float32 or float64. weight: (V, H). bias: (V,) or None. These three get
@@ -98,6 +104,7 @@ def linear_policy_loss(
         ratio_level: "token", or "sequence" (GSPO): r is exp of the response's mean log-ratio as a value, each token
             pulling its own log-prob (GSPO-token's stop-gradient form), so that filtered tokens stay without gradient.
             Costs a second visit of the tokens whose sequence is not clipped.
+        surrogate: "clip", or "cispo" (arXiv 2506.13585), which takes no dual_clip; the ratio's level is ratio_level.
         aggregation: "token_mean" over response tokens, "sequence_mean" the mean over non-empty sequences of their token
             means, "sum".
         normalizer: number or 0-d tensor that replaces the aggregation's own count (tokens, sequences, 1): across ranks
@@ -105,7 +112,9 @@ def linear_policy_loss(
         temperature, softcap, logit_scale: of the logits, as in `linear_logprobs`.
         return_statistics: False: only tokens with a gradient are computed.
         chunk_size: rows of logits held at once; None: from a memory budget.
-        backend: "portable", "reference" or None for the table's choice.
+        compact: gather the rows that count and compute no others, which waits for the device once (sequence ratios:
+            twice). False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+        backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
         vocab_group: process group over which the vocabulary is cut, as in `linear_logprobs`: weight and bias are this
             rank's words, everything else the same on all ranks; d hidden, made in this call, is the sum over ranks.
 
@@ -131,6 +140,7 @@ def linear_policy_loss(
         entropy_scope,
         entropy_kind,
         ratio_level,
+        surrogate,
     )
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
     check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
@@ -149,8 +159,7 @@ def linear_policy_loss(
         ref_logps=ref_logps,
         sampler_weights=sampler_weights,
     )
-    traits = group_traits(vocab_group)
-    name = backends.select("policy_loss", device=hidden.device, dtype=hidden.dtype, requested=backend, traits=traits)
+    name = select_backend("policy_loss", hidden, weight, bias, backend, vocab_group)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     if name == "reference":
         loss, logps, entropy = reference.linear_policy_loss(
@@ -158,7 +167,7 @@ def linear_policy_loss(
         )
     else:
         per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
-        how = {"see_all": return_statistics, "chunk_size": chunk_size, "rows": load_rows(name)}
+        how = {"see_all": return_statistics, "chunk_size": chunk_size, "compact": compact, "rows": load_rows(name)}
         how["vocab_group"] = group_name(vocab_group)
         loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
@@ -191,6 +200,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     use_entropy: bool = True,
     chunk_size: int | None = None,
+    compact: bool = True,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
@@ -213,8 +223,10 @@ def linear_token_loss(
             token_loss that requires a gradient is refused, as it would get none.
         targets: (...) int64; rows of `ignore_index` are left out.
         active_mask: (...) bool; rows outside are not computed. None: all rows.
-        temperature, softcap, logit_scale, chunk_size, backend, vocab_group: as in `linear_logprobs`; token_loss must
-            then give the same on all ranks.
+        temperature, softcap, logit_scale, chunk_size, backend, vocab_group: as in `linear_logprobs`; over a group,
+            token_loss must give the same on all ranks.
+        compact: as there; with False token_loss also sees the other rows, with log-prob and entropy 0, and what it
+            makes of them does not count.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
 
     Returns:
@@ -234,19 +246,18 @@ def linear_token_loss(
         checks.check_shape("active_mask", active_mask, tuple(targets.shape), "(...): one bool per token")
         checks.check_dtype("active_mask", active_mask, (torch.bool,))
     checks.check_same_device(hidden=hidden, targets=targets, active_mask=active_mask)
-    traits = group_traits(vocab_group)
-    name = backends.select("token_loss", device=hidden.device, dtype=hidden.dtype, requested=backend, traits=traits)
+    name = select_backend("token_loss", hidden, weight, bias, backend, vocab_group)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     active = ids != ignore_index
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
-        head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "backend": name}
+        head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "compact": compact, "backend": name}
         head["vocab_group"] = vocab_group
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
-    rows = active.nonzero().squeeze(-1)
+    rows = active if not compact and name != "reference" else active.nonzero().squeeze(-1)
     arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
     if name == "reference":
         return reference.linear_token_loss(*arguments)

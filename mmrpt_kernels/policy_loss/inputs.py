@@ -13,6 +13,7 @@ from mmrpt_kernels.policy_loss.options import (
     ENTROPY_SCOPES,
     KL_ESTIMATORS,
     RATIO_LEVELS,
+    SURROGATES,
     PolicyOptions,
     PolicyTokens,
 )
@@ -36,11 +37,17 @@ def check_options(
     _check_word("entropy_scope", options.entropy_scope, ENTROPY_SCOPES)
     _check_word("entropy_kind", options.entropy_kind, ENTROPY_KINDS)
     _check_word("ratio_level", options.ratio_level, RATIO_LEVELS)
+    _check_word("surrogate", options.surrogate, SURROGATES)
     _check_word("aggregation", aggregation, AGGREGATIONS)
     checks.check_range("clip_low", options.clip_low, 0.0, 1.0)
     checks.check_range("clip_high", options.clip_high, 0.0, None)
     if options.dual_clip is not None:
         checks.check_range("dual_clip", options.dual_clip, 1.0, None, low_open=True)
+        checks.check(
+            options.surrogate == "clip",
+            f"dual_clip: got {options.dual_clip} with surrogate {options.surrogate!r}, which bounds the ratio already; "
+            "leave it None",
+        )
     _check_finite("kl_coef", options.kl_coef)
     _check_finite("entropy_coef", options.entropy_coef)
     checks.check(

@@ -12,120 +12,14 @@ import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
-from mmrpt_kernels.logprobs.rows import row_kernels
 from mmrpt_kernels.logprobs.shards import find_shard
-from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
+from mmrpt_kernels.logprobs.stream import Head, check_targets
 from mmrpt_kernels.policy_loss.hand_out import hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
-from mmrpt_kernels.policy_loss.surrogate import (
-    differentiate,
-    learning_rows,
-    policy_rows,
-    sequence_log_ratio,
-    token_losses,
-)
+from mmrpt_kernels.policy_loss.surrogate import learning_rows, policy_rows, token_losses
+from mmrpt_kernels.policy_loss.visits import LossStream, learn_by_sequence, split_rows
 
 __all__ = ["PolicyLossFunction", "linear_policy_loss", "linear_token_loss"]
-
-
-class _Stream:
-    """One call's state: what every visit of the vocabulary shares, and what the visits fill in."""
-
-    def __init__(
-        self, hidden, head: Head, targets, *, need, entropy_learns: bool, chunk_size: int | None, rows: str
-    ) -> None:
-        """need: whether hidden, weight, bias want a gradient; entropy_learns: whether the loss depends on entropies;
-        rows: whose row kernels."""
-        self.kernels = row_kernels(rows)
-        self.hidden, self.head, self.targets, self.chunk_size = hidden, head, targets, chunk_size
-        self.dtype = statistics_dtype(hidden, head.weight, head.bias)
-        self.entropy_learns = entropy_learns
-        self.gradients = Gradients(hidden, head, need=tuple(need))
-        self.losses = hidden.new_zeros(targets.shape, dtype=self.dtype)
-        self.logps = hidden.new_zeros(targets.shape, dtype=self.dtype)
-        self.entropy = hidden.new_zeros(targets.shape, dtype=self.dtype)
-
-    def visit(self, rows: torch.Tensor, want_entropy: bool, coefficients=None, store: bool = True) -> None:
-        """Visit `rows` (n,); with `store`, keep their statistics."""
-        logps, entropy = visit(
-            self.kernels,
-            self.hidden,
-            self.head,
-            self.targets,
-            rows,
-            want_entropy=want_entropy,
-            entropy_learns=self.entropy_learns,
-            chunk_size=self.chunk_size,
-            coefficients=coefficients,
-            gradients=self.gradients,
-        )
-        if store:
-            self.logps[rows] = logps
-            if want_entropy:
-                self.entropy[rows] = entropy
-
-    def learn(self, rows: torch.Tensor, want_entropy: bool, token_loss: Callable, scale: torch.Tensor | None) -> None:
-        """One visit of `rows`: losses and gradients of sum(scale * token_loss(logps, entropy, rows)).
-
-        token_loss gives (n,) from (n,); scale (N,) or None. Only losses when no gradient is wanted.
-        """
-
-        def coefficients(logps, entropy, taken):
-            factor = None if scale is None else scale[taken]
-            losses, d_logps, d_entropy = self.evaluate(token_loss, logps, entropy, taken, factor)
-            self.losses[taken] = losses.to(self.dtype)
-            return d_logps, d_entropy
-
-        self.visit(rows, want_entropy, coefficients)
-
-    def evaluate(self, token_loss, logps, entropy, taken, factor):
-        """factor * token_loss (n,), and its two coefficients per row when a gradient is wanted, else None, None."""
-
-        def scaled(logps, entropy):
-            losses = token_loss(logps, entropy, taken)
-            return losses if factor is None else factor * losses
-
-        if not self.gradients.wanted():
-            return scaled(logps, entropy), None, None
-        return differentiate(scaled, logps, entropy)
-
-
-def _learn_by_sequence(
-    stream: _Stream,
-    tokens: PolicyTokens,
-    options: PolicyOptions,
-    rows: torch.Tensor,
-    want_entropy: bool,
-    shape: tuple[int, int],
-    scale: torch.Tensor,
-) -> None:
-    """Sequence-level ratios need all log-probs of a response first: `stream` holds those outside `rows` already.
-
-    First pass for log-probs, then the surrogate over all rows at once, then a second visit of the rows that got a
-    coefficient: clipped sequences are not visited again.
-    """
-    stream.visit(rows, want_entropy)
-    ratio = sequence_log_ratio(stream.logps, tokens, shape)[rows]
-    at_rows = tokens.at(rows)
-
-    def surrogate(logps, entropy, _taken):
-        return token_losses(logps, entropy, at_rows, options, ratio)
-
-    entropy = stream.entropy[rows] if want_entropy else None
-    losses, d_logps, d_entropy = stream.evaluate(surrogate, stream.logps[rows], entropy, rows, scale[rows])
-    stream.losses[rows] = losses
-    if d_logps is None:  # no gradient is wanted
-        return
-    moving = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-    by_token = stream.losses.new_zeros(2, stream.losses.shape[0])
-    by_token[0, rows] = d_logps
-    if d_entropy is not None:
-        by_token[1, rows] = d_entropy
-
-    def known(_logps, _entropy, taken):
-        return by_token[0, taken], None if d_entropy is None else by_token[1, taken]
-
-    stream.visit(rows[moving], d_entropy is not None, known, store=False)
 
 
 @torch.library.custom_op("mmrpt_kernels::linear_policy_loss", mutates_args=())
@@ -155,9 +49,11 @@ def linear_policy_loss(
     entropy_scope: str,
     entropy_kind: str,
     ratio_level: str,
+    surrogate: str,
     see_all: bool,
     need: list[bool],
     chunk_size: int | None,
+    compact: bool,
     rows: str,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -168,6 +64,7 @@ def linear_policy_loss(
         loss_weights: (B, T) what a token's loss is multiplied by in the aggregate.
         see_all: also give logps and entropy of response tokens that cannot learn.
         need: whether hidden, weight, bias want a gradient.
+        compact: gather the rows that count first, which waits for the device once (twice for sequence ratios).
         rows: whose row kernels, a registered name.
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part,
             d hidden the sum over ranks.
@@ -176,50 +73,72 @@ def linear_policy_loss(
     tokens = PolicyTokens(response, perception, advantages, old_logps, ref_logps, sampler_weights)
     tokens = PolicyTokens(*(None if t is None else t.reshape(-1) for t in tokens))
     options = PolicyOptions(
-        kl_coef, kl_estimator, clip_low, clip_high, dual_clip, entropy_coef, entropy_scope, entropy_kind, ratio_level
+        kl_coef,
+        kl_estimator,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        entropy_scope,
+        entropy_kind,
+        ratio_level,
+        surrogate,
     )
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
-    learns = learning_rows(tokens, options)
-    learning, scale = learns.nonzero().squeeze(-1), loss_weights.reshape(-1)
-    by_sequence = ratio_level == "sequence" and old_logps is not None
-    others = _other_rows(tokens, learns, shape, see_all, by_sequence)
-    visited = torch.cat([learning, others])
     head_options = HeadOptions(temperature, softcap, logit_scale)
-    alike = (chunk_size, need, see_all, head_options, options)
-    shard = find_shard(vocab_group, flat, weight, ids, visited, alike)
+    shard = None
+    if vocab_group is not None:
+        alike = (chunk_size, compact, need, see_all, head_options, options)
+        shard = find_shard(vocab_group, flat, weight, ids, _work(tokens), alike)
     head = Head(weight, bias, head_options, shard)
-    check_targets(ids, visited, head.vocab)
-    how = {"chunk_size": chunk_size, "rows": rows}
-    stream = _Stream(flat, head, ids, need=need, entropy_learns=entropy_learns, **how)
+    how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows}
+    stream = LossStream(flat, head, ids, need=need, **how)
     with torch.no_grad():
-        stream.visit(others, see_all)
-        want_entropy = see_all or entropy_learns
-        if by_sequence:
-            _learn_by_sequence(stream, tokens, options, learning, want_entropy, tuple(shape), scale)
-        else:
-            stream.learn(
-                learning,
-                want_entropy,
-                lambda logps, entropy, taken: token_losses(logps, entropy, tokens.at(taken), options),
-                scale,
-            )
+        _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, compact)
     grads = stream.gradients.result()
     d_hidden = grads[0] if grads[0] is None else grads[0].view(hidden.shape)
     filled = tuple(hidden.new_empty(0) if grad is None else grad for grad in (d_hidden, *grads[1:]))
     return stream.losses.sum(), stream.logps.view(shape), stream.entropy.view(shape), *filled
 
 
-def _other_rows(tokens, learns, shape, see_all: bool, by_sequence: bool) -> torch.Tensor:
-    """Rows (n,) whose statistics are wanted though they cannot learn."""
-    if see_all:
-        others = tokens.response & ~learns
-    elif by_sequence:  # log-probs of the sequences that have a policy term
-        involved = policy_rows(tokens).view(shape).any(1, keepdim=True).expand(shape).reshape(-1)
-        others = tokens.response & involved & ~learns
+def _visit_all(stream: LossStream, tokens, options: PolicyOptions, shape, scale, see_all: bool, compact: bool) -> None:
+    """Every visit that the loss and its statistics need; scale (N,)."""
+    by_sequence = options.ratio_level == "sequence" and tokens.old_logps is not None
+    want_entropy = see_all or stream.entropy_learns
+    learns = learning_rows(tokens, options)
+    others = _other_rows(tokens, learns, shape, see_all, by_sequence)
+    if compact:
+        rows, watched = split_rows(learns, others)
+        check_targets(stream.targets, torch.cat([rows, watched]), stream.head.vocab)
+        stream.visit(watched, see_all)
+        learns = None
     else:
-        return learns.new_empty(0, dtype=torch.int64)
-    return others.nonzero().squeeze(-1)
+        rows = learns | others
+        check_targets(stream.targets, rows, stream.head.vocab)
+    if by_sequence:
+        learn_by_sequence(stream, tokens, options, rows, want_entropy, shape, scale, learns)
+        return
+
+    def token_loss(logps, entropy, taken):
+        return token_losses(logps, entropy, tokens.at(taken), options)
+
+    stream.learn(rows, want_entropy, token_loss, scale, learns)
+
+
+def _work(tokens: PolicyTokens) -> torch.Tensor:
+    """(N,) int64: all that decides, with the settings, which visits a token takes part in."""
+    return tokens.response + 2 * tokens.perception + 4 * policy_rows(tokens)
+
+
+def _other_rows(tokens, learns, shape, see_all: bool, by_sequence: bool) -> torch.Tensor:
+    """(N,) bool: rows whose statistics are wanted though they cannot learn."""
+    if see_all:
+        return tokens.response & ~learns
+    if by_sequence:  # log-probs of the sequences that have a policy term
+        involved = policy_rows(tokens).view(shape).any(1, keepdim=True).expand(shape).reshape(-1)
+        return tokens.response & involved & ~learns
+    return torch.zeros_like(learns)
 
 
 @linear_policy_loss.register_fake
@@ -274,12 +193,16 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how, vocab_group):
-        shard = find_shard(vocab_group, hidden, weight, targets, rows, (how["chunk_size"], need, want_entropy, options))
+        shard = None
+        if vocab_group is not None:
+            work = rows if rows.dtype == torch.bool else torch.zeros_like(targets).index_fill_(0, rows, 1)
+            alike = (how["chunk_size"], need, want_entropy, options)
+            shard = find_shard(vocab_group, hidden, weight, targets, work, alike)
         head = Head(weight, bias, options, shard)
+        stream = LossStream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
         check_targets(targets, rows, head.vocab)
-        stream = _Stream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
         with torch.autocast(hidden.device.type, enabled=False):
-            stream.learn(rows, want_entropy, token_loss, None)
+            stream.learn(rows, want_entropy, token_loss, None, rows if rows.dtype == torch.bool else None)
         grads = stream.gradients.result()
         ctx.save_for_backward(*grads)
         ctx.handed_out = False
@@ -304,8 +227,11 @@ def linear_token_loss(
     kernels: str,
     vocab_group: str | None,
 ) -> torch.Tensor:
-    """Sum of token_loss over `rows` (n,), called once a chunk; hidden (N, H), targets (N,); kernels: whose row kernels;
-    vocab_group: name of the process group over which the vocabulary is cut, or None."""
+    """Sum of token_loss over `rows`, called once a chunk; hidden (N, H), targets (N,).
+
+    rows: (n,) int64, or (N,) bool (`stream.visit`). kernels: whose row kernels. vocab_group: name of the process group
+    over which the vocabulary is cut, or None.
+    """
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     how = {"chunk_size": chunk_size, "rows": kernels}

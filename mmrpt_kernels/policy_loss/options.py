@@ -13,6 +13,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "MAX_LOG_RATIO",
     "RATIO_LEVELS",
+    "SURROGATES",
     "PolicyOptions",
     "PolicyTokens",
 ]
@@ -21,6 +22,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 ENTROPY_SCOPES = ("response", "kept")
 ENTROPY_KINDS = ("exact", "sampled")
 RATIO_LEVELS = ("token", "sequence")
+SURROGATES = ("clip", "cispo")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
 
 # exp(80) = 5.5e34 still leaves float32 room for an advantage. Log-ratios above it count as 80, with gradient zero,
@@ -40,6 +42,7 @@ class PolicyOptions(NamedTuple):
     entropy_scope: str = "response"
     entropy_kind: str = "exact"
     ratio_level: str = "token"
+    surrogate: str = "clip"
 
 
 class PolicyTokens(NamedTuple):

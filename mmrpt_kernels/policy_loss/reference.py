@@ -49,7 +49,10 @@ def loss_per_token(
     ratio = log_ratio(logps, tokens, options).exp()
     advantages = torch.where(has_policy_term(tokens), tokens.advantages, 0.0)
     clipped_ratio = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
-    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
+    if options.surrogate == "cispo":
+        surrogate = clipped_ratio.detach() * advantages * logps
+    else:
+        surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
     if options.dual_clip is not None:
         surrogate = torch.where(advantages < 0, torch.max(surrogate, options.dual_clip * advantages), surrogate)
     if tokens.sampler_weights is not None:

@@ -31,8 +31,9 @@ def policy_statistics(
         level = sequence_log_ratio(logps.reshape(-1), flat, tuple(logps.shape)).view(logps.shape)
         level = level.clamp(max=MAX_LOG_RATIO)
     ratio = level.exp()
-    low = (ratio < 1.0 - options.clip_low) & (tokens.advantages < 0)
-    high = (ratio > 1.0 + options.clip_high) & (tokens.advantages > 0)
+    low, high = ratio < 1.0 - options.clip_low, ratio > 1.0 + options.clip_high
+    if options.surrogate == "clip":  # the minimum takes the clipped branch on one side alone
+        low, high = low & (tokens.advantages < 0), high & (tokens.advantages > 0)
     count = response.sum().to(logps.dtype)
     largest = torch.where(response, logps, -torch.inf).amax() if logps.numel() else logps.new_zeros(())
     statistics = {

@@ -61,6 +61,14 @@ def clipped_surrogate(log_ratio: torch.Tensor, advantages: torch.Tensor, options
     return torch.where(~rises & (surrogate < floor), floor, surrogate)
 
 
+def cispo_surrogate(
+    logps: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
+) -> torch.Tensor:
+    """The clipped ratio, a constant, times A logp: every token keeps a gradient. Args (n,)."""
+    ratio = saturate(log_ratio.detach()).exp().clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    return ratio * advantages * logps
+
+
 def token_losses(
     logps: torch.Tensor,
     entropy: torch.Tensor | None,
@@ -82,7 +90,11 @@ def token_losses(
         log_ratio = logps - torch.where(policy, tokens.old_logps, logps.detach())
     else:
         log_ratio = logps - logps.detach() + torch.where(policy, sequence_ratio, 0.0)
-    surrogate = clipped_surrogate(log_ratio, torch.where(policy, tokens.advantages, 0.0), options)
+    advantages = torch.where(policy, tokens.advantages, 0.0)
+    if options.surrogate == "cispo":
+        surrogate = cispo_surrogate(logps, log_ratio, advantages, options)
+    else:
+        surrogate = clipped_surrogate(log_ratio, advantages, options)
     if tokens.sampler_weights is not None:
         surrogate = torch.where(policy, tokens.sampler_weights, 0.0) * surrogate
     losses = -surrogate

@@ -134,6 +134,22 @@ class TestPortable:
         whole = run(PLAIN, seed, backend="portable", chunk_size=13)
         assert_same(run(PLAIN, seed, backend="portable", chunk_size=chunk_size), whole, rtol=1e-12, atol=1e-13)
 
+    @pytest.mark.parametrize("case", (SMALL, PLAIN), ids=case_name)
+    def test_without_compaction_nothing_else_changes(self, case, seed):
+        """All rows computed, none gathered, nothing waits: the same numbers, whatever ignored rows hold."""
+        made = make(case, seed)
+        ignored = made["targets"] == -100
+        with torch.no_grad():
+            made["hidden"][ignored] = float("nan")
+        wrt = [made[name] for name in ("hidden", "weight", "bias") if made[name] is not None]
+        results = []
+        for compact in (True, False):
+            out = call(made, case, compact=compact)
+            total = (out.logps * torch.arange(case.rows)).sum() + out.entropy.sum()
+            results.append((*out, *torch.autograd.grad(total, wrt)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
     def test_row_does_not_depend_on_its_batch(self, seed):
         made = make(PLAIN, seed)
         alone = {name: made[name][3:4] for name in ("hidden", "targets")}
@@ -342,10 +358,10 @@ class TestTorch:
         made = make(SMALL, seed)
         head = (made["hidden"], made["weight"], made["bias"], made["targets"])
         for entropy in (True, False):
-            torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, 4, "portable"))
+            torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, 4, True, "portable"))
         detached = tuple(t.detach() for t in head)
         ones = torch.ones(SMALL.rows, dtype=torch.float64)
-        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], 4, "portable")
+        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], 4, True, "portable")
         torch.library.opcheck(operator.linear_logprobs_backward, (*detached, ones, None, *rest))
 
     def test_compiles_without_graph_break(self, seed, fresh_compiler):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.logprobs import linear_logprobs, stream
-from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator, reference
+from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator, reference, visits
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import differentiate, token_losses
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
@@ -88,6 +88,8 @@ VARIANTS = {
     "gspo": {"ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04, "aggregation": "sequence_mean"},
     "gspo_everything": {"ratio_level": "sequence", "entropy_coef": 0.1, "kl_coef": 0.1, "dual_clip": 1.5},
     "gspo_on_policy": {"ratio_level": "sequence", "old_logps": None},
+    "cispo": {"surrogate": "cispo", "clip_high": 0.28, "entropy_coef": 0.05},
+    "cispo_by_sequence": {"surrogate": "cispo", "ratio_level": "sequence", "kl_coef": 0.1},
     "shaped": {"aggregation": "sum", "dual_clip": 1.05, "clip_low": 0.0, "clip_high": 0.0},
 }
 
@@ -140,7 +142,8 @@ class TestReference:
             new = made | {"hidden": hidden, "weight": weight, "bias": bias}
             return call(new, backend="reference", **variant).loss
 
-        if variant.get("ratio_level") == "sequence" or variant.get("old_logps", 0) is None:
+        stops = variant.get("surrogate") == "cispo" or variant.get("ratio_level") == "sequence"
+        if stops or variant.get("old_logps", 0) is None:
             # A stop-gradient stands in the ratio: the value does not move the way the gradient says. Compare with the
             # surrogate's coefficients instead.
             coefficient_check(made, variant, seed)
@@ -149,7 +152,8 @@ class TestReference:
 
 
 def coefficient_check(made: dict, variant: dict, seed: int) -> None:
-    """d loss / d logits of the reference = w * r * A' in tokens that are not clipped, written out by hand."""
+    """d loss / d logits of the reference = w * r * A' in tokens that are not clipped (CISPO: w * clip(r) * A' in all),
+    written out by hand."""
     plain = {"entropy_coef": 0.0, "kl_coef": 0.0, "dual_clip": None}
     made = made | variant | plain
     logps = linear_logprobs(
@@ -160,11 +164,15 @@ def coefficient_check(made: dict, variant: dict, seed: int) -> None:
         kept = kept & made["perception_mask"]
     ratio = torch.ones_like(logps)
     if made["old_logps"] is not None:
-        mean = ((logps - made["old_logps"]) * response).sum(1) / response.sum(1)
-        ratio = mean.detach().exp()[:, None].expand(logps.shape)
+        gaps = (logps - made["old_logps"]).detach()
+        if made.get("ratio_level") == "sequence":
+            gaps = ((gaps * response).sum(1) / response.sum(1))[:, None].expand(logps.shape)
+        ratio = gaps.exp()
     shaped = (made["advantages"] * made["trajectory_weights"])[:, None]
     limits = 1 - made.get("clip_low", 0.2), 1 + made.get("clip_high", 0.2)
     clipped = torch.where(shaped > 0, ratio > limits[1], ratio < limits[0])
+    if made.get("surrogate") == "cispo":
+        ratio, clipped = ratio.clamp(*limits), torch.zeros_like(clipped)
     sampler = 1.0 if made["sampler_weights"] is None else made["sampler_weights"]
     slope = -(ratio * shaped * sampler * (kept & ~clipped)).detach()
     if made.get("aggregation") == "sequence_mean":
@@ -258,6 +266,20 @@ class TestPortable:
         made = make(BATCH, seed, batch=4)
         whole = run(made, chunk_size=10**6, **variant)
         assert_same(run(made, chunk_size=chunk_size, **variant), whole, rtol=1e-11, atol=1e-13)
+
+    def test_without_compaction_nothing_else_changes(self, variant, seed):
+        """All rows computed, none gathered: the same numbers, whatever masked tokens hold."""
+        made = make(BATCH, seed, batch=4)
+        outside = ~(made["response_mask"] & (made["targets"] != -100))
+        with torch.no_grad():
+            made["hidden"][outside] = float("nan")
+        made["targets"] = torch.where(outside & (made["targets"] != -100), 10**6, made["targets"])
+        for name in ("old_logps", "ref_logps", "sampler_weights"):
+            made[name] = torch.where(outside, float("nan"), made[name])
+        for statistics in (True, False):
+            options = variant | {"return_statistics": statistics}
+            tolerance = {"what": f"seed {seed}", "rtol": 1e-11, "atol": 1e-13}
+            assert_same(run(made, compact=False, **options), run(made, **options), **tolerance)
 
     def test_statistics_do_not_change_the_loss(self, variant, seed):
         made = make(BATCH, seed, batch=4)
@@ -392,25 +414,25 @@ class TestMasks:
 
     def test_rows_visited(self, seed, monkeypatch):
         """Filtered tokens cost nothing without statistics, and one forward visit with them."""
-        visits = []
+        seen = []
 
         def counting(kernels, hidden, head, targets, rows, **options):
-            visits.append((set(rows.tolist()), options["coefficients"] is not None, options["want_entropy"]))
+            seen.append((set(rows.tolist()), options["coefficients"] is not None, options["want_entropy"]))
             return stream.visit(kernels, hidden, head, targets, rows, **options)
 
-        monkeypatch.setattr(operator, "visit", counting)
+        monkeypatch.setattr(visits, "visit", counting)
         made = make(BATCH, seed, batch=4)
         response = (made["response_mask"] & (made["targets"] != -100)).view(-1)
         kept = response & made["perception_mask"].view(-1)
         kept_rows, other_rows = (set(m.nonzero().squeeze(-1).tolist()) for m in (kept, response & ~kept))
         call(made, return_statistics=False)
-        assert [v for v in visits if v[0]] == [(kept_rows, True, False)]
-        visits.clear()
+        assert [v for v in seen if v[0]] == [(kept_rows, True, False)]
+        seen.clear()
         call(made)
-        assert visits == [(other_rows, False, True), (kept_rows, True, True)]
-        visits.clear()
+        assert seen == [(other_rows, False, True), (kept_rows, True, True)]
+        seen.clear()
         call(made, return_statistics=False, entropy_coef=0.1, entropy_scope="kept")
-        assert [v for v in visits if v[0]] == [(kept_rows, True, True)]
+        assert [v for v in seen if v[0]] == [(kept_rows, True, True)]
 
 
 class TestLaws:
@@ -466,6 +488,35 @@ class TestLaws:
             by_token / count, F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), rtol=1e-9, atol=0
         )
         torch.testing.assert_close(torch.autograd.grad(by_token / count, wrt), expected)
+
+    def test_dr_grpo_divides_by_no_length(self, seed):
+        """A constant normalizer: the sum over tokens of min(r A, clip(r) A), over B times the longest response."""
+        made = make(BATCH, seed, batch=4)
+        made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
+        response = made["response_mask"] & (made["targets"] != -100)
+        ratio = (linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps - made["old_logps"]).exp()
+        advantages = made["advantages"][:, None]
+        manual = -torch.where(response, torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages), 0.0)
+        loss = call(made, aggregation="sum", normalizer=4.0 * 6).loss
+        torch.testing.assert_close(loss, manual.sum() / 24)
+        wrt = (made["hidden"], made["weight"])
+        torch.testing.assert_close(*(torch.autograd.grad(x, wrt) for x in (loss, manual.sum() / 24)))
+
+    def test_cispo_by_hand(self, seed):
+        """Values and gradients of constant(clip(r)) A logp; beyond the clip a token still learns."""
+        made = make(BATCH, seed, batch=4)
+        made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
+        made["old_logps"] = made["old_logps"] - 3.0  # ratios near 20
+        response = made["response_mask"] & (made["targets"] != -100)
+        logps = linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps
+        ratio = (logps - made["old_logps"]).exp().detach().clamp(0.8, 1.28)
+        manual = -(ratio * made["advantages"][:, None] * logps * response).sum() / response.sum()
+        out = call(made, surrogate="cispo", clip_high=0.28)
+        torch.testing.assert_close(out.loss, manual)
+        wrt = (made["hidden"], made["weight"])
+        found, expected = (torch.autograd.grad(x, wrt) for x in (out.loss, manual))
+        torch.testing.assert_close(found, expected)
+        assert (found[0][response].abs().amax(-1) > 0).all() and out.statistics["clip_fraction_high"] > 0.9
 
     def test_gspo_equals_the_papers_formula(self, seed):
         """Without filter, GSPO's own gradient flows through the mean log-ratio: the same numbers."""
@@ -564,6 +615,20 @@ class TestTokenLoss:
         wrt = (made["hidden"], made["weight"])
         torch.testing.assert_close(torch.autograd.grad(total, wrt), torch.autograd.grad(expected, wrt))
 
+    def test_without_compaction(self, seed):
+        """token_loss sees masked rows as zeros, and what it makes of them does not count, NaN included."""
+        made = make(BATCH, seed, batch=4)
+        args, active = (made["hidden"], made["weight"], made["targets"]), made["response_mask"]
+
+        def loss(logps, entropy, rows):
+            return logps / entropy  # 0 / 0 at masked rows
+
+        results = []
+        for compact in (True, False):
+            total = linear_token_loss(*args, loss, active_mask=active, compact=compact, chunk_size=5)
+            results.append((total, *torch.autograd.grad(total, args[:2])))
+        torch.testing.assert_close(results[0], results[1])
+
     def test_without_entropy_or_rows(self, seed):
         made = make(BATCH, seed)
         args = made["hidden"], made["weight"], made["targets"]
@@ -622,6 +687,8 @@ class TestErrors:
             ({"entropy_scope": "all"}, "entropy_scope: got 'all'"),
             ({"entropy_kind": "true"}, "entropy_kind: got 'true'"),
             ({"ratio_level": "gspo"}, "ratio_level: got 'gspo'"),
+            ({"surrogate": "ppo"}, "surrogate: got 'ppo', expected one of clip, cispo"),
+            ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: got 3.0 with surrogate 'cispo'"),
             ({"aggregation": "mean"}, "aggregation: got 'mean'"),
             ({"normalizer": 0.0}, "normalizer: got 0.0"),
             ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
@@ -662,7 +729,7 @@ class TestTorch:
         args += [made["advantages"].float()[:, None].repeat(1, 4)]
         args += [constants[k] for k in ("old_logps", "ref_logps", "sampler_weights")] + [made["response_mask"].float()]
         head = {"temperature": 0.8, "softcap": 4.0, "logit_scale": 1.3, "chunk_size": 3}
-        rest = {"see_all": True, "need": [True, True, True], "rows": "portable"}
+        rest = {"see_all": True, "need": [True, True, True], "compact": True, "rows": "portable"}
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(operator.linear_policy_loss, args, head | options | rest, test_utils=tests)
 

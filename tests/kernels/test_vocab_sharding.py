@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,11 @@ import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels.backends import TABLE
+from mmrpt_kernels.common import head
 from mmrpt_kernels.logprobs import operator, shards
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
+from mmrpt_kernels.testing.interpreter import mend_interpreter
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -30,6 +34,7 @@ WORLDS = (2, 3)
 TIMEOUT = datetime.timedelta(seconds=150)  # what would deadlock raises
 PLAIN = HeadCase("plain", 24, 8, 53, chunk_size=5)
 RICH = HeadCase("rich", 24, 8, 53, bias=True, temperature=0.8, softcap=4.0, logit_scale=1.3, chunk_size=7)
+BIASED = HeadCase("biased", 24, 8, 53, bias=True, chunk_size=10)
 HEADS = (
     PLAIN,
     RICH,
@@ -48,6 +53,7 @@ VARIANTS = {
     "kept_alone": {"return_statistics": False, "entropy_coef": 0.05, "entropy_scope": "kept"},
     "gspo": {"ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04, "aggregation": "sequence_mean"},
     "gspo_everything": {"ratio_level": "sequence", "entropy_coef": 0.1, "kl_coef": 0.1, "dual_clip": 1.5},
+    "cispo": {"surrogate": "cispo", "clip_high": 0.28},
     "all_masked": {"response_mask": None},
 }
 
@@ -72,7 +78,9 @@ class Part(NamedTuple):
         return slice(cuts[self.rank], cuts[self.rank + 1])
 
 
-def leaves(case: HeadCase, part: Part, dtype=D, widen: bool = False) -> tuple[dict, torch.Tensor, dict]:
+def leaves(
+    case: HeadCase, part: Part, dtype=D, widen: bool = False, compact: bool = True
+) -> tuple[dict, torch.Tensor, dict]:
     """hidden, weight and bias of this part as leaves; targets; the head's options."""
     case = case._replace(vocab=case.vocab or part.world)
     raw = head_inputs(case, dtype=dtype, seed=3)
@@ -82,7 +90,7 @@ def leaves(case: HeadCase, part: Part, dtype=D, widen: bool = False) -> tuple[di
         made["bias"] = raw["bias"][words]
     made = {name: (t.double() if widen else t).clone().requires_grad_() for name, t in made.items()}
     options = {name: getattr(case, name) for name in ("temperature", "softcap", "logit_scale", "chunk_size")}
-    return made, raw["targets"], options | {"vocab_group": part.group, "backend": part.backend}
+    return made, raw["targets"], options | {"vocab_group": part.group, "backend": part.backend, "compact": compact}
 
 
 def factors(rows: int) -> torch.Tensor:
@@ -97,8 +105,8 @@ def graded(total: torch.Tensor, made: dict) -> dict:
     return {f"d_{name}": grad for name, grad in zip(made, torch.autograd.grad(total, list(made.values())), strict=True)}
 
 
-def logprobs(case: HeadCase, part: Part, dtype=D, widen: bool = False, spoil=None, entropy: bool = True) -> dict:
-    made, targets, options = leaves(case, part, dtype, widen)
+def logprobs(case: HeadCase, part: Part, dtype=D, widen=False, spoil=None, entropy=True, compact=True) -> dict:
+    made, targets, options = leaves(case, part, dtype, widen, compact)
     if spoil is not None:
         spoil(made, targets, part)
     out = linear_logprobs(
@@ -112,8 +120,8 @@ def logprobs(case: HeadCase, part: Part, dtype=D, widen: bool = False, spoil=Non
     return {"logps": out.logps, **({"entropy": out.entropy} if entropy else {}), **graded(total, made)}
 
 
-def token_loss(case: HeadCase, part: Part, dtype=D, widen: bool = False) -> dict:
-    made, targets, options = leaves(case, part, dtype, widen)
+def token_loss(case: HeadCase, part: Part, dtype=D, widen: bool = False, compact: bool = True) -> dict:
+    made, targets, options = leaves(case, part, dtype, widen, compact)
 
     def focal(logps, entropy, rows):
         return -((1 - logps.exp()) ** 2) * logps + 0.1 * entropy * (rows + 1)
@@ -148,8 +156,8 @@ def policy_arguments(case: HeadCase, targets: torch.Tensor) -> dict:
     }
 
 
-def policy_loss(variant: str, case: HeadCase, part: Part, dtype=D, widen: bool = False) -> dict:
-    made, targets, options = leaves(case, part, dtype, widen)
+def policy_loss(variant: str, case: HeadCase, part: Part, dtype=D, widen: bool = False, compact: bool = True) -> dict:
+    made, targets, options = leaves(case, part, dtype, widen, compact)
     constants = policy_arguments(case, targets) | VARIANTS[variant]
     if constants["response_mask"] is None:
         constants["response_mask"] = torch.zeros_like(constants["perception_mask"])
@@ -177,11 +185,23 @@ def spoil_a_learning_row(made: dict, targets: torch.Tensor, part: Part) -> None:
 
 def rule_out_a_part(made: dict, targets: torch.Tensor, part: Part) -> None:
     """Every word of the first rank is impossible: its maximum is -inf."""
-    first = Part(part.world, 0).words(RICH.vocab).stop
-    own = part.words(RICH.vocab)
+    first = Part(part.world, 0).words(BIASED.vocab).stop
+    own = part.words(BIASED.vocab)
     with torch.no_grad():
         made["bias"][torch.arange(own.start, own.stop) < first] = -torch.inf
-    targets[(targets >= 0) & (targets < first)] = RICH.vocab - 1
+    targets[(targets >= 0) & (targets < first)] = BIASED.vocab - 1
+
+
+def chunked_by_budget(part: Part) -> dict:
+    """No chunk size is given, and memory for two rows of the whole vocabulary: for other numbers of rows of the parts."""
+    kept = head.CHUNK_BYTES, head.MIN_CHUNK_ROWS
+    head.CHUNK_BYTES, head.MIN_CHUNK_ROWS = 2 * 8 * PLAIN.vocab, 1
+    try:
+        return logprobs(PLAIN._replace(chunk_size=None), part) | {
+            f"{key} of the loss": value for key, value in token_loss(PLAIN._replace(chunk_size=None), part).items()
+        }
+    finally:
+        head.CHUNK_BYTES, head.MIN_CHUNK_ROWS = kept
 
 
 def checkpointed(part: Part) -> dict:
@@ -219,11 +239,17 @@ EXACT = {f"logprobs_{case.name}": functools.partial(logprobs, case) for case in 
 EXACT |= {f"token_loss_{case.name}": functools.partial(token_loss, case) for case in HEADS}
 EXACT |= {f"policy_{name}": functools.partial(policy_loss, name, PLAIN) for name in VARIANTS}
 EXACT |= {
+    "logprobs_masked": functools.partial(logprobs, PLAIN, compact=False),
+    "token_loss_masked": functools.partial(token_loss, PLAIN, compact=False),
+    "policy_masked": functools.partial(policy_loss, "entropy_and_k3", PLAIN, compact=False),
+    "policy_gspo_masked": functools.partial(policy_loss, "gspo", PLAIN, compact=False),
+    "policy_cispo": functools.partial(policy_loss, "cispo", PLAIN),
     "policy_rich_head": functools.partial(policy_loss, "entropy_and_k3", RICH),
     "logprobs_alone": functools.partial(logprobs, RICH, entropy=False),
     "idle_rows_of_nan": functools.partial(logprobs, PLAIN, spoil=spoil_rows),
     "a_learning_row_of_nan": functools.partial(logprobs, PLAIN, spoil=spoil_a_learning_row),
-    "a_part_ruled_out": functools.partial(logprobs, RICH, spoil=rule_out_a_part),
+    "a_part_ruled_out": functools.partial(logprobs, BIASED, spoil=rule_out_a_part),
+    "chunked_by_budget": chunked_by_budget,
     "checkpointed": checkpointed,
     "compiled": compiled,
 }
@@ -236,6 +262,11 @@ ROUNDED = {
     "policy_vppo": functools.partial(policy_loss, "vppo", TALL),
 }
 DTYPES = (torch.float32, torch.bfloat16)
+# Those that a CPU can run: portable, Triton's interpreter, and csrc's host build where it was built.
+ROW_KERNELS = (
+    "portable",
+    *(row.backend for row in TABLE if row[:3] == ("logprobs", row.backend, ("cpu",)) and not row.missing),
+)
 
 
 def message_of(call) -> str:
@@ -279,10 +310,10 @@ def opchecks(part: Part) -> None:
     head = [t.detach() for t in (made["hidden"], made["weight"], made["bias"])]
     name = part.group.group_name
     tests = ("test_schema", "test_faketensor")
-    forward = (*head, targets, 0.8, 4.0, 1.3, -100, True, 4, "portable", name)
+    forward = (*head, targets, 0.8, 4.0, 1.3, -100, True, 4, True, "portable", name)
     torch.library.opcheck(operator.linear_logprobs, forward, test_utils=tests)
     ones = torch.ones(24, dtype=D)
-    backward = (*head, targets, ones, None, [0.8, 4.0, 1.3], -100, [True] * 3, 4, "portable", name)
+    backward = (*head, targets, ones, None, [0.8, 4.0, 1.3], -100, [True] * 3, 4, True, "portable", name)
     torch.library.opcheck(operator.linear_logprobs_backward, backward, test_utils=tests)
 
 
@@ -304,17 +335,19 @@ def rank_main(rank: int, world: int, folder: str) -> None:
     store = f"file://{folder}/store{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
     torch.set_num_threads(1)
+    mend_interpreter()
     part, calls, found = Part(world, rank), [], {}
     counted(calls)
-    named = dict(EXACT)
-    for dtype in DTYPES:
-        named |= {f"{name} {dtype}": functools.partial(case, dtype=dtype) for name, case in ROUNDED.items()}
+    named = {name: functools.partial(case, part=part) for name, case in EXACT.items()}
+    for name, dtype, rows in itertools.product(ROUNDED, DTYPES, ROW_KERNELS):
+        chosen = {"dtype": dtype, "part": part._replace(backend=rows)}
+        named[f"{name} {dtype} {rows}"] = functools.partial(ROUNDED[name], **chosen)
     for name, case in named.items():
         twice = []
         for _ in range(1 if name == "compiled" else 2):
             calls.clear()
             with poisoned_memory():
-                twice.append({key: value.detach() for key, value in case(part=part).items()})
+                twice.append({key: value.detach() for key, value in case().items()})
         same = all(torch.equal(twice[0][key].nan_to_num(7.0), twice[-1][key].nan_to_num(7.0)) for key in twice[0])
         found[name] = {"values": twice[0], "repeats": same, "collectives": list(calls)}
     found["refusals"] = refusals(part)
@@ -345,7 +378,7 @@ def joined(name: str, ranks: list[dict]) -> dict:
     values = [rank[name]["values"] for rank in ranks]
     whole = {}
     for key, first in values[0].items():
-        if key in ("d_weight", "d_bias"):
+        if key.startswith(("d_weight", "d_bias")):
             whole[key] = torch.cat([value[key] for value in values])
             continue
         whole[key] = first
@@ -366,10 +399,11 @@ def test_equals_the_whole_head_in_float64(name, world, folder):
         )
 
 
+@pytest.mark.parametrize("rows", ROW_KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROUNDED)
-def test_low_precision_by_the_error_rule(name, dtype, world, folder):
-    found = joined(f"{name} {dtype}", started(world, folder))
+def test_low_precision_by_the_error_rule(name, dtype, rows, world, folder):
+    found = joined(f"{name} {dtype} {rows}", started(world, folder))
     whole = Part(world, backend="reference")
     truth, eager = ROUNDED[name](part=whole, dtype=dtype, widen=True), ROUNDED[name](part=whole, dtype=dtype)
     for key, value in found.items():

@@ -1,0 +1,241 @@
+"""Row kernels in Triton: one program walks a row of float32 logits in tiles, whatever its length and alignment.
+
+Every lane keeps a maximum and sums of its own over the tiles, which are merged at the end: no lane waits for another
+inside the loop, and a sum over 152,000 words is a tree of short sums, exact to 1e-6.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Slopes, Softmax, register_rows
+
+__all__ = ["ROW_KERNELS"]
+
+# Words a tile and warps a program: 16 words a thread keep 64 KiB of loads in flight on a multiprocessor that holds four
+# programs, which is what device memory needs; their sums take half of the registers. Compiled, not timed.
+TILE = 4096
+WARPS = 8
+# Tiles of the gradient that one program makes: the row's numbers are read once for all of them.
+GRADIENT_TILES = 4
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# A word this far from the maximum has probability exactly 0; clamping there keeps 0 * inf out.
+FAR = tl.constexpr(1e4)
+# A maximum before any word was seen: finite, so that subtracting it gives no NaN.
+UNSEEN = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _bend(raw, inner, CAPPED: tl.constexpr):
+    """z / outer of raw logits: tanh(inner * raw), or raw itself without a cap.
+
+    tanh to 4e-7 of its value: a series near 0, where 1 - 2 / (1 + exp(2 x)) cancels.
+    """
+    if CAPPED:
+        x = inner * raw
+        size = tl.abs(x)
+        square = x * x
+        near = 62.0 / 2835.0
+        near = near * square - 17.0 / 315.0
+        near = near * square + 2.0 / 15.0
+        near = near * square - 1.0 / 3.0
+        far = 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2_E * size))
+        return tl.where(size < 0.25, x + x * square * near, tl.where(x < 0.0, -far, far))
+    else:
+        return raw
+
+
+@triton.jit
+def _statistics_kernel(
+    logits,
+    targets,
+    top_out,
+    total_out,
+    dots_out,
+    chosen_out,
+    vocab,
+    stride,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program a row: logits (n, V) float32, `stride` from row to row -> the four partials (n,) float32."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    lane = tl.arange(0, TILE)
+    top = tl.full((TILE,), UNSEEN, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    dots = tl.zeros((TILE,), tl.float32)
+    for start in range(0, vocab, TILE):
+        word = start + lane
+        raw = tl.load(base + word, mask=word < vocab, other=0.0)  # (TILE,)
+        z = tl.where(word < vocab, outer * _bend(raw, inner, CAPPED), float("-inf"))
+        gap = z - top
+        # One of the two factors, of the old sums and of the new word, is always 1: one exponential a word.
+        small = tl.exp2(-tl.abs(gap) * LOG2_E)
+        rises = gap > 0.0
+        if ENTROPY:
+            gap = tl.minimum(tl.maximum(gap, -FAR), FAR)
+            dots = tl.where(rises, small * (dots - gap * total), dots + small * gap)
+        total = tl.where(rises, small * total + 1.0, total + small)
+        top = tl.where(rises, z, top)
+
+    row_top = tl.max(top, axis=0)
+    gap = top - row_top
+    scale = tl.exp2(gap * LOG2_E)
+    row_total = tl.sum(scale * total, axis=0)
+    row_dots = 0.0
+    if ENTROPY:
+        row_dots = tl.sum(scale * (dots + tl.maximum(gap, -FAR) * total), axis=0)
+    tl.store(top_out + row, tl.where(row_top == UNSEEN, float("-inf"), row_top))
+    tl.store(total_out + row, row_total)
+    tl.store(dots_out + row, row_dots)
+    target = tl.load(targets + row)
+    here = (target >= 0) & (target < vocab)
+    raw = tl.load(base + target, mask=here, other=0.0)
+    tl.store(chosen_out + row, tl.where(here, outer * _bend(raw, inner, CAPPED), float("-inf")))
+
+
+@triton.jit
+def _gradient_kernel(
+    logits,
+    targets,
+    top_in,
+    total_in,
+    entropy_in,
+    d_logps,
+    d_entropy,
+    gradient,
+    vocab,
+    stride,
+    gradient_stride,
+    inner,
+    outer,
+    slope,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Program (row, part): TILES tiles of d loss / d raw (n, V); slope: d z / d raw where tanh is flat.
+
+    gradient may be the logits themselves: each lane reads its word before it writes it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    out = gradient + row * gradient_stride
+    first = tl.program_id(1) * (TILE * TILES)
+    lane = tl.arange(0, TILE)
+    at_target = tl.load(d_logps + row)
+    uncertain = 0.0
+    if ENTROPY:
+        uncertain = tl.load(d_entropy + row)
+    if (at_target == 0.0) & (uncertain == 0.0):
+        nothing = tl.zeros((TILE,), gradient.dtype.element_ty)
+        for start in range(first, min(first + TILE * TILES, vocab), TILE):
+            tl.store(out + start + lane, nothing, mask=start + lane < vocab)
+    else:
+        top = tl.load(top_in + row)
+        total = tl.load(total_in + row)
+        rise, level = 0.0, -at_target / total  # d z = exp(z - top) * (rise * (z - top) + level)
+        if ENTROPY:
+            rise = -uncertain / total
+            level += uncertain * (tl.log(total) - tl.load(entropy_in + row)) / total
+        target = tl.load(targets + row)
+        target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+        for start in range(first, min(first + TILE * TILES, vocab), TILE):
+            word = start + lane
+            raw = tl.load(base + word, mask=word < vocab, other=0.0)  # (TILE,)
+            bent = _bend(raw, inner, CAPPED)
+            gap = outer * bent - top
+            d_raw = tl.exp2(gap * LOG2_E)
+            if ENTROPY:
+                d_raw *= rise * tl.maximum(gap, -FAR) + level
+            else:
+                d_raw *= level
+            d_raw = (d_raw + tl.where(word == target, at_target, 0.0)) * slope
+            if CAPPED:
+                d_raw *= 1.0 - bent * bent
+            tl.store(out + word, d_raw.to(gradient.dtype.element_ty), mask=word < vocab)
+
+
+def _scalars(options: HeadOptions) -> dict[str, float | bool]:
+    """z = outer * bend(inner * raw), multiplied as transform_logits does."""
+    temperature, softcap, scale = options
+    if softcap > 0.0:
+        return {"inner": scale / softcap, "outer": softcap / temperature, "CAPPED": True}
+    return {"inner": 0.0, "outer": scale / temperature, "CAPPED": False}
+
+
+def _tile(vocab: int) -> int:
+    return min(TILE, max(128, triton.next_power_of_2(vocab)))
+
+
+def row_statistics(
+    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool, keep_logits: bool
+) -> tuple[Partials, torch.Tensor]:
+    """`RowKernels.statistics`; raw (n, V) float32 with dense rows stays as it is, and is the state."""
+    rows, vocab = raw.shape
+    partials = Partials(*(raw.new_empty(rows) for _ in Partials._fields))
+    if rows:
+        with torch.cuda.device_of(raw):
+            _statistics_kernel[(rows,)](
+                raw,
+                targets.contiguous(),
+                *partials,
+                vocab,
+                raw.stride(0),
+                **_scalars(options),
+                ENTROPY=want_entropy,
+                TILE=_tile(vocab),
+                num_warps=WARPS,
+            )
+    return partials, raw
+
+
+def row_gradient(
+    raw: torch.Tensor,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    softmax: Softmax,
+    slopes: Slopes,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`RowKernels.gradient`; raw is overwritten where `into` is None."""
+    rows, vocab = raw.shape
+    gradient = raw if into is None else into
+    d_logps, d_entropy = slopes
+    entropy_learns = d_entropy is not None
+    tile = _tile(vocab)
+    if rows:
+        with torch.cuda.device_of(raw):
+            _gradient_kernel[(rows, triton.cdiv(vocab, tile * GRADIENT_TILES))](
+                raw,
+                targets.contiguous(),
+                softmax.top,
+                softmax.total,
+                softmax.entropy if entropy_learns else softmax.total,
+                d_logps.contiguous(),
+                d_entropy.contiguous() if entropy_learns else d_logps,
+                gradient,
+                vocab,
+                raw.stride(0),
+                gradient.stride(0),
+                slope=options.logit_scale / options.temperature,
+                **_scalars(options),
+                ENTROPY=entropy_learns,
+                TILE=tile,
+                TILES=GRADIENT_TILES,
+                num_warps=WARPS,
+            )
+    return gradient
+
+
+ROW_KERNELS = RowKernels(row_statistics, row_gradient, rounds=True)
+register_rows("triton", ROW_KERNELS)

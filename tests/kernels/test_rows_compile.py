@@ -1,0 +1,45 @@
+"""What the compiler makes of Triton's row kernels, without a GPU: no spills, few registers, wide loads."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.logprobs import triton as rows
+from mmrpt_kernels.logprobs.rows import Softmax
+from mmrpt_kernels.testing.aot import KernelSpec, compile_kernels, recorded_launches
+
+CAPPED = HeadOptions(0.7, 30.0, 1.0)
+
+
+def launches(arch: int, vocab: int, options: HeadOptions, entropy: bool, dtype: torch.dtype) -> list[KernelSpec]:
+    """Both kernels for logits of 4096 rows, and a gradient in `dtype`."""
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    raw, targets, one = empty(4096, vocab), empty(4096, of=torch.int64), empty(4096)
+    with recorded_launches(rows, arch=arch) as specs:
+        rows.row_statistics(raw, targets, options, entropy, True)
+        into = None if dtype == torch.float32 else empty(4096, vocab, of=dtype)
+        rows.row_gradient(raw, targets, options, Softmax(one, one, one), (one, one if entropy else None), into)
+    assert [spec.kernel for spec in specs] == ["_statistics_kernel", "_gradient_kernel"]
+    return specs
+
+
+@pytest.mark.parametrize("arch", (80, 90, 100))
+def test_no_row_kernel_spills(arch):
+    """compile_kernels refuses spills; vocabularies that do and do not divide by 16, and one shorter than a tile."""
+    calls = itertools.product((151_936, 32_003, 300), (HeadOptions(), CAPPED), (True, False), (torch.bfloat16,))
+    calls = [*calls, (151_936, HeadOptions(), True, torch.float32), (151_936, HeadOptions(), True, torch.float16)]
+    specs = {spec.title + str(spec.signature): spec for call in calls for spec in launches(arch, *call)}
+    for one in compile_kernels(list(specs.values())):
+        # A multiprocessor has 65,536 registers: two programs of 256 threads at the very least.
+        assert one.registers <= 128, one.spec.title
+        aligned = one.spec.signature.get("vocab", "").endswith(":16")
+        assert not aligned or "ld.global.v4.b32" in one.ptx, one.spec.title
