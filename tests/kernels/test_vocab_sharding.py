@@ -193,7 +193,7 @@ def rule_out_a_part(made: dict, targets: torch.Tensor, part: Part) -> None:
 
 
 def chunked_by_budget(part: Part) -> dict:
-    """No chunk size is given, and memory for two rows of the whole vocabulary: for other numbers of rows of the parts."""
+    """No chunk size, and memory for two rows of the whole vocabulary: for another number of rows of each part."""
     kept = head.CHUNK_BYTES, head.MIN_CHUNK_ROWS
     head.CHUNK_BYTES, head.MIN_CHUNK_ROWS = 2 * 8 * PLAIN.vocab, 1
     try:
