@@ -73,9 +73,12 @@ class Contender:
 
     baseline: the ratios' denominator and the gate's yardstick; exactly one.
     peer: somebody else's: what fails is reported, not fatal.
-    skip: why it cannot run here (shown in the table), or None.
+    skip: why it cannot run here (shown in the table), or None. What serves some cases only raises NotImplementedError
+        in the others.
     compare: names of the results that the gate compares; None: all the baseline has. A contender that returns fewer
         results than the baseline must name those it has.
+    floor: the bare products that the mathematics needs, nobody's implementation: not gated, and the others' times are
+        also given as multiples of its time. At most one.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Contender:
     peer: bool = False
     skip: str | None = None
     compare: tuple[str, ...] | None = None
+    floor: bool = False
 
 
 def parse_args(op: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -165,6 +169,8 @@ class _Gate:
         """Largest error of each floating result relative to max |truth|. AssertionError: the error rule is broken."""
         results = dict(_named(contender.fn(**self.inputs)))
         errors = {}
+        if contender.floor:
+            return {}
         for name in contender.compare or tuple(self.truth):
             assert name in results, f"{name} is missing; results: {', '.join(results) or 'none'}"
             actual, truth, yardstick = results[name], self.truth[name], self.yardstick[name]
@@ -181,6 +187,8 @@ class _Gate:
 
 
 def _status_of(error: BaseException) -> str:
+    if isinstance(error, NotImplementedError) and not isinstance(error, RuntimeError):
+        return f"skipped: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, AssertionError):
@@ -239,12 +247,15 @@ def _measure(
     samples = time_interleaved(list(calls.values()), args.device, budget=budget, low=low, high=high, warmup=1)
     times = dict(zip(calls, samples, strict=True))
     base = next((c.name for c in contenders if c.baseline and c.name in times), None)
+    floor = next((c.name for c in contenders if c.floor and c.name in times), None)
     for name, seconds in times.items():
         row = rows[name]
         row["rounds"] = len(seconds)
         row["seconds"] = list(spread(seconds))
         if case.flops:
             row["tflops"] = case.flops / row["seconds"][0] * 1e-12
+        if floor is not None:
+            row["of_floor"] = list(spread([s / f for f, s in zip(times[floor], seconds, strict=True)]))
         if base is not None:
             row["speedup"] = list(spread([b / s for b, s in zip(times[base], seconds, strict=True)]))
             row["memory_ratio"] = row["peak_bytes"] / max(rows[base]["peak_bytes"], 1)

@@ -1,9 +1,13 @@
 """Log-probabilities of target tokens: linear_logprobs against materialised logits and other fused heads.
 
-    python -m benchmarks.logprobs [--quick] [--device cpu|cuda]
+    python -m benchmarks.logprobs [--quick] [--device cpu|cuda] [--only train]
 
-"score" cases are a forward pass alone with entropies (old and reference log-probs of a rollout). "train" cases add the
-backward; in "train-*-keep40" a trainer's loss has zero gradient in 60 % of the tokens (VPPO's filter).
+"score" cases are a forward pass alone with entropies (old and reference log-probs of a rollout). "train" cases are the
+supervised step: the mean cross-entropy of the rows kept, d hidden and d weight. Ours computes it from log-probs of all
+rows whose gradient is zero in the others (as a trainer with VPPO's filter asks for it), and as "token loss" from the
+rows kept alone; cross-entropy heads get the others' labels as ignore_index.
+
+"bare products" is the floor: the matrix products that the mathematics needs, in the inputs' dtype, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ import torch.nn.functional as F
 
 from benchmarks import harness
 from benchmarks.harness import Case, Contender
-from mmrpt_kernels import LogProbs, linear_logprobs
+from mmrpt_kernels import LogProbs, backends, linear_logprobs, linear_token_loss
 from mmrpt_kernels.common.head import statistics_dtype
+
+IGNORED = -100
 
 
 def missing(*modules: str) -> str | None:
@@ -39,10 +45,39 @@ def no_compiler(device: torch.device) -> str | None:
     return None
 
 
-def compiled_per_shape(fn: Callable) -> Callable:
-    """`fn` compiled anew for every case and gate: past the default limit of 8 it would run uncompiled in silence."""
+def compiled_per_shape(fn: Callable, *, auto_chunker: bool = False) -> Callable:
+    """`fn` compiled anew for every case and gate: past the default limit of 8 it would run uncompiled in silence.
+
+    auto_chunker: Inductor cuts the head into chunks of rows by itself.
+    """
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(fn, dynamic=False)
+    return torch.compile(fn, dynamic=False, options={"auto_chunker.enable": True} if auto_chunker else None)
+
+
+def ours_everywhere(op: str, device: torch.device) -> list[str]:
+    """Our backends that can be chosen for bfloat16 calls on `device`, fastest first by the table; no definitions and no
+    interpreters."""
+    served = []
+    for row in backends.TABLE:
+        fits = row.op == op and (not row.devices or device.type in row.devices) and not row.missing
+        on_gpu = device.type == "cuda" or not row.by_name  # by name on a CPU: what tests alone use
+        if fits and on_gpu and row.backend != "reference":
+            served.append(row.backend)
+    return served
+
+
+def products(hidden: torch.Tensor, weight: torch.Tensor, trains: bool, learns: bool = True) -> dict[str, torch.Tensor]:
+    """The floor: logits (n, V) of the rows that count, and with `learns` d hidden (n, H), with `trains` d weight (V, H)
+    from a gradient of their shape, each one product in the inputs' dtype. Rows that do not fit at once: in chunks."""
+    made, weight = {}, weight.detach()
+    for rows in hidden.split(16_384):
+        logits = rows @ weight.t()
+        if learns:
+            made["d_hidden"] = logits @ weight
+        if trains:
+            grad = logits.t() @ rows
+            made["d_weight"] = grad if "d_weight" not in made else made["d_weight"].add_(grad)
+    return made or {"logits": logits}
 
 
 def eager(hidden, weight, targets, factors=None, *, entropy: bool = True) -> LogProbs:
@@ -52,8 +87,8 @@ def eager(hidden, weight, targets, factors=None, *, entropy: bool = True) -> Log
     return LogProbs(logps, -(log_probs.exp() * log_probs).sum(-1) if entropy else None)
 
 
-def ours(hidden, weight, targets, factors=None, *, entropy: bool = True) -> LogProbs:
-    return linear_logprobs(hidden, weight, targets, return_entropy=entropy, backend="portable")
+def ours(backend: str | None, hidden, weight, targets, factors=None, *, entropy: bool = True) -> LogProbs:
+    return linear_logprobs(hidden, weight, targets, return_entropy=entropy, backend=backend)
 
 
 def trl(hidden, weight, targets, factors=None, *, entropy: bool = True) -> LogProbs:
@@ -74,14 +109,59 @@ def trl(hidden, weight, targets, factors=None, *, entropy: bool = True) -> LogPr
     return LogProbs(rows[0].view(targets.shape), rows[1].view(targets.shape) if entropy else None)
 
 
+def verl(hidden, weight, targets, factors=None, *, entropy: bool = True) -> LogProbs:
+    """verl's Triton head; it always computes the entropy."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logps, entropies = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1))
+    return LogProbs(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
+
+
 def cut_cross_entropy(hidden, weight, targets, factors=None, *, entropy: bool = False) -> LogProbs:
     from cut_cross_entropy import linear_cross_entropy
 
     return LogProbs(-linear_cross_entropy(hidden, weight, targets, reduction="none"), None)
 
 
+def labels_of(targets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Targets as cross-entropy heads want them: the rows left out carry ignore_index."""
+    return targets.masked_fill(factors == 0, IGNORED)
+
+
+def token_loss(hidden, weight, targets, factors) -> torch.Tensor:
+    def cross_entropy(logps, _entropy, rows):
+        return factors[rows] * logps
+
+    return linear_token_loss(hidden, weight, labels_of(targets, factors), cross_entropy, use_entropy=False)
+
+
+def liger_ce(hidden, weight, targets, factors) -> torch.Tensor:
+    """Liger's fused linear cross-entropy, its weight gradient gathered in float32 as ours is."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(weight, hidden, labels_of(targets, factors))
+
+
+def quack_ce(hidden, weight, targets, factors) -> torch.Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, labels_of(targets, factors))
+
+
+def cut_ce(hidden, weight, targets, factors) -> torch.Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, labels_of(targets, factors))
+
+
+def floor(hidden, weight, targets, factors) -> dict[str, torch.Tensor]:
+    """One product on all rows to score; three on the rows kept to train."""
+    learns = weight.requires_grad
+    return products(hidden.detach()[factors != 0] if learns else hidden, weight, learns, learns)
+
+
 def forward_or_both(fn: Callable[..., LogProbs]) -> Callable[..., Any]:
-    """Without gradients: logps and entropy. With: d of sum(factors * logps), as a policy loss asks for it."""
+    """Without gradients: logps and entropy. With: the mean cross-entropy of the rows kept, from all log-probs."""
     train = harness.with_backward(
         partial(fn, entropy=False), ("hidden", "weight"), lambda out, inputs: (out.logps * inputs["factors"]).sum()
     )
@@ -92,17 +172,30 @@ def forward_or_both(fn: Callable[..., LogProbs]) -> Callable[..., Any]:
     return call
 
 
+def training_alone(fn: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """A cross-entropy that gives no log-probs: it trains, and cannot score."""
+    train = harness.with_backward(fn, ("hidden", "weight"), lambda out, inputs: out)
+
+    def call(**inputs: Any) -> Any:
+        if not inputs["weight"].requires_grad:
+            raise NotImplementedError("gives the mean loss alone, no log-probs to score with")
+        return train(**inputs)
+
+    return call
+
+
 def make_inputs(
     device: torch.device, *, rows: int, hidden: int, vocab: int, dtype: torch.dtype, train: bool, keep: float
 ) -> dict[str, Any]:
-    """Logits of standard deviation 3; factors (rows,) are zero in 1 - keep of the rows."""
+    """Logits of standard deviation 3; factors (rows,), by which log-probs enter the loss: -1 / kept, or 0."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    factors = normal(rows) / rows
-    factors[torch.randperm(rows, generator=generator, device=device)[round(keep * rows) :]] = 0.0
+    kept = round(keep * rows)
+    factors = torch.full((rows,), -1.0 / kept, device=device)
+    factors[torch.randperm(rows, generator=generator, device=device)[kept:]] = 0.0
     return {
         "hidden": normal(rows, hidden).to(dtype).requires_grad_(train),
         "weight": (normal(vocab, hidden) * (3.0 / hidden**0.5)).to(dtype).requires_grad_(train),
@@ -112,7 +205,7 @@ def make_inputs(
 
 
 def case(name: str, rows: int, hidden: int, vocab: int, dtype: torch.dtype, *, keep=None, quick=True) -> Case:
-    """`keep` None: forward alone. Products count 2 N H V each: one forward, two more for the rows with a gradient."""
+    """`keep` None: forward alone. What the mathematics needs, 2 N H V a product: one, or three for the rows kept."""
     sizes = {"hidden": hidden, "vocab": vocab, "dtype": dtype, "train": keep is not None, "keep": keep or 1.0}
     params = {"N": rows, "H": hidden, "V": vocab, "dtype": str(dtype).removeprefix("torch."), "keep": keep}
     return Case(
@@ -121,7 +214,7 @@ def case(name: str, rows: int, hidden: int, vocab: int, dtype: torch.dtype, *, k
         partial(make_inputs, rows=rows, **sizes),
         gate_inputs=partial(make_inputs, rows=min(rows, 64), **sizes),
         floor=20.0,  # the size of the logits that log-probabilities subtract
-        flops=2.0 * rows * hidden * vocab * (1 if keep is None else 1 + 2 * keep),
+        flops=2.0 * rows * hidden * vocab * (1 if keep is None else 3 * keep),
         quick=quick,
     )
 
@@ -136,30 +229,42 @@ def cases(device: torch.device) -> list[Case]:
             case("score-32k-bf16", 1024, 512, 32_000, torch.bfloat16, quick=False),
             case("train-152k-keep40", 256, 256, 151_936, torch.float32, keep=0.4, quick=False),
         ]
+    half = torch.bfloat16
     return [
-        case("score-3b", 8192, 2048, 151_936, torch.bfloat16),
-        case("train-3b", 8192, 2048, 151_936, torch.bfloat16, keep=1.0),
-        case("train-3b-keep40", 8192, 2048, 151_936, torch.bfloat16, keep=0.4),
-        case("score-7b", 8192, 3584, 152_064, torch.bfloat16, quick=False),
+        case("score-7b-8k", 8192, 3584, 152_064, half),
+        case("train-7b-8k", 8192, 3584, 152_064, half, keep=1.0),
+        case("train-7b-8k-keep40", 8192, 3584, 152_064, half, keep=0.4),
+        case("score-3b-8k", 8192, 2048, 151_936, half, quick=False),
+        case("train-3b-8k", 8192, 2048, 151_936, half, keep=1.0, quick=False),
+        case("train-32b-8k", 8192, 5120, 128_256, half, keep=1.0, quick=False),
+        case("score-7b-64k", 65_536, 3584, 152_064, half, quick=False),
+        case("train-7b-16k-keep20", 16_384, 3584, 152_064, half, keep=0.2, quick=False),
     ]
 
 
 def main(argv=None) -> int:
     args = harness.parse_args("logprobs", argv)
-    compiled = compiled_per_shape(eager)
-    logps_only = ("logps", "value", "d_hidden", "d_weight")
+    on_gpu = None if args.device.type == "cuda" else "its kernels need a GPU"
+
+    def cross_entropy(name: str, fn: Callable, *needs: str) -> Contender:
+        return Contender(name, training_alone(fn), peer=True, skip=on_gpu or missing(*needs))
+
     contenders = [
         Contender("eager", forward_or_both(eager), baseline=True),
-        Contender("eager, compiled", forward_or_both(compiled), peer=True, skip=no_compiler(args.device)),
-        Contender("portable", forward_or_both(ours)),
-        Contender("TRL", forward_or_both(trl), peer=True, skip=missing("trl.trainer.utils")),
-        Contender(
-            "cut-cross-entropy (no entropy)",
-            forward_or_both(cut_cross_entropy),
-            peer=True,
-            skip=missing("cut_cross_entropy") or (None if args.device.type == "cuda" else "its kernels need a GPU"),
-            compare=logps_only,
+        Contender("bare products", floor, floor=True),
+        *(
+            Contender(backend, forward_or_both(partial(ours, backend)))
+            for backend in ours_everywhere("logprobs", args.device)
         ),
+        Contender("linear_token_loss", training_alone(token_loss)),
+        Contender(
+            "eager, compiled", forward_or_both(compiled_per_shape(eager)), peer=True, skip=no_compiler(args.device)
+        ),
+        Contender("TRL", forward_or_both(trl), peer=True, skip=missing("trl.trainer.utils")),
+        Contender("verl", forward_or_both(verl), peer=True, skip=on_gpu or missing("verl.utils.kernel")),
+        cross_entropy("Liger CE", liger_ce, "liger_kernel.transformers"),
+        cross_entropy("quack CE", quack_ce, "quack.linear_cross_entropy"),
+        cross_entropy("cut-cross-entropy", cut_ce, "cut_cross_entropy"),
     ]
     return harness.run("logprobs", cases(args.device), contenders, args)
 

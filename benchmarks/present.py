@@ -9,7 +9,18 @@ __all__ = ["draw", "table"]
 
 Record = dict[str, Any]
 Row = dict[str, Any]
-COLUMNS = ("case", "contender", "time (ms)", "speed-up", "peak MiB", "of baseline", "TFLOP/s", "max error", "note")
+COLUMNS = (
+    "case",
+    "contender",
+    "time (ms)",
+    "speed-up",
+    "of floor",
+    "peak MiB",
+    "of baseline",
+    "TFLOP/s",
+    "max error",
+    "note",
+)
 
 
 def _milliseconds(row: Row) -> str:
@@ -42,6 +53,7 @@ def _cells(case: dict[str, Any], row: Row) -> tuple[str, ...]:
         row["name"],
         _milliseconds(row),
         _speedup(row),
+        f"{row['of_floor'][0]:.2f}" if "of_floor" in row else "-",
         _mib(row["peak_bytes"]) if "peak_bytes" in row else "-",
         f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "-",
         f"{row['tflops']:.1f}" if "tflops" in row else "-",
@@ -53,7 +65,7 @@ def _cells(case: dict[str, Any], row: Row) -> tuple[str, ...]:
 
 def table(record: Record) -> str:
     """A Markdown table, one row a contender; times are medians (lower to upper quartile), speed-ups medians of the
-    ratios within a round; columns that nobody fills are left out."""
+    ratios within a round, "of floor" likewise against the bare products; columns that nobody fills are left out."""
     origin = record["provenance"]
     rows = [_cells(case, row) for case in record["cases"] for row in case["contenders"]]
     used = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] not in ("-", "") for row in rows)]

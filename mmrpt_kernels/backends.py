@@ -96,7 +96,7 @@ for _op in ("logprobs", "policy_loss", "token_loss"):
             Row(_op, "cuda", (_device,), FLOATS[:3], (), _why, by_name=True, missing=_why_no_extension(_device))
         )
 for _op in ("logprobs", "policy_loss", "token_loss"):
-    _why = "row kernels between the vendor's products, at memory speed; compute capability 8.0 or newer"
+    _why = "Triton's row kernels between the vendor's products; compute capability 8.0 or newer; not yet timed"
     TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
     if _INTERPRETED:
         _why = "Triton's interpreter, for tests"

@@ -32,6 +32,7 @@ def linear_logprobs(
     chunk_size: int | None,
     compact: bool,
     rows: str,
+    skip_below: float,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
@@ -40,6 +41,7 @@ def linear_logprobs(
         hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
         compact: gather the wanted rows first, which waits for the device.
         rows: whose row kernels, a registered name.
+        skip_below: for the backward (`columns.leave_out`).
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part.
     """
     options = HeadOptions(temperature, softcap, logit_scale)
@@ -85,6 +87,7 @@ def linear_logprobs_backward(
     chunk_size: int | None,
     compact: bool,
     rows: str,
+    skip_below: float,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
@@ -95,11 +98,11 @@ def linear_logprobs_backward(
     """
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     active = active & (targets != ignore_index)
-    alike = (chunk_size, compact, need, d_entropy is not None, scalars)
+    alike = (chunk_size, compact, skip_below, need, d_entropy is not None, scalars)
     shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, active, alike)
     head = Head(weight, bias, HeadOptions(*scalars), shard)
     wanted = active.nonzero().squeeze(-1) if compact else active
-    gradients = Gradients(hidden, head, need=tuple(need))
+    gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
 
     def incoming(_logps, _entropy, taken):
         return d_logps[taken], None if d_entropy is None else d_entropy[taken]
@@ -133,13 +136,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, compact, rows, vocab_group
+    ctx.how = how  # chunk_size, compact, rows, skip_below, vocab_group
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 10
+    none = (None,) * 11
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

@@ -23,6 +23,7 @@ from mmrpt_kernels.common.head import (
     project_backward_weight,
     statistics_dtype,
 )
+from mmrpt_kernels.logprobs import columns
 from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish
 from mmrpt_kernels.logprobs.shards import Shard
 
@@ -64,53 +65,89 @@ class Gradients:
     Weight and bias gather float32 (float64 for float64) whatever the inputs and are rounded once, by `result`.
     """
 
-    def __init__(self, hidden: torch.Tensor, head: Head, *, need: tuple[bool, bool, bool]) -> None:
-        """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H)."""
+    def __init__(
+        self, hidden: torch.Tensor, head: Head, *, need: tuple[bool, bool, bool], skip_below: float = 0.0
+    ) -> None:
+        """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H).
+
+        skip_below: words with a smaller share of a chunk's gradient may leave the products (`columns.leave_out`).
+        """
         self.head, self.need = head, (need[0], need[1], need[2] and head.bias is not None)
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
+        self.skip_below = skip_below
+        self.left_out: list[tuple[torch.Tensor, torch.Tensor]] = []  # shares (V,) and d weight (H,) of words left out
         self.weight = self.bias = None  # made by the first chunk, which has nothing to add to
         self.rows: list[torch.Tensor] = []  # of d hidden that hold a shard's part of a sum over ranks
 
     def wanted(self) -> bool:
         return any(self.need)
 
-    def add(self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor) -> None:
-        """Add a chunk: rows (n,) of the tokens, hidden_rows (n, H), grad_raw (n, V)."""
+    def add(
+        self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor, *, alone: bool = False
+    ) -> None:
+        """Add a chunk: rows (n,) of the tokens, hidden_rows (n, H), grad_raw (n, V).
+
+        alone: no other chunk has come or will: on CUDA d weight is then made in its own dtype, without an accumulator
+        whose writing, reading and rounding would take as long as a third of the product (at 3000 rows).
+        """
         half = products_dtype(hidden_rows, self.head.weight)
         if grad_raw.is_cuda and half != grad_raw.dtype:
             grad_raw = grad_raw.to(half)
+        few = columns.leave_out(grad_raw, self.skip_below) if self.skip_below > 0.0 else None
+        if few is not None:
+            self._add_columns(rows, hidden_rows, few)
+        else:
+            self._add_all(rows, hidden_rows, grad_raw, alone)
+        self.rows.append(rows)
+        if self.need[2]:
+            summed = grad_raw.sum(0, dtype=self.dtype)
+            self.bias = summed if self.bias is None else self.bias.add_(summed)
+
+    def _add_all(self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor, alone: bool) -> None:
         if self.need[0]:
             grads = project_backward_hidden(grad_raw, self.head.weight)
             self.hidden.index_copy_(0, rows, grads.to(self.hidden.dtype))
-            self.rows.append(rows)
-        if self.need[1]:
+        if self.need[1] and alone and grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype:
+            self.weight = grad_raw.t() @ hidden_rows  # sums in float32, rounded once
+        elif self.need[1]:
             fresh = self.weight is None
             if fresh:
                 self.weight = grad_raw.new_empty(self.head.weight.shape, dtype=self.dtype)
             project_backward_weight(grad_raw, hidden_rows, self.weight, fresh=fresh)
-        if self.need[2]:
-            summed = grad_raw.sum(0, dtype=self.dtype)
-            self.bias = summed if self.bias is None else self.bias.add_(summed)
+
+    def _add_columns(self, rows: torch.Tensor, hidden_rows: torch.Tensor, few: columns.Columns) -> None:
+        if self.need[0]:
+            self.hidden.index_copy_(0, rows, few.backward_hidden(self.head.weight).to(self.hidden.dtype))
+        if self.need[1]:
+            if self.weight is None:
+                self.weight = few.rest.new_zeros(self.head.weight.shape)
+            self.left_out.append((few.shares, few.backward_weight(hidden_rows, self.weight)))
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """d hidden, d weight, d bias in the dtypes of their tensors; called once.
 
         d hidden is the sum over a shard's ranks, whose parts were rounded to its dtype and are added in float32.
         """
-        if self.head.shard is not None and self.rows:
+        if self.head.shard is not None and self.need[0] and self.rows:
             rows = torch.cat(self.rows)
             self.hidden.index_copy_(0, rows, self.head.shard.add_up(self.hidden[rows]))
-        parameters = zip((self.weight, self.bias), self.head[:2], self.need[1:], strict=True)
-        rounded = (
-            None
-            if not wanted
-            else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            if grad is None
-            else grad.to(tensor.dtype)
-            for grad, tensor, wanted in parameters
+        if self.left_out:
+            shares, common = (torch.stack(parts) for parts in zip(*self.left_out, strict=True))
+            self.weight.addmm_(shares.t(), common)
+
+        def rounded(grad: torch.Tensor | None, like: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+            if not wanted:
+                return None
+            if grad is None:  # no chunk came
+                return torch.zeros_like(like, memory_format=torch.contiguous_format)
+            return grad.to(like.dtype)
+
+        return (
+            self.hidden,
+            rounded(self.weight, self.head.weight, self.need[1]),
+            rounded(self.bias, self.head.bias, self.need[2]),
         )
-        return self.hidden, *rounded
 
 
 def check_targets(targets: torch.Tensor, rows: torch.Tensor, vocab: int) -> None:
@@ -210,6 +247,6 @@ def visit(
                     slopes = tuple(None if t is None else torch.where(rows[chunk], t, 0.0) for t in slopes)
                 some = None if into is None else into[: taken.shape[0]]
                 grad_raw = kernels.gradient(state, wanted, head.options, softmax, slopes, some)
-                gradients.add(taken, hidden_rows, grad_raw)
+                gradients.add(taken, hidden_rows, grad_raw, alone=step >= count)
         raw = state = grad_raw = None  # the next chunk's logits take this one's memory
     return logps, entropy

@@ -12,6 +12,7 @@ from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, local_head
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
+from mmrpt_kernels.logprobs.columns import skip_threshold
 from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
@@ -66,6 +67,7 @@ def linear_policy_loss(
     return_statistics: bool = True,
     chunk_size: int | None = None,
     compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> PolicyLoss:
@@ -114,6 +116,7 @@ def linear_policy_loss(
         chunk_size: rows of logits held at once; None: from a memory budget.
         compact: gather the rows that count and compute no others, which waits for the device once (sequence ratios:
             twice). False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+        skip_below: None (exact gradients), "auto" or a share of the gradient: as in `linear_logprobs`.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
         vocab_group: process group over which the vocabulary is cut, as in `linear_logprobs`: weight and bias are this
             rank's words, everything else the same on all ranks; d hidden, made in this call, is the sum over ranks.
@@ -167,8 +170,14 @@ def linear_policy_loss(
         )
     else:
         per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
-        how = {"see_all": return_statistics, "chunk_size": chunk_size, "compact": compact, "rows": load_rows(name)}
-        how["vocab_group"] = group_name(vocab_group)
+        how = {
+            "see_all": return_statistics,
+            "chunk_size": chunk_size,
+            "compact": compact,
+            "rows": load_rows(name),
+            "skip_below": skip_threshold(skip_below, hidden, weight, compact),
+            "vocab_group": group_name(vocab_group),
+        }
         loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
     if not return_statistics:
@@ -201,6 +210,7 @@ def linear_token_loss(
     use_entropy: bool = True,
     chunk_size: int | None = None,
     compact: bool = True,
+    skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
@@ -223,8 +233,8 @@ def linear_token_loss(
             token_loss that requires a gradient is refused, as it would get none.
         targets: (...) int64; rows of `ignore_index` are left out.
         active_mask: (...) bool; rows outside are not computed. None: all rows.
-        temperature, softcap, logit_scale, chunk_size, backend, vocab_group: as in `linear_logprobs`; over a group,
-            token_loss must give the same on all ranks.
+        temperature, softcap, logit_scale, chunk_size, skip_below, backend, vocab_group: as in `linear_logprobs`; over a
+            group, token_loss must give the same on all ranks.
         compact: as there; with False token_loss also sees the other rows, with log-prob and entropy 0, and what it
             makes of them does not count.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
@@ -252,8 +262,8 @@ def linear_token_loss(
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
-        head = {"bias": bias, **options._asdict(), "chunk_size": chunk_size, "compact": compact, "backend": name}
-        head["vocab_group"] = vocab_group
+        how = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
+        head = {"bias": bias, "vocab_group": vocab_group, **options._asdict(), **how}
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
@@ -261,8 +271,9 @@ def linear_token_loss(
     arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
     if name == "reference":
         return reference.linear_token_loss(*arguments)
-    how = {"chunk_size": chunk_size, "kernels": load_rows(name), "vocab_group": group_name(vocab_group)}
-    return operator.linear_token_loss(*arguments, **how)
+    threshold = skip_threshold(skip_below, flat, weight, compact)
+    how = {"chunk_size": chunk_size, "kernels": load_rows(name), "skip_below": threshold}
+    return operator.linear_token_loss(*arguments, **how, vocab_group=group_name(vocab_group))
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

@@ -55,6 +55,7 @@ def linear_policy_loss(
     chunk_size: int | None,
     compact: bool,
     rows: str,
+    skip_below: float,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
@@ -66,6 +67,7 @@ def linear_policy_loss(
         need: whether hidden, weight, bias want a gradient.
         compact: gather the rows that count first, which waits for the device once (twice for sequence ratios).
         rows: whose row kernels, a registered name.
+        skip_below: as `logprobs.columns.leave_out`.
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part,
             d hidden the sum over ranks.
     """
@@ -89,10 +91,10 @@ def linear_policy_loss(
     head_options = HeadOptions(temperature, softcap, logit_scale)
     shard = None
     if vocab_group is not None:
-        alike = (chunk_size, compact, need, see_all, head_options, options)
+        alike = (chunk_size, compact, skip_below, need, see_all, head_options, options)
         shard = find_shard(vocab_group, flat, weight, ids, _work(tokens), alike)
     head = Head(weight, bias, head_options, shard)
-    how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows}
+    how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows, "skip_below": skip_below}
     stream = LossStream(flat, head, ids, need=need, **how)
     with torch.no_grad():
         _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, compact)
@@ -196,7 +198,7 @@ class _TokenLoss(torch.autograd.Function):
         shard = None
         if vocab_group is not None:
             work = rows if rows.dtype == torch.bool else torch.zeros_like(targets).index_fill_(0, rows, 1)
-            alike = (how["chunk_size"], need, want_entropy, options)
+            alike = (how, need, want_entropy, options)
             shard = find_shard(vocab_group, hidden, weight, targets, work, alike)
         head = Head(weight, bias, options, shard)
         stream = LossStream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
@@ -225,6 +227,7 @@ def linear_token_loss(
     *,
     chunk_size: int | None,
     kernels: str,
+    skip_below: float,
     vocab_group: str | None,
 ) -> torch.Tensor:
     """Sum of token_loss over `rows`, called once a chunk; hidden (N, H), targets (N,).
@@ -234,6 +237,6 @@ def linear_token_loss(
     """
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    how = {"chunk_size": chunk_size, "rows": kernels}
+    how = {"chunk_size": chunk_size, "rows": kernels, "skip_below": skip_below}
     how_and_where = (token_loss, options, want_entropy, need, how, vocab_group)
     return _TokenLoss.apply(hidden, weight, bias, targets, rows, *how_and_where)

@@ -22,15 +22,24 @@ class LossStream:
     """
 
     def __init__(
-        self, hidden, head: Head, targets, *, need, entropy_learns: bool, chunk_size: int | None, rows: str
+        self,
+        hidden,
+        head: Head,
+        targets,
+        *,
+        need,
+        entropy_learns: bool,
+        chunk_size: int | None,
+        rows: str,
+        skip_below: float = 0.0,
     ) -> None:
         """need: whether hidden, weight, bias want a gradient; entropy_learns: whether the loss depends on entropies;
-        rows: whose row kernels."""
+        rows: whose row kernels; skip_below: see `Gradients`."""
         self.hidden, self.head, self.targets, self.chunk_size = hidden, head, targets, chunk_size
         self.kernels = row_kernels(rows)
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.entropy_learns = entropy_learns
-        self.gradients = Gradients(hidden, head, need=tuple(need))
+        self.gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
         self.losses = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.logps = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.entropy = hidden.new_zeros(targets.shape, dtype=self.dtype)

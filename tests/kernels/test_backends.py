@@ -11,14 +11,14 @@ from mmrpt_kernels.backends import BackendError, Row, select, table, use_backend
 CPU = torch.device("cpu")
 
 
-def choose(op="logprobs", device=CPU, dtype=torch.float32, **kwargs):
+def choose(op="perception", device=CPU, dtype=torch.float32, **kwargs):
     return select(op, device=device, dtype=dtype, **kwargs)
 
 
 @pytest.fixture
 def with_fast_row(monkeypatch):
     """A table with one row ahead of the others that takes bfloat16 on a GPU and nothing packed."""
-    row = Row("logprobs", "triton", ("cuda",), (torch.bfloat16,), ("packed",), "for this test")
+    row = Row("perception", "triton", ("cuda",), (torch.bfloat16,), ("packed",), "for this test")
     monkeypatch.setattr(backends, "TABLE", [row, *backends.TABLE])
 
 
@@ -47,12 +47,12 @@ def test_the_first_row_that_serves_is_chosen(with_fast_row):
 def test_a_backend_that_cannot_serve_says_why_and_who_can(with_fast_row, kwargs, reason):
     with pytest.raises(BackendError) as error:
         choose(requested="triton", **kwargs)
-    for word in ("logprobs", "'triton'", reason, "portable, reference"):
+    for word in ("perception", "'triton'", reason, "portable, reference"):
         assert word in str(error.value)
 
 
 def test_a_row_by_name_serves_only_who_asks(monkeypatch):
-    row = Row("logprobs", "triton", ("cpu",), (torch.float32,), (), "interpreted", by_name=True)
+    row = Row("perception", "triton", ("cpu",), (torch.float32,), (), "interpreted", by_name=True)
     monkeypatch.setattr(backends, "TABLE", [row, *backends.TABLE])
     assert choose() == "portable" and choose(requested="triton") == "triton"
     with use_backend("triton"):
@@ -61,7 +61,7 @@ def test_a_row_by_name_serves_only_who_asks(monkeypatch):
 
 
 def test_a_backend_that_is_not_installed_says_so(monkeypatch):
-    row = Row("logprobs", "triton", ("cpu",), (torch.float32,), (), "fast", missing="triton is not installed")
+    row = Row("perception", "triton", ("cpu",), (torch.float32,), (), "fast", missing="triton is not installed")
     monkeypatch.setattr(backends, "TABLE", [row, *backends.TABLE])
     assert choose() == "portable" and "triton is not installed" in table()
     with pytest.raises(BackendError, match="cannot serve this call: triton is not installed; use one of portable"):

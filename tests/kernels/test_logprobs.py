@@ -358,10 +358,11 @@ class TestTorch:
         made = make(SMALL, seed)
         head = (made["hidden"], made["weight"], made["bias"], made["targets"])
         for entropy in (True, False):
-            torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, 4, True, "portable"))
+            how = (4, True, "portable", 0.0)
+            torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, *how))
         detached = tuple(t.detach() for t in head)
         ones = torch.ones(SMALL.rows, dtype=torch.float64)
-        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], 4, True, "portable")
+        rest = ([0.8, 4.0, 1.3], -100, [True, True, False], *how)
         torch.library.opcheck(operator.linear_logprobs_backward, (*detached, ones, None, *rest))
 
     def test_compiles_without_graph_break(self, seed, fresh_compiler):

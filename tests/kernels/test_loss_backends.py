@@ -20,6 +20,7 @@ from mmrpt_kernels.policy_loss.visits import LossStream, split_rows
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
 PLAIN = HeadCase("plain", 24, 16, 131, chunk_size=7)
 LEAVES = ("hidden", "weight", "bias")
 VARIANTS = {
@@ -190,6 +191,43 @@ def test_float64_is_not_served():
     made = head_inputs(PLAIN, dtype=torch.float32, device=DEVICE)
     with pytest.raises(backends.BackendError, match="tensors are torch.float64"):
         linear_logprobs(made["hidden"], made["weight"].double(), made["targets"], backend="triton")
+
+
+@pytest.mark.parametrize("chunk_size", (None, 100))
+def test_gradients_of_one_chunk_and_of_many(chunk_size, seed):
+    """Enough rows for several chunks or for one, whose weight gradient a GPU makes without an accumulator."""
+    case = PLAIN._replace(rows=256, hidden=64, vocab=515, chunk_size=chunk_size)
+    assert_by_the_rule(learn, case, seed, torch.bfloat16, **VARIANTS["everything"])
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_in_a_cuda_graph(seed):
+    """Without compaction nothing waits: the captured step gives the eager step's numbers for new values too."""
+    made = leaves(PLAIN._replace(ignored="none"), seed, torch.bfloat16, False)
+    wrt, targets = (made["hidden"], made["weight"]), made["targets"].view(4, -1)
+    response, advantages = torch.rand(targets.shape, device=DEVICE) < 0.7, torch.randn(4, device=DEVICE)
+    old = torch.randn(targets.shape, device=DEVICE) - 6.0
+
+    def step(compact: bool) -> tuple[torch.Tensor, ...]:
+        hidden = wrt[0].view(*targets.shape, -1)
+        out = linear_policy_loss(
+            hidden, wrt[1], targets, advantages, response_mask=response, old_logps=old, compact=compact
+        )
+        return out.loss.detach(), *torch.autograd.grad(out.loss, wrt)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(compact=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = step(compact=False)
+    with torch.no_grad():
+        wrt[0].copy_(torch.randn_like(wrt[0]))
+        response.copy_(torch.rand(targets.shape, device=DEVICE) < 0.5)
+    graph.replay()
+    torch.testing.assert_close(captured, step(compact=True))
 
 
 class NoWaiting(TorchDispatchMode):

@@ -729,7 +729,7 @@ class TestTorch:
         args += [made["advantages"].float()[:, None].repeat(1, 4)]
         args += [constants[k] for k in ("old_logps", "ref_logps", "sampler_weights")] + [made["response_mask"].float()]
         head = {"temperature": 0.8, "softcap": 4.0, "logit_scale": 1.3, "chunk_size": 3}
-        rest = {"see_all": True, "need": [True, True, True], "compact": True, "rows": "portable"}
+        rest = {"see_all": True, "need": [True, True, True], "compact": True, "rows": "portable", "skip_below": 0.0}
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(operator.linear_policy_loss, args, head | options | rest, test_utils=tests)
 

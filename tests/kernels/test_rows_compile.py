@@ -34,9 +34,15 @@ def launches(arch: int, vocab: int, options: HeadOptions, entropy: bool, dtype: 
 
 @pytest.mark.parametrize("arch", (80, 90, 100))
 def test_no_row_kernel_spills(arch):
-    """compile_kernels refuses spills; vocabularies that do and do not divide by 16, and one shorter than a tile."""
+    """compile_kernels refuses spills; vocabularies that do and do not divide by 16, one shorter than a tile, one of a
+    single word, which Triton compiles as a constant."""
     calls = itertools.product((151_936, 32_003, 300), (HeadOptions(), CAPPED), (True, False), (torch.bfloat16,))
-    calls = [*calls, (151_936, HeadOptions(), True, torch.float32), (151_936, HeadOptions(), True, torch.float16)]
+    calls = [
+        *calls,
+        (1, CAPPED, True, torch.bfloat16),
+        (151_936, HeadOptions(), True, torch.float32),
+        (151_936, HeadOptions(), True, torch.float16),
+    ]
     specs = {spec.title + str(spec.signature): spec for call in calls for spec in launches(arch, *call)}
     for one in compile_kernels(list(specs.values())):
         # A multiprocessor has 65,536 registers: two programs of 256 threads at the very least.
