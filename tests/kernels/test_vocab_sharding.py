@@ -403,7 +403,7 @@ def test_equals_the_whole_head_in_float64(name, world, folder):
         )
 
 
-@pytest.mark.parametrize(("name", "dtype", "rows"), LOW_PRECISION)
+@pytest.mark.parametrize(("name", "dtype", "rows"), LOW_PRECISION, ids=str)
 def test_low_precision_by_the_error_rule(name, dtype, rows, world, folder):
     found = joined(f"{name} {dtype} {rows}", started(world, folder))
     whole = Part(world, backend="reference")
