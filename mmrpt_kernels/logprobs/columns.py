@@ -81,11 +81,14 @@ def leave_out(grad_raw: torch.Tensor, skip_below: float) -> Columns | None:
     """The columns of grad_raw (n, V) that hold at least `skip_below` of its mass each (and up to 7 more), or None where
     they are too many for it to pay.
 
-    Waits for the device, as the count decides. NaN in any row keeps all: it must not reach others by way of the rest.
+    Waits for the device, as the count decides. NaN or infinity in any row keeps all: they must not reach other rows by
+    way of the rest or of the threshold.
     """
     dtype = statistics_dtype(grad_raw)
     mass = torch.linalg.vector_norm(grad_raw, 1, dim=0, dtype=dtype)
-    count = int((mass < skip_below * mass.sum()).logical_not().sum())
+    total = mass.sum()
+    threshold = skip_below * total + 0.0 * total  # NaN where the total is infinite: then no word is below it
+    count = int((mass < threshold).logical_not().sum())
     count += -count % MULTIPLE
     if count > MOST_KEPT * mass.shape[0]:
         return None

@@ -188,12 +188,23 @@ def test_huge_logits(place, options, seed):
     assert (found[1] <= 0).all() and (found[2] >= 0).all() and found[3].isfinite().all()
 
 
+def test_largest_floats(place, seed):
+    """Differences that overflow are probabilities of exactly 0, not NaN."""
+    raw, targets = logits(2, 9001), torch.tensor([4, 4])
+    raw[0], raw[1] = -3e38, 3e38
+    raw[0, 5000:], raw[1, 5000:] = 3e38, -3e38
+    partials, logps, entropy, gradient = run(place, raw, targets, PLAIN, slopes_of(2))
+    assert torch.equal(partials.total, torch.tensor([4001.0, 5000.0])) and (partials.dots == 0).all()
+    torch.testing.assert_close(entropy, partials.total.log())
+    assert logps[0] == -torch.inf and gradient.isfinite().all() and (gradient[1, 5000:] == 0).all()
+
+
 def test_targets_of_another_part(place, seed):
     """chosen is -inf, and the gradient has no word of its own."""
-    raw, slopes = logits(4, 77), slopes_of(4)
-    targets = torch.tensor([-1, 77, 2**40, 3])
+    raw, slopes = logits(6, 77), slopes_of(6)
+    targets = torch.tensor([-1, 77, 2**40, 2**32 + 5, 5 - 2**32, 3])  # as 32-bit numbers two of them are words
     partials, _, _, gradient = run(place, raw, targets, PLAIN, slopes)
-    assert (partials.chosen[:3] == -torch.inf).all() and partials.chosen[3] == raw[3, 3]
+    assert (partials.chosen[:5] == -torch.inf).all() and partials.chosen[5] == raw[5, 3]
     assert_true({"gradient": gradient}, raw, targets, PLAIN, slopes, what=f"seed {seed}")
 
 

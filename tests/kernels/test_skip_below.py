@@ -141,6 +141,11 @@ def test_all_words_stay_where_leaving_some_out_does_not_pay_or_the_gradient_is_n
     assert columns.leave_out(torch.ones(3, 100), 0.005) is None
     assert columns.leave_out(torch.zeros(3, 100), 0.005) is None
     assert columns.leave_out(torch.ones(3, 1), 0.9) is None
+    for value in (torch.inf, torch.nan):
+        grad = torch.eye(100)
+        assert columns.leave_out(grad[:5], 1e-3) is not None
+        grad[2, 7] = value
+        assert columns.leave_out(grad[:5], 1e-3) is None
 
 
 def test_a_row_of_nan_reaches_no_other(seed):
