@@ -118,8 +118,9 @@ _why = "SDPA's cuDNN or flash kernel, then visual_mass on its lse; by name until
 TABLE.append(Row("attention", "sdpa+mass", ("cuda",), FLOATS[1:3], why=_why, by_name=True, **_needs))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
-    TABLE.append(Row(_op, "reference", (), FLOATS, (), "the definition: slow, obvious, float64-capable"))
-del _op, _why, _needs, _dtypes, _device
+    _lacks = ("vocab_group",) if _op in ("logprobs", "policy_loss", "token_loss") else ()
+    TABLE.append(Row(_op, "reference", (), FLOATS, _lacks, "the definition: slow, obvious, float64-capable"))
+del _op, _why, _needs, _dtypes, _device, _lacks
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
 _override: str | None = None

@@ -55,7 +55,13 @@ class HeadOptions(NamedTuple):
 
 
 def check_head(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: HeadOptions, chunk_size: int | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: HeadOptions,
+    chunk_size: int | None,
+    *,
+    part: bool = False,
 ) -> None:
     """Door check of the arguments every head operator takes. Raises ValueError.
 
@@ -63,6 +69,7 @@ def check_head(
         hidden: (..., H) float.
         weight: (V, H) float.
         bias: (V,) float or None.
+        part: weight and bias are one rank's words; that there are some, the ranks find out together.
     """
     checks.check(
         isinstance(hidden, torch.Tensor) and hidden.dim() >= 1,
@@ -70,7 +77,8 @@ def check_head(
     )
     checks.check_shape("weight", weight, (None, hidden.shape[-1]), "(V, H): the lm head, H as in hidden")
     checks.check(
-        weight.shape[0] >= 1, "weight: got an empty vocabulary, expected (V, H) with V >= 1; pass the lm head's weight"
+        part or weight.shape[0] >= 1,
+        "weight: got an empty vocabulary, expected (V, H) with V >= 1; pass the lm head's weight",
     )
     checks.check_dtype("hidden", hidden, FLOAT_DTYPES)
     checks.check_dtype("weight", weight, FLOAT_DTYPES)

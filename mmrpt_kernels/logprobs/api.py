@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
 from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
 from mmrpt_kernels.logprobs.columns import skip_threshold
 
@@ -23,11 +25,12 @@ class LogProbs(NamedTuple):
     entropy: torch.Tensor | None
 
 
-def select_backend(op: str, hidden, weight, bias, requested: str | None) -> str:
+def select_backend(op: str, hidden, weight, bias, requested: str | None, vocab_group=None) -> str:
     """The table's choice for a head of any mixture of dtypes: one float64 tensor makes the logits float64."""
     wide = statistics_dtype(hidden, weight, bias) == torch.float64
     dtype = torch.float64 if wide else hidden.dtype
-    return backends.select(op, device=hidden.device, dtype=dtype, requested=requested)
+    traits = group_traits(vocab_group)
+    return backends.select(op, device=hidden.device, dtype=dtype, requested=requested, traits=traits)
 
 
 def load_rows(backend: str) -> str:
@@ -54,6 +57,7 @@ def linear_logprobs(
     compact: bool = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> LogProbs:
     """Log-probabilities of target tokens, and entropies, from hidden states: the (N, V) logits never exist.
 
@@ -65,7 +69,7 @@ def linear_logprobs(
 
     Args:
         hidden: (..., H) half, bfloat16, float32 or float64.
-        weight: (V, H), the lm head.
+        weight: (V, H), the lm head. A DTensor is gathered, or used in parts (docs/sharded_head.md).
         targets: (...) int64; rows of `ignore_index` give logp 0, entropy 0, no gradient and no work.
         bias: (V,) or None.
         temperature: > 0, divides the logits.
@@ -81,6 +85,11 @@ def linear_logprobs(
             "auto": a share that keeps the error near eager's in half precision, 2^-17; exact for wider inputs. Pays
             where few words get nearly all the probability (a trained model's); waits for the device once a chunk.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
+        vocab_group: process group over which the vocabulary is cut: weight (V_r, H) and bias (V_r,) are then this
+            rank's words, ranks in word order, any V_r >= 1; targets stay ids of the whole vocabulary. All other
+            arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call and
+            its backward. Results are then bit-identical on all ranks; d weight is this rank's part, d hidden the whole
+            sum. Each of the two passes waits for the device once more, whatever `compact` is.
 
     Precision, whatever the inputs' dtype and the backend: the logits are float32 and never rounded below it, so a
     log-probability is within 1e-5 of float64's given the same inputs, at vocabularies up to 152k and logits of trained
@@ -88,22 +97,25 @@ def linear_logprobs(
     On CUDA devices, and with kernels that round, bfloat16 inputs' d logits are rounded to bfloat16 for their products.
 
     Raises:
-        ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V).
+        ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V); on all
+            ranks of vocab_group, where their tokens or options differ.
         BackendError: `backend` cannot serve the call.
     """
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    check_head(hidden, weight, bias, options, chunk_size)
+    weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
+    check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
     checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
     checks.check_dtype("targets", targets, (torch.int64,))
     checks.check_same_device(hidden=hidden, targets=targets)
-    name = select_backend("logprobs", hidden, weight, bias, backend)
+    name = select_backend("logprobs", hidden, weight, bias, backend, vocab_group)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     if name == "reference":
         return LogProbs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
     flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
-    how = (chunk_size, compact, load_rows(name), skip_threshold(skip_below, hidden, weight, compact))
+    skipped = skip_threshold(skip_below, hidden, weight, compact)
+    how = (chunk_size, compact, load_rows(name), skipped, group_name(vocab_group))
     logps, entropy = operator.linear_logprobs(
         flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, *how
     )

@@ -11,13 +11,10 @@ import torch
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.logprobs.rows import row_kernels
+from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import Gradients, Head, check_targets, visit
 
 __all__ = ["linear_logprobs", "linear_logprobs_backward"]
-
-
-def _head(weight: torch.Tensor, bias: torch.Tensor | None, scalars: tuple[float, float, float]) -> Head:
-    return Head(weight, bias, HeadOptions(*scalars))
 
 
 @torch.library.custom_op("mmrpt_kernels::linear_logprobs", mutates_args=())
@@ -36,6 +33,7 @@ def linear_logprobs(
     compact: bool,
     rows: str,
     skip_below: float,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
 
@@ -44,11 +42,15 @@ def linear_logprobs(
         compact: gather the wanted rows first, which waits for the device.
         rows: whose row kernels, a registered name.
         skip_below: for the backward (`columns.leave_out`).
+        vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part.
     """
-    head = _head(weight, bias, (temperature, softcap, logit_scale))
+    options = HeadOptions(temperature, softcap, logit_scale)
     mask = targets != ignore_index
+    alike = (chunk_size, compact, return_entropy, options)
+    shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, mask, alike)
+    head = Head(weight, bias, options, shard)
     wanted = mask.nonzero().squeeze(-1) if compact else mask
-    check_targets(targets, wanted, weight.shape[0])
+    check_targets(targets, wanted, head.vocab)
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_zeros(targets.shape, dtype=dtype)
     entropy = hidden.new_zeros(targets.shape if return_entropy else (0,), dtype=dtype)
@@ -86,14 +88,19 @@ def linear_logprobs_backward(
     compact: bool,
     rows: str,
     skip_below: float,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
 
+    With a vocab_group, whose ranks all have the same d_logps and d_entropy: d hidden is the sum over its ranks.
+
     Without an autograd formula of its own: a second derivative raises instead of being silently zero.
     """
-    head = _head(weight, bias, tuple(scalars))
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     active = active & (targets != ignore_index)
+    alike = (chunk_size, compact, skip_below, need, d_entropy is not None, scalars)
+    shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, active, alike)
+    head = Head(weight, bias, HeadOptions(*scalars), shard)
     wanted = active.nonzero().squeeze(-1) if compact else active
     gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
 
@@ -129,13 +136,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, compact, rows, skip_below
+    ctx.how = how  # chunk_size, compact, rows, skip_below, vocab_group
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 10
+    none = (None,) * 11
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

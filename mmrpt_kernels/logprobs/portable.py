@@ -10,12 +10,10 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
-from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Slopes, Softmax, register_rows
+from mmrpt_kernels.logprobs.rows import FAR_BELOW, Partials, RowKernels, Slopes, Softmax, register_rows
 
 __all__ = ["ROW_KERNELS"]
 
-# A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
-FAR_BELOW = -1e4
 # Logits that a CPU takes through several elementwise passes at a time: 1 MiB of float32 stays in a level-2 cache.
 CACHED_ELEMENTS = 2**18
 

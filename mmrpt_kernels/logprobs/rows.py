@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Partials", "RowKernels", "Slopes", "Softmax", "finish", "register_rows", "row_kernels"]
+__all__ = ["FAR_BELOW", "Partials", "RowKernels", "Slopes", "Softmax", "finish", "register_rows", "row_kernels"]
+
+# A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
+FAR_BELOW = -1e4
 
 # d loss / d logps (n,), d loss / d entropy (n,) or None
 Slopes = tuple[torch.Tensor, torch.Tensor | None]

@@ -25,6 +25,7 @@ from mmrpt_kernels.common.head import (
 )
 from mmrpt_kernels.logprobs import columns
 from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish
+from mmrpt_kernels.logprobs.shards import Shard
 
 __all__ = ["Coefficients", "Gradients", "Head", "check_targets", "visit"]
 
@@ -42,11 +43,20 @@ Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slope
 
 
 class Head(NamedTuple):
-    """The lm head: weight (V, H), bias (V,) or None, and what happens between raw logits and softmax."""
+    """The lm head: weight (V, H), bias (V,) or None, and what happens between raw logits and softmax.
+
+    With a shard, weight and bias are one rank's part of it.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     options: HeadOptions
+    shard: Shard | None = None
+
+    @property
+    def vocab(self) -> int:
+        """Words of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
 
 class Gradients:
@@ -68,6 +78,7 @@ class Gradients:
         self.skip_below = skip_below
         self.left_out: list[tuple[torch.Tensor, torch.Tensor]] = []  # shares (V,) and d weight (H,) of words left out
         self.weight = self.bias = None  # made by the first chunk, which has nothing to add to
+        self.rows: list[torch.Tensor] = []  # of d hidden that hold a shard's part of a sum over ranks
 
     def wanted(self) -> bool:
         return any(self.need)
@@ -88,6 +99,7 @@ class Gradients:
             self._add_columns(rows, hidden_rows, few)
         else:
             self._add_all(rows, hidden_rows, grad_raw, alone)
+        self.rows.append(rows)
         if self.need[2]:
             summed = grad_raw.sum(0, dtype=self.dtype)
             self.bias = summed if self.bias is None else self.bias.add_(summed)
@@ -113,7 +125,13 @@ class Gradients:
             self.left_out.append((few.shares, few.backward_weight(hidden_rows, self.weight)))
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """d hidden, d weight, d bias in the dtypes of their tensors."""
+        """d hidden, d weight, d bias in the dtypes of their tensors; called once.
+
+        d hidden is the sum over a shard's ranks, whose parts were rounded to its dtype and are added in float32.
+        """
+        if self.head.shard is not None and self.need[0] and self.rows:
+            rows = torch.cat(self.rows)
+            self.hidden.index_copy_(0, rows, self.head.shard.add_up(self.hidden[rows]))
         if self.left_out:
             shares, common = (torch.stack(parts) for parts in zip(*self.left_out, strict=True))
             self.weight.addmm_(shares.t(), common)
@@ -151,6 +169,8 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
     grow to an eighth of the weight gradient's own size.
     """
     vocab, width = head.weight.shape
+    if head.shard is not None:
+        vocab = head.shard.largest  # the same chunks on every rank
     if chunk_size is not None:
         limit = chunk_size
     elif head.weight.is_cuda:
@@ -206,11 +226,15 @@ def visit(
         chunk = slice(start, start + step)
         taken = places[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
+        if head.shard is not None:
+            wanted = wanted - head.shard.start
         if masked:  # 0 * NaN would reach d weight
             hidden_rows.masked_fill_(~rows[chunk, None], 0.0)
         raw = project(hidden_rows, head.weight, head.bias)
         partials, state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
-        seen, uncertain, softmax = finish(partials, vocab, want_entropy)
+        if head.shard is not None:
+            partials = head.shard.merge(partials)
+        seen, uncertain, softmax = finish(partials, head.vocab, want_entropy)
         if masked:
             seen, uncertain = (None if t is None else torch.where(rows[chunk], t, 0.0) for t in (seen, uncertain))
         logps[chunk] = seen

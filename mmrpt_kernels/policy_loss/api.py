@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.common.sharding import group_name, local_head
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
 from mmrpt_kernels.logprobs.columns import skip_threshold
 from mmrpt_kernels.policy_loss import operator, reference
@@ -67,6 +69,7 @@ def linear_policy_loss(
     compact: bool = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states: no (N, V) logits, no work for tokens without gradient.
 
@@ -115,6 +118,8 @@ def linear_policy_loss(
             twice). False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
         skip_below: None (exact gradients), "auto" or a share of the gradient: as in `linear_logprobs`.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
+        vocab_group: process group over which the vocabulary is cut, as in `linear_logprobs`: weight and bias are this
+            rank's words, everything else the same on all ranks; d hidden, made in this call, is the sum over ranks.
 
     Log-ratios above 80 count as 80, with gradient zero, where float32's exp would overflow.
 
@@ -140,7 +145,8 @@ def linear_policy_loss(
         ratio_level,
         surrogate,
     )
-    check_head(hidden, weight, bias, head, chunk_size)
+    weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
+    check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
     check_options(options, aggregation, normalizer, ref_logps)
     dtype = statistics_dtype(hidden, weight, bias)
     tokens = gather_tokens(
@@ -156,7 +162,7 @@ def linear_policy_loss(
         ref_logps=ref_logps,
         sampler_weights=sampler_weights,
     )
-    name = select_backend("policy_loss", hidden, weight, bias, backend)
+    name = select_backend("policy_loss", hidden, weight, bias, backend, vocab_group)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     if name == "reference":
         loss, logps, entropy = reference.linear_policy_loss(
@@ -170,6 +176,7 @@ def linear_policy_loss(
             "compact": compact,
             "rows": load_rows(name),
             "skip_below": skip_threshold(skip_below, hidden, weight, compact),
+            "vocab_group": group_name(vocab_group),
         }
         loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
@@ -205,6 +212,7 @@ def linear_token_loss(
     compact: bool = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Sum over tokens of any loss of (log-prob, entropy), fused with the lm head: no (N, V) logits.
 
@@ -225,7 +233,8 @@ def linear_token_loss(
             token_loss that requires a gradient is refused, as it would get none.
         targets: (...) int64; rows of `ignore_index` are left out.
         active_mask: (...) bool; rows outside are not computed. None: all rows.
-        temperature, softcap, logit_scale, chunk_size, skip_below, backend: as in `linear_logprobs`.
+        temperature, softcap, logit_scale, chunk_size, skip_below, backend, vocab_group: as in `linear_logprobs`; over a
+            group, token_loss must give the same on all ranks.
         compact: as there; with False token_loss also sees the other rows, with log-prob and entropy 0, and what it
             makes of them does not count.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
@@ -239,21 +248,22 @@ def linear_token_loss(
         BackendError: `backend` cannot serve the call.
     """
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    check_head(hidden, weight, bias, options, chunk_size)
+    weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
+    check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
     checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
     checks.check_dtype("targets", targets, (torch.int64,))
     if active_mask is not None:
         checks.check_shape("active_mask", active_mask, tuple(targets.shape), "(...): one bool per token")
         checks.check_dtype("active_mask", active_mask, (torch.bool,))
     checks.check_same_device(hidden=hidden, targets=targets, active_mask=active_mask)
-    name = select_backend("token_loss", hidden, weight, bias, backend)
+    name = select_backend("token_loss", hidden, weight, bias, backend, vocab_group)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     active = ids != ignore_index
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
         how = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
-        head = {"bias": bias, **options._asdict(), **how}
+        head = {"bias": bias, "vocab_group": vocab_group, **options._asdict(), **how}
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
@@ -262,7 +272,8 @@ def linear_token_loss(
     if name == "reference":
         return reference.linear_token_loss(*arguments)
     threshold = skip_threshold(skip_below, flat, weight, compact)
-    return operator.linear_token_loss(*arguments, chunk_size=chunk_size, kernels=load_rows(name), skip_below=threshold)
+    how = {"chunk_size": chunk_size, "kernels": load_rows(name), "skip_below": threshold}
+    return operator.linear_token_loss(*arguments, **how, vocab_group=group_name(vocab_group))
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
+from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import Head, check_targets
 from mmrpt_kernels.policy_loss.hand_out import hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
@@ -55,6 +56,7 @@ def linear_policy_loss(
     compact: bool,
     rows: str,
     skip_below: float,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
 
@@ -66,9 +68,10 @@ def linear_policy_loss(
         compact: gather the rows that count first, which waits for the device once (twice for sequence ratios).
         rows: whose row kernels, a registered name.
         skip_below: as `logprobs.columns.leave_out`.
+        vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part,
+            d hidden the sum over ranks.
     """
     shape = targets.shape
-    head = Head(weight, bias, HeadOptions(temperature, softcap, logit_scale))
     tokens = PolicyTokens(response, perception, advantages, old_logps, ref_logps, sampler_weights)
     tokens = PolicyTokens(*(None if t is None else t.reshape(-1) for t in tokens))
     options = PolicyOptions(
@@ -85,6 +88,12 @@ def linear_policy_loss(
     )
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     entropy_learns = entropy_coef != 0.0 and entropy_kind == "exact"
+    head_options = HeadOptions(temperature, softcap, logit_scale)
+    shard = None
+    if vocab_group is not None:
+        alike = (chunk_size, compact, skip_below, need, see_all, head_options, options)
+        shard = find_shard(vocab_group, flat, weight, ids, _work(tokens), alike)
+    head = Head(weight, bias, head_options, shard)
     how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows, "skip_below": skip_below}
     stream = LossStream(flat, head, ids, need=need, **how)
     with torch.no_grad():
@@ -103,12 +112,12 @@ def _visit_all(stream: LossStream, tokens, options: PolicyOptions, shape, scale,
     others = _other_rows(tokens, learns, shape, see_all, by_sequence)
     if compact:
         rows, watched = split_rows(learns, others)
-        check_targets(stream.targets, torch.cat([rows, watched]), stream.head.weight.shape[0])
+        check_targets(stream.targets, torch.cat([rows, watched]), stream.head.vocab)
         stream.visit(watched, see_all)
         learns = None
     else:
         rows = learns | others
-        check_targets(stream.targets, rows, stream.head.weight.shape[0])
+        check_targets(stream.targets, rows, stream.head.vocab)
     if by_sequence:
         learn_by_sequence(stream, tokens, options, rows, want_entropy, shape, scale, learns)
         return
@@ -117,6 +126,11 @@ def _visit_all(stream: LossStream, tokens, options: PolicyOptions, shape, scale,
         return token_losses(logps, entropy, tokens.at(taken), options)
 
     stream.learn(rows, want_entropy, token_loss, scale, learns)
+
+
+def _work(tokens: PolicyTokens) -> torch.Tensor:
+    """(N,) int64: all that decides, with the settings, which visits a token takes part in."""
+    return tokens.response + 2 * tokens.perception + 4 * policy_rows(tokens)
 
 
 def _other_rows(tokens, learns, shape, see_all: bool, by_sequence: bool) -> torch.Tensor:
@@ -180,10 +194,15 @@ class _TokenLoss(torch.autograd.Function):
     """The eager route of `linear_token_loss`: a Python callable cannot pass through a custom operator's schema."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how):
-        head = Head(weight, bias, options)
+    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how, vocab_group):
+        shard = None
+        if vocab_group is not None:
+            work = rows if rows.dtype == torch.bool else torch.zeros_like(targets).index_fill_(0, rows, 1)
+            alike = (how, need, want_entropy, options)
+            shard = find_shard(vocab_group, hidden, weight, targets, work, alike)
+        head = Head(weight, bias, options, shard)
         stream = LossStream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
-        check_targets(targets, rows, weight.shape[0])
+        check_targets(targets, rows, head.vocab)
         with torch.autocast(hidden.device.type, enabled=False):
             stream.learn(rows, want_entropy, token_loss, None, rows if rows.dtype == torch.bool else None)
         grads = stream.gradients.result()
@@ -193,7 +212,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        return *hand_out(ctx, d_loss), *(None,) * 7
+        return *hand_out(ctx, d_loss), *(None,) * 8
 
 
 def linear_token_loss(
@@ -209,12 +228,15 @@ def linear_token_loss(
     chunk_size: int | None,
     kernels: str,
     skip_below: float,
+    vocab_group: str | None,
 ) -> torch.Tensor:
     """Sum of token_loss over `rows`, called once a chunk; hidden (N, H), targets (N,).
 
-    rows: (n,) int64, or (N,) bool (`stream.visit`). kernels: whose row kernels.
+    rows: (n,) int64, or (N,) bool (`stream.visit`). kernels: whose row kernels. vocab_group: name of the process group
+    over which the vocabulary is cut, or None.
     """
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     how = {"chunk_size": chunk_size, "rows": kernels, "skip_below": skip_below}
-    return _TokenLoss.apply(hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how)
+    how_and_where = (token_loss, options, want_entropy, need, how, vocab_group)
+    return _TokenLoss.apply(hidden, weight, bias, targets, rows, *how_and_where)
