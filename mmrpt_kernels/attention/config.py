@@ -1,8 +1,8 @@
 """Launch settings of the attention kernels: tables by architecture, dtype and head size.
 
 Where they come from: each row was chosen by compiling tiles ahead of time for its architecture and taking a large one
-whose registers do not spill and whose shared memory fits (tests/kernels/test_attention_triton_compile.py checks it).
-None has been timed on hardware yet.
+whose registers do not spill and whose shared memory fits (tests/kernels/test_attention_triton_compile.py checks it and
+names the one exception). None has been timed on hardware yet.
 """
 
 from __future__ import annotations

@@ -140,9 +140,9 @@ def test_the_backward_pass_visits_the_rows_with_an_advantage_alone(tokenizer, tm
     wanted: list[int] = []
     add = stream.Gradients.add
 
-    def counting(self, rows, *rest):
+    def counting(self, rows, *rest, **how):
         learnt.append(rows.shape[0])
-        return add(self, rows, *rest)
+        return add(self, rows, *rest, **how)
 
     class Counted(TokenAdvantages):
         def _compute_loss(self, model, inputs):

@@ -17,7 +17,6 @@ from mmrpt_kernels.attention.triton.tiles import (
     load_tile,
     place_of_program,
     products_of,
-    rows_of_every_key,
     rows_of_keys,
     weigh,
 )
@@ -142,7 +141,7 @@ def _backward_keys(
 
     a, b = max(key_first, key_lo), min(key_first + BLOCK_N, key_hi) - 1
     origin, stop = rows_of_keys(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
-    first, last = rows_of_every_key(a, b, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
+    first, last = rows_of_keys(b, a, shift, row_lo, row_hi, left, right, LEFT, RIGHT)
     blocks = tl.where(origin < stop, tl.cdiv(stop - origin, BLOCK_M), 0)
     inner_first = tl.cdiv(max(first - origin, 0), BLOCK_M)
     inner_stop = max(last - origin, 0) // BLOCK_M

@@ -23,8 +23,7 @@ from mmrpt_kernels.attention.triton.tiles import (
     MIXED,
     band_allows,
     capped_scores,
-    keys_of_every_row,
-    keys_of_rows,
+    key_blocks_of_rows,
     load_tile,
     place_of_program,
 )
@@ -139,12 +138,9 @@ def _forward(
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
 
-    first, stop = keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-    first_block = first // BLOCK_N
-    stop_block = tl.where(first < stop, tl.cdiv(stop, BLOCK_N), first_block)
-    first, stop = keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-    inner_first = min(max(tl.cdiv(first, BLOCK_N), first_block), stop_block)
-    inner_stop = min(max(max(stop, 0) // BLOCK_N, inner_first), stop_block)
+    first_block, inner_first, inner_stop, stop_block = key_blocks_of_rows(
+        row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT, BLOCK_N
+    )
     if MASKED:
         inner_stop = inner_first
 

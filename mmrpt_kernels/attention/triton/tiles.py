@@ -20,12 +20,11 @@ __all__ = [
     "MIXED",
     "band_allows",
     "capped_scores",
-    "keys_of_every_row",
+    "key_blocks_of_rows",
     "keys_of_rows",
     "load_tile",
     "place_of_program",
     "products_of",
-    "rows_of_every_key",
     "rows_of_keys",
     "tanh",
     "weigh",
@@ -58,6 +57,8 @@ def place_of_program(program, num_tiles, num_heads, section):
 def keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """[first, stop): the keys that some row of row_first .. row_last may attend to; stop <= first where there is none.
 
+    With the two rows swapped: the keys that every one of these rows may attend to.
+
     LEFT, RIGHT: whether the band has that edge, `left` keys before and `right` keys after the row's own position.
     """
     first, stop = key_lo, key_hi
@@ -69,35 +70,30 @@ def keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: 
 
 
 @triton.jit
-def keys_of_every_row(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """[first, stop): the keys that every row of row_first .. row_last may attend to."""
-    first, stop = key_lo, key_hi
-    if LEFT:
-        first = max(first, row_last + shift - left)
-    if RIGHT:
-        stop = min(stop, row_first + shift + right + 1)
-    return first, stop
+def key_blocks_of_rows(
+    row_first, row_last, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(first, inner_first, inner_stop, stop) in key blocks: [first, stop) holds every key of the rows, and the band
+    cuts nothing of blocks [inner_first, inner_stop)."""
+    low, high = keys_of_rows(row_first, row_last, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+    first = low // BLOCK_N
+    stop = tl.where(low < high, tl.cdiv(high, BLOCK_N), first)
+    low, high = keys_of_rows(row_last, row_first, shift, key_lo, key_hi, left, right, LEFT, RIGHT)
+    inner_first = min(max(tl.cdiv(low, BLOCK_N), first), stop)
+    inner_stop = min(max(max(high, 0) // BLOCK_N, inner_first), stop)
+    return first, inner_first, inner_stop, stop
 
 
 @triton.jit
 def rows_of_keys(key_first, key_last, shift, row_lo, row_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """[first, stop): the rows that may attend to some key of key_first .. key_last."""
+    """[first, stop): the rows that may attend to some key of key_first .. key_last; with the two keys swapped, those
+    that may attend to every one."""
     first, stop = row_lo, row_hi
     if RIGHT:
         first = max(first, key_first - shift - right)
     if LEFT:
         stop = min(stop, key_last - shift + left + 1)
-    return first, stop
-
-
-@triton.jit
-def rows_of_every_key(key_first, key_last, shift, row_lo, row_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """[first, stop): the rows that may attend to every key of key_first .. key_last."""
-    first, stop = row_lo, row_hi
-    if RIGHT:
-        first = max(first, key_last - shift - right)
-    if LEFT:
-        stop = min(stop, key_first - shift + left + 1)
     return first, stop
 
 
