@@ -73,8 +73,7 @@ class Contender:
 
     baseline: the ratios' denominator and the gate's yardstick; exactly one.
     peer: somebody else's: what fails is reported, not fatal.
-    skip: why it cannot run here (shown in the table), or None; or a function of the case that says so. What serves some
-        cases only may also raise NotImplementedError in the others.
+    skip: why it cannot run here (shown in the table), or None; or a function of the case that says so.
     compare: names of the results that the gate compares; None: all the baseline has. A contender that returns fewer
         results than the baseline must name those it has; (): what it computes is something else.
     floor: the bare products that the mathematics needs, nobody's implementation: not gated, and the others' times are
@@ -187,8 +186,6 @@ class _Gate:
 
 
 def _status_of(error: BaseException) -> str:
-    if isinstance(error, NotImplementedError) and not isinstance(error, RuntimeError):
-        return f"skipped: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, AssertionError):

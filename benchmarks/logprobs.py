@@ -173,15 +173,13 @@ def forward_or_both(fn: Callable[..., LogProbs]) -> Callable[..., Any]:
 
 
 def training_alone(fn: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """A cross-entropy that gives no log-probs: it trains, and cannot score."""
-    train = harness.with_backward(fn, ("hidden", "weight"), lambda out, inputs: out)
+    """A cross-entropy that gives no log-probs: it trains, and cannot score (`scoring`)."""
+    return harness.with_backward(fn, ("hidden", "weight"), lambda out, inputs: out)
 
-    def call(**inputs: Any) -> Any:
-        if not inputs["weight"].requires_grad:
-            raise NotImplementedError("gives the mean loss alone, no log-probs to score with")
-        return train(**inputs)
 
-    return call
+def scoring(case: Case) -> str | None:
+    """Why a cross-entropy cannot run the case."""
+    return "gives the mean loss alone, no log-probs to score with" if case.params["keep"] is None else None
 
 
 def make_inputs(
@@ -247,7 +245,7 @@ def main(argv=None) -> int:
     on_gpu = None if args.device.type == "cuda" else "its kernels need a GPU"
 
     def cross_entropy(name: str, fn: Callable, *needs: str) -> Contender:
-        return Contender(name, training_alone(fn), peer=True, skip=on_gpu or missing(*needs))
+        return Contender(name, training_alone(fn), peer=True, skip=on_gpu or missing(*needs) or scoring)
 
     contenders = [
         Contender("eager", forward_or_both(eager), baseline=True),
@@ -256,7 +254,7 @@ def main(argv=None) -> int:
             Contender(backend, forward_or_both(partial(ours, backend)))
             for backend in ours_everywhere("logprobs", args.device)
         ),
-        Contender("linear_token_loss", training_alone(token_loss)),
+        Contender("linear_token_loss", training_alone(token_loss), skip=scoring),
         Contender(
             "eager, compiled", forward_or_both(compiled_per_shape(eager)), peer=True, skip=no_compiler(args.device)
         ),
