@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from mmrpt_kernels.attention.dense import statistics_dtype
+
 __all__ = ["gradients_like", "make_attention_differentiable", "make_mass_differentiable", "mass_like", "results_like"]
 
 
 def _statistics(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Empty, float32, or float64 for float64."""
-    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return like.new_empty(shape, dtype=statistics_dtype(like))
 
 
 def results_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_weights: torch.Tensor, *_: Any):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mmrpt_kernels.attention.dense import statistics_dtype
 from mmrpt_kernels.attention.geometry import AttentionOptions
 
 __all__ = ["attention"]
@@ -86,8 +87,7 @@ def attention(
         options: causal or full, without a window or soft cap; causal with T == S or T == 1, so that every row has keys.
     """
     if q.numel() == 0 or k.numel() == 0:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q * 0.0, q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
+        return q * 0.0, q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=statistics_dtype(q))
     causal = options.window_right == 0 and q.shape[1] > 1  # a single row sees every key
     out, lse = _attend(q, k, v, causal, options.scale)
     return out, _differentiable_lse(q, k, lse, causal, options.scale)

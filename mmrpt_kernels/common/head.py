@@ -23,7 +23,9 @@ from mmrpt_kernels.common import checks
 __all__ = [
     "HeadOptions",
     "check_head",
+    "bend_factors",
     "chunk_rows",
+    "even_rows",
     "products_dtype",
     "project",
     "project_backward_hidden",
@@ -108,6 +110,18 @@ def chunk_rows(num_rows: int, vocab: int, chunk_size: int | None, dtype: torch.d
         itemsize = 8 if dtype == torch.float64 else 4
         chunk_size = min(max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab * itemsize)), MAX_CHUNK_ROWS)
     return max(1, min(chunk_size, num_rows))
+
+
+def even_rows(num_rows: int, limit: int) -> int:
+    """Rows a chunk, at most `limit` >= 1, such that all chunks of `num_rows` are alike and the last is no stub."""
+    chunks = max(1, -(-num_rows // limit))
+    return max(1, -(-num_rows // chunks))
+
+
+def bend_factors(options: HeadOptions) -> tuple[float, float]:
+    """(inner, outer) of z = outer * tanh(inner * raw) with a soft cap, z = outer * raw without: what kernels take."""
+    temperature, softcap, logit_scale = options
+    return (logit_scale / softcap, softcap / temperature) if softcap > 0.0 else (1.0, logit_scale / temperature)
 
 
 def transform_logits(raw: torch.Tensor, options: HeadOptions, *, inplace: bool = False) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from mmrpt_kernels.common.head import (
     HeadOptions,
     chunk_rows,
+    even_rows,
     project,
     project_backward_hidden,
     project_backward_weight,
@@ -60,7 +61,7 @@ class Problem(NamedTuple):
         if self.chunk_size is not None or not self.weight.is_cuda:
             return chunk_rows(num_rows, VIEWS * vocab, self.chunk_size, self.dtype())
         limit = max(1, min(gpu_rows, GPU_BYTES // (GPU_BYTES_PER_WORD * vocab)))
-        return max(1, -(-num_rows // max(1, -(-num_rows // limit))))
+        return even_rows(num_rows, limit)
 
     def logits(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw logits (n, V) of both views at `rows`."""

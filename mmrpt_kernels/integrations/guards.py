@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
-from mmrpt_kernels.common.head import HeadOptions, transform_logits
+from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
 from mmrpt_kernels.testing import assert_close_to_truth
 
 __all__ = ["SelfCheck", "SelfCheckError", "UnsupportedError", "check_parameters", "check_version"]
@@ -110,7 +110,8 @@ def _check(hidden, weight, targets, bias, options, found, rounded: torch.dtype |
     common = rounded or torch.promote_types(hidden.dtype, weight.dtype)
     results = []
     for dtype in (torch.float64, common):
-        z = transform_logits(_logits(hidden[rows], weight, bias, rounded, dtype).to(_statistics(dtype)), options)
+        logits = _logits(hidden[rows], weight, bias, rounded, dtype)
+        z = transform_logits(logits.to(statistics_dtype(logits)), options)
         results.append((*_definition(z, targets[rows]), z.abs().max()))
     (truth_logps, truth_entropy, size), (eager_logps, eager_entropy, _) = results
     finite = torch.isfinite(truth_logps) & torch.isfinite(truth_entropy) & torch.isfinite(eager_logps)
@@ -126,10 +127,6 @@ def _check(hidden, weight, targets, bias, options, found, rounded: torch.dtype |
         except AssertionError as error:
             raise SelfCheckError(_message(str(error))) from None
     return True
-
-
-def _statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _logits(rows, weight, bias, rounded: torch.dtype | None, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
-from mmrpt_kernels.common.head import HeadOptions, chunk_rows, project, transform_logits
+from mmrpt_kernels.common.head import HeadOptions, chunk_rows, project, statistics_dtype, transform_logits
 from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
 from mmrpt_kernels.logprobs import linear_logprobs
 
@@ -162,7 +162,7 @@ def _other_outputs(call: HeadCall, logps: torch.Tensor) -> dict[str, torch.Tenso
 
 @without_autocast
 def _mean_logits(hidden, weight, bias, options: HeadOptions) -> torch.Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(hidden)
     mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
     mean = mean if bias is None else mean + bias.mean(dtype=dtype)
     return mean * (options.logit_scale / options.temperature)

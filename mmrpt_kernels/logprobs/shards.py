@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from mmrpt_kernels.common.head import statistics_dtype
 from mmrpt_kernels.logprobs.rows import FAR_BELOW, Partials
 
 __all__ = ["Shard", "find_shard"]
@@ -51,8 +52,7 @@ class Shard(NamedTuple):
         slices[:size] = parts.reshape(-1)
         mine = torch.empty_like(slices)
         dist.all_to_all_single(mine, slices, group=self.group)
-        wide = torch.float64 if parts.dtype == torch.float64 else torch.float32
-        summed = mine.view(count, -1).sum(0, dtype=wide).to(parts.dtype)
+        summed = mine.view(count, -1).sum(0, dtype=statistics_dtype(parts)).to(parts.dtype)
         return gather(summed, self.group).view(-1)[:size].view_as(parts)
 
 

@@ -17,6 +17,7 @@ import torch
 from mmrpt_kernels.common.head import (
     HeadOptions,
     chunk_rows,
+    even_rows,
     products_dtype,
     project,
     project_backward_hidden,
@@ -177,8 +178,7 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
         limit = max(1, min(GPU_ROWS, GPU_BYTES // (6 * vocab)))
     else:
         limit = max(chunk_rows(num_rows, vocab, None, dtype), min(width // 8, MAX_TALL_ROWS))
-    chunks = max(1, -(-num_rows // limit))
-    return max(1, -(-num_rows // chunks))
+    return even_rows(num_rows, limit)
 
 
 def visit(

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.common.head import HeadOptions, bend_factors
 from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Slopes, Softmax, register_rows
 
 __all__ = ["ROW_KERNELS"]
@@ -167,10 +167,8 @@ def _gradient_kernel(
 
 def _scalars(options: HeadOptions) -> dict[str, float | bool]:
     """z = outer * bend(inner * raw), multiplied as transform_logits does."""
-    temperature, softcap, scale = options
-    if softcap > 0.0:
-        return {"inner": scale / softcap, "outer": softcap / temperature, "CAPPED": True}
-    return {"inner": 0.0, "outer": scale / temperature, "CAPPED": False}
+    inner, outer = bend_factors(options)
+    return {"inner": inner, "outer": outer, "CAPPED": options.softcap > 0.0}
 
 
 def _tile(vocab: int) -> int:

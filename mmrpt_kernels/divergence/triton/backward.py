@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.common.head import HeadOptions, bend_factors
 from mmrpt_kernels.divergence.triton.forward import (
     ENTROPY_P,
     ENTROPY_Q,
@@ -32,7 +32,7 @@ from mmrpt_kernels.divergence.triton.forward import (
     TOP_Q,
     Statistics,
 )
-from mmrpt_kernels.divergence.triton.words import factors, load_words, mean_logs, tiles
+from mmrpt_kernels.divergence.triton.words import load_words, mean_logs, tiles
 
 __all__ = ["GRADIENTS", "gradient"]
 
@@ -193,7 +193,7 @@ def gradient(
         out_q,
         *strides,
         vocab,
-        *factors(options),
+        *bend_factors(options),
         CAPPED=options.softcap > 0.0,
         HAS_TARGETS=targets is not None,
         WITH_KL="kl" in kinds,

@@ -19,11 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.common.head import HeadOptions, bend_factors
 from mmrpt_kernels.divergence.triton.words import (
     LOWEST,
     clamped,
-    factors,
     load_words,
     mean_logs,
     tiles,
@@ -272,7 +271,7 @@ def statistics(
     tile = tiles()
     parts = triton.cdiv(vocab, tile["SPAN"])
     rows = raw_p.new_empty(count, FIELDS.value)
-    strides, scalars = (raw_p.stride(0), raw_q.stride(0)), (*factors(options), options.softcap > 0.0)
+    strides, scalars = (raw_p.stride(0), raw_q.stride(0)), (*bend_factors(options), options.softcap > 0.0)
     sums = raw_p.new_empty(count, 2, SUMS.value, parts)
     flags = ("kl" in kinds, "reverse_kl" in kinds)
     grid = (count, parts)

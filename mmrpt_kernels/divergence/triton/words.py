@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions
-
-__all__ = ["LOWEST", "clamped", "factors", "load_words", "mean_logs", "tiles", "transformed"]
+__all__ = ["LOWEST", "clamped", "load_words", "mean_logs", "tiles", "transformed"]
 
 # Words that a program takes at a time, and in all; fixed, so that a row's sums are the same in every batch and chunk.
 # 152k words are 19 programs a row: a chunk of a few rows still fills a GPU. Chosen by compiling
@@ -23,12 +21,6 @@ LOWEST = tl.constexpr(-1e38)
 def tiles() -> dict[str, int]:
     """What the sweeps over the vocabulary are launched with."""
     return {"SPAN": SPAN, "BLOCK": BLOCK, "num_warps": WARPS}
-
-
-def factors(options: HeadOptions) -> tuple[float, float]:
-    """(inner, outer) of `transformed`."""
-    temperature, softcap, logit_scale = options
-    return (logit_scale / softcap, softcap / temperature) if softcap > 0.0 else (1.0, logit_scale / temperature)
 
 
 @triton.jit
