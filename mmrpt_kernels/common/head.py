@@ -187,14 +187,15 @@ def project(hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return logits if bias is None else logits.add_(bias.to(dtype))
 
 
-def products_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def products_dtype(hidden: torch.Tensor, weight: torch.Tensor, *, scaled: bool = False) -> torch.dtype:
     """The dtype that the logits' gradient may be rounded to for its two products.
 
-    bfloat16 where hidden and weight are: as the backward of `F.linear` would see it, and fit for tensor cores. Not
-    float16, whose range ends at 6e-8: a word's gradient, its probability times 1 / tokens, would be lost.
+    bfloat16 where hidden and weight are: as the backward of `F.linear` would see it, and fit for tensor cores. float16
+    likewise, but only where rows are `scaled` to its range, which ends at 6e-8: a word's gradient, its probability times
+    1 / tokens, would be lost.
     """
-    half = hidden.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if half else statistics_dtype(hidden, weight)
+    half = (torch.bfloat16, torch.float16) if scaled else (torch.bfloat16,)
+    return hidden.dtype if hidden.dtype == weight.dtype in half else statistics_dtype(hidden, weight)
 
 
 def project_backward_hidden(grad_raw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -209,23 +210,34 @@ def project_backward_hidden(grad_raw: torch.Tensor, weight: torch.Tensor) -> tor
 
 
 def project_backward_weight(
-    grad_raw: torch.Tensor, hidden_rows: torch.Tensor, into: torch.Tensor, *, fresh: bool = False
+    grad_raw: torch.Tensor,
+    hidden_rows: torch.Tensor,
+    into: torch.Tensor,
+    *,
+    fresh: bool = False,
+    factor: torch.Tensor | None = None,
 ) -> None:
-    """into (V, H) += grad_raw (n, V).T @ hidden_rows (n, H); `into` is the accumulator in the statistics dtype.
+    """into (V, H) += factor * grad_raw (n, V).T @ hidden_rows (n, H); `into` is the accumulator in the statistics dtype.
 
-    fresh: `into` holds nothing yet and is overwritten.
+    fresh: `into` holds nothing yet and is overwritten. factor: 0-d in the dtype of `into`, or None for 1.
     """
     beta = 0 if fresh else 1
-    if grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype != into.dtype:
-        if _adds_wide(grad_raw.dtype):
-            torch.addmm(into, grad_raw.t(), hidden_rows, beta=beta, out_dtype=into.dtype, out=into)
-            return
-        for start in range(0, into.shape[0], WIDEN_ROWS):
-            words = slice(start, start + WIDEN_ROWS)
-            product = torch.mm(grad_raw[:, words].t(), hidden_rows, out_dtype=into.dtype)
-            into[words] = product if fresh else product.add_(into[words])
-    else:
+    tensor_cores = grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype != into.dtype
+    if factor is None and not tensor_cores:
         into.addmm_(grad_raw.to(into.dtype).t(), hidden_rows.to(into.dtype), beta=beta)
+        return
+    if factor is None and _adds_wide(grad_raw.dtype):
+        torch.addmm(into, grad_raw.t(), hidden_rows, beta=beta, out_dtype=into.dtype, out=into)
+        return
+    for start in range(0, into.shape[0], WIDEN_ROWS):
+        words = slice(start, start + WIDEN_ROWS)
+        if tensor_cores:
+            product = torch.mm(grad_raw[:, words].t(), hidden_rows, out_dtype=into.dtype)
+        else:
+            product = grad_raw[:, words].to(into.dtype).t() @ hidden_rows.to(into.dtype)
+        if factor is not None:
+            product.mul_(factor)
+        into[words] = product if fresh else product.add_(into[words])
 
 
 @functools.cache

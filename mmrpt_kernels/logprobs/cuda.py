@@ -78,5 +78,5 @@ def row_gradient(
     return out
 
 
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, rounds=True)
+ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_statistics, rounds=True)
 register_rows("cuda", ROW_KERNELS)

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
-from mmrpt_kernels.logprobs.rows import FAR_BELOW, Partials, RowKernels, Slopes, Softmax, register_rows
+from mmrpt_kernels.logprobs.rows import (
+    FAR_BELOW,
+    MOST_ABOVE,
+    Exponentials,
+    Partials,
+    RowKernels,
+    Slopes,
+    Softmax,
+    register_rows,
+)
 
 __all__ = ["ROW_KERNELS"]
 
@@ -111,5 +120,43 @@ def block_gradient(grad, z, top, words, at_target, idle, slope, offset, options:
         grad.masked_fill_(idle, 0.0)
 
 
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, rounds=False)
+def row_exponentials(
+    raw: torch.Tensor,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    into: torch.Tensor | None = None,
+) -> tuple[Exponentials, torch.Tensor]:
+    """`RowKernels.exponentials`, written over raw (n, V)."""
+    assert into is None, "portable row kernels write over the logits"
+    blocks = zip(*(t.split(rows_in_cache(raw)) for t in (raw, targets)), strict=True)
+    parts = [block_exponentials(*block, options, want_entropy) for block in blocks]
+    return Exponentials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True))), raw
+
+
+def block_exponentials(
+    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three sums of some rows, each (n, 1); raw (n, V) becomes their matrix."""
+    z, word = transform_logits(raw, options, inplace=True), targets[:, None]
+    own, top = z.gather(-1, word), z.amax(-1, keepdim=True)
+    base = torch.where(top - own > MOST_ABOVE, top, own)
+    bend = None
+    if options.softcap > 0.0:
+        bend = (z * (options.temperature / options.softcap)).square_().neg_().add_(1.0)
+    shifted = z.sub_(base)
+    finite = shifted.clamp_min(FAR_BELOW) if want_entropy else None
+    exps = shifted.exp_().scatter_(-1, word, 0.0)
+    rest = exps.sum(-1, keepdim=True)
+    dots = finite.mul_(exps).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(rest)
+    exps.scatter_(-1, word, -rest)
+    if bend is not None:
+        exps.mul_(bend)
+    broken = rest.isfinite().logical_not_()
+    if broken.device.type != "cpu" or bool(broken.any()):
+        exps.masked_fill_(broken, 0.0)
+    return own - base, rest, dots
+
+
+ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=False)
 register_rows("portable", ROW_KERNELS)

@@ -1,10 +1,18 @@
 """What a row kernel gives and takes, and who offers one.
 
-A row kernel sees the raw logits of some rows over a vocabulary, or over one part of it, and gives four numbers a row
-(`Partials`). Plain PyTorch finishes them, once for all implementations (`finish`): between the two the partials of
-several parts of one vocabulary can be merged, and the gradient then works from the merged numbers.
+Two ways from the raw logits of some rows, over a vocabulary or over one part of it, to their gradient:
 
     z = softcap(logit_scale * raw) / temperature        as in `mmrpt_kernels.common.head`
+
+Two sweeps serve every loss. `statistics` gives four numbers a row (`Partials`), which plain PyTorch finishes, once for
+all implementations (`finish`); between the two the partials of several parts of one vocabulary can be merged. `gradient`
+then works from the merged numbers and the loss's slopes.
+
+One sweep serves losses of log-probabilities alone, over a whole vocabulary. `exponentials` leaves exp(z - base) in the
+place of the logits: up to one factor a row, which the loss decides later, that is the gradient already.
+
+    d logp_t / d raw_j = - slope / total * matrix_j         slope = logit_scale / temperature
+    matrix_j = exp(z_j - base) (1 - tanh^2)  for j != t,    matrix_t = - rest (1 - tanh^2),    total = exp(z_t - base) + rest
 """
 
 from __future__ import annotations
@@ -15,8 +23,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["FAR_BELOW", "Partials", "RowKernels", "Slopes", "Softmax", "finish", "register_rows", "row_kernels"]
+__all__ = [
+    "FAR_BELOW",
+    "MOST_ABOVE",
+    "Exponentials",
+    "Partials",
+    "RowKernels",
+    "Slopes",
+    "Softmax",
+    "finish",
+    "finish_exponentials",
+    "register_rows",
+    "row_kernels",
+]
 
+# The target's z is the base of exponentials as long as no word lies further above it: it is known before the sweep. A
+# bfloat16 or float32 exponential could be 88 above; at 16 the exponents keep an absolute precision of 2e-6, and a target
+# of probability under 1e-7 is never sampled.
+MOST_ABOVE = 16.0
 # A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
 FAR_BELOW = -1e4
 
@@ -46,6 +70,18 @@ class Softmax(NamedTuple):
     entropy: torch.Tensor | None  # None where the loss has no gradient in entropies
 
 
+class Exponentials(NamedTuple):
+    """Sums of every row over the words that are not its target; (n,) each, float32 (float64 for float64 logits).
+
+    base = z of the target, or max z where that is more than MOST_ABOVE higher. A row with NaN or +inf in it, or with
+    nothing but -inf, has a rest or a shift of NaN.
+    """
+
+    shift: torch.Tensor  # z of the target - base <= 0; 0 in most rows
+    rest: torch.Tensor  # sum exp(z - base)
+    dots: torch.Tensor  # sum (z - base) exp(z - base); all 0 where no entropy is wanted
+
+
 class RowKernels(NamedTuple):
     """Arithmetic on a chunk of logits.
 
@@ -56,11 +92,15 @@ class RowKernels(NamedTuple):
             d z_j = d_logps ([j = target] - p_j) - d_entropy p_j (log p_j + entropy),   p_j = exp(z_j - top) / total
         Exactly zero in rows whose slopes are zero, whatever their logits are; a target outside [0, V) has no word here.
         into (n, V): where to write it, rounded to its dtype; None: over the logits' own memory, in their dtype.
+    exponentials(raw, targets (n,), options, want_entropy, into) -> Exponentials, matrix (n, V)
+        Of whole rows: every target in [0, V). All zeros in a row whose rest is not finite, so that a factor of 0 leaves
+        nothing of it. into as above, but not float16, whose range is too short.
     """
 
     statistics: Callable[..., tuple[Partials, Any]]
     gradient: Callable[..., torch.Tensor]
-    rounds: bool  # whether gradient takes `into`
+    exponentials: Callable[..., tuple[Exponentials, torch.Tensor]]
+    rounds: bool  # whether gradient and exponentials take `into`
 
 
 def finish(partials: Partials, vocab: int, want_entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None, Softmax]:
@@ -78,6 +118,22 @@ def finish(partials: Partials, vocab: int, want_entropy: bool) -> tuple[torch.Te
     if want_entropy:
         entropy = log_total.sub_(partials.dots / partials.total).clamp_(0.0, math.log(vocab))
     return logps, entropy, Softmax(partials.top, partials.total, entropy)
+
+
+def finish_exponentials(
+    sums: Exponentials, vocab: int, want_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """logps (n,) <= 0, entropy (n,) in [0, log vocab] or None, and total (n,), which the gradient is divided by.
+
+    logp = shift - log1p(rest + expm1(shift)): -log1p(rest) in most rows, exact for the surest of words.
+    """
+    log_total = (sums.rest + sums.shift.expm1()).log1p_()
+    total = sums.rest + sums.shift.exp()
+    entropy = None
+    if want_entropy:
+        dots = sums.dots + sums.shift.clamp_min(FAR_BELOW) * sums.shift.exp()
+        entropy = (log_total - dots / total).clamp_(0.0, math.log(vocab))
+    return (sums.shift - log_total).clamp_max_(0.0), entropy, total
 
 
 _REGISTERED: dict[str, RowKernels] = {}

@@ -1,8 +1,8 @@
 """The stream over the vocabulary: rows of tokens in chunks, each chunk of logits visited once.
 
-For every chunk: project to logits -> row partials, finished to log-prob and entropy -> two coefficients per token,
+For every chunk: project to logits -> sums of the rows, finished to log-prob and entropy -> two coefficients per token,
 asked of the caller -> gradient of the logits -> two matrix products for d hidden and d weight. The loop knows no loss;
-the row arithmetic comes as a pair of functions (`rows.RowKernels`), so that a faster pair can take their place.
+the row arithmetic comes as a set of functions (`rows.RowKernels`), so that a faster set can take their place.
 
 Runs outside autograd: its callers are custom operators and autograd functions.
 """
@@ -10,25 +10,15 @@ Runs outside autograd: its callers are custom operators and autograd functions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 
-from mmrpt_kernels.common.head import (
-    HeadOptions,
-    chunk_rows,
-    even_rows,
-    products_dtype,
-    project,
-    project_backward_hidden,
-    project_backward_weight,
-    statistics_dtype,
-)
-from mmrpt_kernels.logprobs import columns
-from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish
-from mmrpt_kernels.logprobs.shards import Shard
+from mmrpt_kernels.common.head import chunk_rows, even_rows, products_dtype, project, statistics_dtype
+from mmrpt_kernels.logprobs.gradients import Gradients, Head, unit_slopes
+from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials
 
-__all__ = ["Coefficients", "Gradients", "Head", "check_targets", "visit"]
+__all__ = ["Coefficients", "check_targets", "visit"]
 
 # On a CPU taller chunks gain nothing more.
 MAX_TALL_ROWS = 1024
@@ -41,114 +31,8 @@ GPU_BYTES = 4 * 2**30
 
 # (logps (n,), entropy (n,) or None, rows (n,) int64) -> d loss / d logps (n,), d loss / d entropy (n,) or None
 Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slopes]
-
-
-class Head(NamedTuple):
-    """The lm head: weight (V, H), bias (V,) or None, and what happens between raw logits and softmax.
-
-    With a shard, weight and bias are one rank's part of it.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    options: HeadOptions
-    shard: Shard | None = None
-
-    @property
-    def vocab(self) -> int:
-        """Words of the whole vocabulary."""
-        return self.weight.shape[0] if self.shard is None else self.shard.vocab
-
-
-class Gradients:
-    """Accumulators of d hidden (N, H), d weight (V, H) and d bias (V,); None where nobody asked.
-
-    Weight and bias gather float32 (float64 for float64) whatever the inputs and are rounded once, by `result`.
-    """
-
-    def __init__(
-        self, hidden: torch.Tensor, head: Head, *, need: tuple[bool, bool, bool], skip_below: float = 0.0
-    ) -> None:
-        """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H).
-
-        skip_below: words with a smaller share of a chunk's gradient may leave the products (`columns.leave_out`).
-        """
-        self.head, self.need = head, (need[0], need[1], need[2] and head.bias is not None)
-        self.dtype = statistics_dtype(hidden, head.weight, head.bias)
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need[0] else None
-        self.skip_below = skip_below
-        self.left_out: list[tuple[torch.Tensor, torch.Tensor]] = []  # shares (V,) and d weight (H,) of words left out
-        self.weight = self.bias = None  # made by the first chunk, which has nothing to add to
-        self.rows: list[torch.Tensor] = []  # of d hidden that hold a shard's part of a sum over ranks
-
-    def wanted(self) -> bool:
-        return any(self.need)
-
-    def add(
-        self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor, *, alone: bool = False
-    ) -> None:
-        """Add a chunk: rows (n,) of the tokens, hidden_rows (n, H), grad_raw (n, V).
-
-        alone: no other chunk has come or will: on CUDA d weight is then made in its own dtype, without an accumulator
-        whose writing, reading and rounding would take as long as a third of the product (at 3000 rows).
-        """
-        half = products_dtype(hidden_rows, self.head.weight)
-        if grad_raw.is_cuda and half != grad_raw.dtype:
-            grad_raw = grad_raw.to(half)
-        few = columns.leave_out(grad_raw, self.skip_below) if self.skip_below > 0.0 else None
-        if few is not None:
-            self._add_columns(rows, hidden_rows, few)
-        else:
-            self._add_all(rows, hidden_rows, grad_raw, alone)
-        self.rows.append(rows)
-        if self.need[2]:
-            summed = grad_raw.sum(0, dtype=self.dtype)
-            self.bias = summed if self.bias is None else self.bias.add_(summed)
-
-    def _add_all(self, rows: torch.Tensor, hidden_rows: torch.Tensor, grad_raw: torch.Tensor, alone: bool) -> None:
-        if self.need[0]:
-            grads = project_backward_hidden(grad_raw, self.head.weight)
-            self.hidden.index_copy_(0, rows, grads.to(self.hidden.dtype))
-        if self.need[1] and alone and grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype:
-            self.weight = grad_raw.t() @ hidden_rows  # sums in float32, rounded once
-        elif self.need[1]:
-            fresh = self.weight is None
-            if fresh:
-                self.weight = grad_raw.new_empty(self.head.weight.shape, dtype=self.dtype)
-            project_backward_weight(grad_raw, hidden_rows, self.weight, fresh=fresh)
-
-    def _add_columns(self, rows: torch.Tensor, hidden_rows: torch.Tensor, few: columns.Columns) -> None:
-        if self.need[0]:
-            self.hidden.index_copy_(0, rows, few.backward_hidden(self.head.weight).to(self.hidden.dtype))
-        if self.need[1]:
-            if self.weight is None:
-                self.weight = few.rest.new_zeros(self.head.weight.shape)
-            self.left_out.append((few.shares, few.backward_weight(hidden_rows, self.weight)))
-
-    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """d hidden, d weight, d bias in the dtypes of their tensors; called once.
-
-        d hidden is the sum over a shard's ranks, whose parts were rounded to its dtype and are added in float32.
-        """
-        if self.head.shard is not None and self.need[0] and self.rows:
-            rows = torch.cat(self.rows)
-            self.hidden.index_copy_(0, rows, self.head.shard.add_up(self.hidden[rows]))
-        if self.left_out:
-            shares, common = (torch.stack(parts) for parts in zip(*self.left_out, strict=True))
-            self.weight.addmm_(shares.t(), common)
-
-        def rounded(grad: torch.Tensor | None, like: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
-            if not wanted:
-                return None
-            if grad is None:  # no chunk came
-                return torch.zeros_like(like, memory_format=torch.contiguous_format)
-            return grad.to(like.dtype)
-
-        return (
-            self.hidden,
-            rounded(self.weight, self.head.weight, self.need[1]),
-            rounded(self.bias, self.head.bias, self.need[2]),
-        )
+# Slopes -> matrix (n, V) and scale (n,) or None, as `Gradients.add` takes them; it may be called once
+Grade = Callable[[Slopes], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def check_targets(targets: torch.Tensor, rows: torch.Tensor, vocab: int) -> None:
@@ -179,6 +63,45 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
     else:
         limit = max(chunk_rows(num_rows, vocab, None, dtype), min(width // 8, MAX_TALL_ROWS))
     return even_rows(num_rows, limit)
+
+
+def read_once(
+    kernels: RowKernels, head: Head, want_entropy: bool, raw: torch.Tensor, targets: torch.Tensor, into
+) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
+    """logps (n,), entropy (n,) or None and the gradient, of logits (n, V) that become exponentials in one sweep."""
+    sums, matrix = kernels.exponentials(raw, targets, head.options, want_entropy, into)
+    logps, entropy, total = finish_exponentials(sums, head.vocab, want_entropy)
+    slope = head.options.logit_scale / head.options.temperature
+
+    def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor]:
+        # What a broken row's total is does not matter where it has no slope.
+        return matrix, torch.where(slopes[0] == 0, 0.0, slopes[0] * (-slope / total))
+
+    return logps, entropy, grade
+
+
+def read_twice(
+    kernels: RowKernels,
+    head: Head,
+    want_entropy: bool,
+    raw: torch.Tensor,
+    targets: torch.Tensor,
+    into: torch.Tensor | None,
+    *,
+    keep_logits: bool,
+    units: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
+    """Likewise, in two sweeps of the logits; units: make the gradient in units of its own row (`unit_slopes`)."""
+    partials, state = kernels.statistics(raw, targets, head.options, want_entropy, keep_logits)
+    if head.shard is not None:
+        partials = head.shard.merge(partials)
+    logps, entropy, softmax = finish(partials, head.vocab, want_entropy)
+
+    def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor | None]:
+        slopes, factor = unit_slopes(slopes, head.vocab) if units else (slopes, None)
+        return kernels.gradient(state, targets, head.options, softmax, slopes, into), factor
+
+    return logps, entropy, grade
 
 
 def visit(
@@ -215,26 +138,21 @@ def visit(
     logps = hidden.new_empty(rows.shape, dtype=dtype)
     entropy = hidden.new_empty(rows.shape, dtype=dtype) if want_entropy else None
     count = rows.shape[0]
-    learns = coefficients is not None and gradients is not None and gradients.wanted()
-    keep_logits = learns and (entropy_learns or head.options.softcap > 0.0)
+    if coefficients is None or gradients is None or not gradients.wanted():
+        gradients = None
     step = rows_per_chunk(count, head, chunk_size, dtype)
-    vocab, rounded = head.weight.shape[0], products_dtype(hidden, head.weight)
-    into = None
-    if learns and kernels.rounds and rounded != dtype:
-        into = hidden.new_empty(min(step, count), vocab, dtype=rounded)
+    read, into = reader(kernels, hidden, head, gradients, min(step, count), want_entropy, entropy_learns)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
         taken = places[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
+        if masked:  # 0 * NaN would reach d weight, and a target that is no word would be looked up
+            hidden_rows.masked_fill_(~rows[chunk, None], 0.0)
+            wanted = torch.where(rows[chunk], wanted, 0)
         if head.shard is not None:
             wanted = wanted - head.shard.start
-        if masked:  # 0 * NaN would reach d weight
-            hidden_rows.masked_fill_(~rows[chunk, None], 0.0)
         raw = project(hidden_rows, head.weight, head.bias)
-        partials, state = kernels.statistics(raw, wanted, head.options, want_entropy, keep_logits)
-        if head.shard is not None:
-            partials = head.shard.merge(partials)
-        seen, uncertain, softmax = finish(partials, head.vocab, want_entropy)
+        seen, uncertain, grade = read(raw, wanted, None if into is None else into[: taken.shape[0]])
         if masked:
             seen, uncertain = (None if t is None else torch.where(rows[chunk], t, 0.0) for t in (seen, uncertain))
         logps[chunk] = seen
@@ -242,11 +160,37 @@ def visit(
             entropy[chunk] = uncertain
         if coefficients is not None:
             slopes = coefficients(seen, uncertain, taken)
-            if learns:
+            if gradients is not None:
                 if masked:
                     slopes = tuple(None if t is None else torch.where(rows[chunk], t, 0.0) for t in slopes)
-                some = None if into is None else into[: taken.shape[0]]
-                grad_raw = kernels.gradient(state, wanted, head.options, softmax, slopes, some)
-                gradients.add(taken, hidden_rows, grad_raw, alone=step >= count)
-        raw = state = grad_raw = None  # the next chunk's logits take this one's memory
+                matrix, scale = grade(slopes)
+                gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)
+        raw = grade = matrix = None  # the next chunk's logits take this one's memory
     return logps, entropy
+
+
+def reader(
+    kernels: RowKernels,
+    hidden: torch.Tensor,
+    head: Head,
+    gradients: Gradients | None,
+    most_rows: int,
+    want_entropy: bool,
+    entropy_learns: bool,
+) -> tuple[Callable, torch.Tensor | None]:
+    """How a chunk's logits are read, and the buffer (most_rows, V) of the products' dtype that the gradient goes to.
+
+    One sweep where the gradient needs nothing but the log-probability's slope and a row's own words; no buffer where it
+    overwrites the logits.
+    """
+    dtype = statistics_dtype(hidden, head.weight, head.bias)
+    scales = gradients is not None and gradients.takes_scale()
+    rounded = products_dtype(hidden, head.weight, scaled=scales)
+    units = scales and rounded == torch.float16 and (kernels.rounds or hidden.is_cuda)
+    into = None
+    if gradients is not None and kernels.rounds and rounded != dtype:
+        into = hidden.new_empty(most_rows, head.weight.shape[0], dtype=rounded)
+    if scales and not (units or entropy_learns or head.shard is not None):
+        return partial(read_once, kernels, head, want_entropy), into
+    keep_logits = gradients is not None and (entropy_learns or head.options.softcap > 0.0)
+    return partial(read_twice, kernels, head, want_entropy, keep_logits=keep_logits, units=units), into

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.common.head import HeadOptions, bend_factors
-from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Slopes, Softmax, register_rows
+from mmrpt_kernels.logprobs.rows import (
+    MOST_ABOVE,
+    Exponentials,
+    Partials,
+    RowKernels,
+    Slopes,
+    Softmax,
+    register_rows,
+)
 
 __all__ = ["ROW_KERNELS"]
 
@@ -165,6 +173,106 @@ def _gradient_kernel(
             tl.store(out + word, d_raw.to(gradient.dtype.element_ty), mask=word < vocab)
 
 
+@triton.jit
+def _highest(logits, vocab, inner, outer, CAPPED: tl.constexpr, TILE: tl.constexpr):
+    """max z of the row at `logits`; UNSEEN where there is nothing above it."""
+    lane = tl.arange(0, TILE)
+    top = tl.full((TILE,), UNSEEN, tl.float32)
+    for start in range(0, vocab, TILE):
+        raw = tl.load(logits + start + lane, mask=start + lane < vocab, other=0.0)  # (TILE,)
+        top = tl.maximum(top, tl.where(start + lane < vocab, outer * _bend(raw, inner, CAPPED), UNSEEN))
+    return tl.max(top, axis=0)
+
+
+@triton.jit
+def _sweep(
+    logits,
+    matrix,
+    base,
+    target,
+    vocab,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """exp(z - base) of the words of one row but its target, written to `matrix`: max z, sum, and sum of (z - base) exp."""
+    lane = tl.arange(0, TILE)
+    top = tl.full((TILE,), UNSEEN, tl.float32)
+    rest = tl.zeros((TILE,), tl.float32)
+    dots = tl.zeros((TILE,), tl.float32)
+    for start in range(0, vocab, TILE):
+        word = start + lane
+        others = (word < vocab) & (word != target)
+        raw = tl.load(logits + word, mask=word < vocab, other=0.0)  # (TILE,)
+        bent = _bend(raw, inner, CAPPED)
+        z = tl.where(others, outer * bent, float("-inf"))
+        top = tl.maximum(top, z)
+        exps = tl.exp2((z - base) * LOG2_E)
+        rest += exps
+        if ENTROPY:
+            dots += exps * tl.maximum(z - base, -FAR)
+        if CAPPED:
+            exps *= 1.0 - bent * bent
+        tl.store(matrix + word, exps.to(matrix.dtype.element_ty), mask=others)
+    return tl.max(top, axis=0), tl.sum(rest, axis=0), tl.sum(dots, axis=0)
+
+
+@triton.jit
+def _exponentials_kernel(
+    logits,
+    targets,
+    shift_out,
+    rest_out,
+    dots_out,
+    matrix,
+    vocab,
+    stride,
+    matrix_stride,
+    inner,
+    outer,
+    most_above,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    OVER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program a row: logits (n, V) float32 -> matrix (n, V) and three sums (n,) float32. OVER: matrix is logits.
+
+    The target's z is the base, and a second sweep repairs the rare row that has words far above it. Over the logits
+    themselves nothing could be read again: there a first sweep looks.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    matrix += row * matrix_stride
+    target = tl.load(targets + row).to(tl.int32)
+    bent = _bend(tl.load(logits + target), inner, CAPPED)
+    own = outer * bent
+    base = own
+    if OVER:
+        top = _highest(logits, vocab, inner, outer, CAPPED, TILE)
+        base = tl.where(top - own > most_above, top, own)
+    top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
+    if not OVER:
+        if top - own > most_above:
+            base = top
+            top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
+    tl.store(shift_out + row, own - base)
+    tl.store(rest_out + row, rest)
+    tl.store(dots_out + row, dots)
+    if rest < float("inf"):
+        slope = 1.0
+        if CAPPED:
+            slope -= bent * bent
+        tl.store(matrix + target, (-rest * slope).to(matrix.dtype.element_ty))
+    else:
+        lane = tl.arange(0, TILE)
+        for start in range(0, vocab, TILE):
+            nothing = tl.zeros((TILE,), matrix.dtype.element_ty)
+            tl.store(matrix + start + lane, nothing, mask=start + lane < vocab)
+
+
 def _scalars(options: HeadOptions) -> dict[str, float | bool]:
     """z = outer * bend(inner * raw), multiplied as transform_logits does."""
     inner, outer = bend_factors(options)
@@ -235,5 +343,36 @@ def row_gradient(
     return gradient
 
 
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, rounds=True)
+def row_exponentials(
+    raw: torch.Tensor,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    into: torch.Tensor | None = None,
+) -> tuple[Exponentials, torch.Tensor]:
+    """`RowKernels.exponentials`; raw is overwritten where `into` is None."""
+    rows, vocab = raw.shape
+    matrix = raw if into is None else into
+    sums = Exponentials(*(raw.new_empty(rows) for _ in Exponentials._fields))
+    if rows:
+        with torch.cuda.device_of(raw):
+            _exponentials_kernel[(rows,)](
+                raw,
+                targets.contiguous(),
+                *sums,
+                matrix,
+                vocab,
+                raw.stride(0),
+                matrix.stride(0),
+                most_above=MOST_ABOVE,
+                **_scalars(options),
+                ENTROPY=want_entropy,
+                OVER=into is None,
+                TILE=_tile(vocab),
+                num_warps=WARPS,
+            )
+    return sums, matrix
+
+
+ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=True)
 register_rows("triton", ROW_KERNELS)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["hand_out"]
+__all__ = ["dtypes_of", "hand_out"]
+
+
+def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """Of the tensors whose gradients `hand_out` gives."""
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 
 def hand_out(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -28,4 +33,5 @@ def hand_out(ctx, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for grad in grads:
             if grad is not None:
                 grad.mul_(d_loss.to(grad.dtype))
-    return grads
+    # float16's were kept in float32 for a loss scale to come first.
+    return tuple(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))

@@ -12,9 +12,10 @@ import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
+from mmrpt_kernels.logprobs.gradients import Head
 from mmrpt_kernels.logprobs.shards import find_shard
-from mmrpt_kernels.logprobs.stream import Head, check_targets
-from mmrpt_kernels.policy_loss.hand_out import hand_out
+from mmrpt_kernels.logprobs.stream import check_targets
+from mmrpt_kernels.policy_loss.hand_out import dtypes_of, hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import learning_rows, policy_rows, token_losses
 from mmrpt_kernels.policy_loss.visits import LossStream, learn_by_sequence, split_rows
@@ -58,7 +59,8 @@ def linear_policy_loss(
     skip_below: float,
     vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed.
+    """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed, float16's
+    in float32.
 
     Args:
         hidden: (B, T, H). weight: (V, H). The other tensors (B, T), targets int64, response and perception bool.
@@ -147,16 +149,19 @@ def _other_rows(tokens, learns, shape, see_all: bool, by_sequence: bool) -> torc
 def _(hidden, weight, bias, targets, *tensors, need, **options):
     dtype = statistics_dtype(hidden, weight, bias)
     statistics = [hidden.new_empty(shape, dtype=dtype) for shape in ((), targets.shape, targets.shape)]
-    grads = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0)
-        for tensor, wanted in zip((hidden, weight, bias), need, strict=True)
-    ]
-    return *statistics, *grads
+
+    def grad(tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+        return torch.empty_like(tensor, dtype=wide, memory_format=torch.contiguous_format)
+
+    needed = zip((hidden, weight, bias), need, strict=True)
+    return *statistics, *(grad(tensor) if wanted else hidden.new_empty(0) for tensor, wanted in needed)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*output[3:])
     ctx.need = keyword_only_inputs["need"]
+    ctx.dtypes = dtypes_of(*inputs[:3])
     ctx.num_tensors = len(inputs)
     ctx.set_materialize_grads(False)
 
@@ -166,8 +171,8 @@ def _backward(ctx, d_loss, *_constants):
     none = (None,) * ctx.num_tensors
     if d_loss is None:
         return none
-    grads = zip(ctx.saved_tensors, ctx.need, strict=True)
-    return *(grad * d_loss.to(grad.dtype) if needed else None for grad, needed in grads), *none[3:]
+    grads = zip(ctx.saved_tensors, ctx.need, ctx.dtypes, strict=True)
+    return *((grad * d_loss.to(grad.dtype)).to(dtype) if needed else None for grad, needed, dtype in grads), *none[3:]
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -181,7 +186,7 @@ class PolicyLossFunction(torch.autograd.Function):
         loss, logps, entropy, *grads = linear_policy_loss(hidden, weight, bias, *constants, **options)
         needed = zip(grads, options["need"], strict=True)
         ctx.save_for_backward(*(grad if need else None for grad, need in needed))
-        ctx.handed_out = False
+        ctx.handed_out, ctx.dtypes = False, dtypes_of(hidden, weight, bias)
         ctx.mark_non_differentiable(logps, entropy)
         return loss, logps, entropy
 
@@ -207,7 +212,7 @@ class _TokenLoss(torch.autograd.Function):
             stream.learn(rows, want_entropy, token_loss, None, rows if rows.dtype == torch.bool else None)
         grads = stream.gradients.result()
         ctx.save_for_backward(*grads)
-        ctx.handed_out = False
+        ctx.handed_out, ctx.dtypes = False, dtypes_of(hidden, weight, bias)
         return stream.losses.sum()
 
     @staticmethod

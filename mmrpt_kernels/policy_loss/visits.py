@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from mmrpt_kernels.common.head import statistics_dtype
+from mmrpt_kernels.logprobs.gradients import Gradients, Head
 from mmrpt_kernels.logprobs.rows import Slopes, row_kernels
-from mmrpt_kernels.logprobs.stream import Gradients, Head, visit
+from mmrpt_kernels.logprobs.stream import visit
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import differentiate, sequence_log_ratio, token_losses
 
@@ -39,7 +40,7 @@ class LossStream:
         self.kernels = row_kernels(rows)
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.entropy_learns = entropy_learns
-        self.gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
+        self.gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below, before_loss_scale=True)
         self.losses = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.logps = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.entropy = hidden.new_zeros(targets.shape, dtype=self.dtype)

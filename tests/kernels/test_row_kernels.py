@@ -13,7 +13,7 @@ import torch
 from mmrpt_kernels.backends import TRITON_MISSING
 from mmrpt_kernels.common.extension import extension
 from mmrpt_kernels.common.head import HeadOptions, transform_logits
-from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Softmax, finish, row_kernels
+from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Softmax, finish, finish_exponentials, row_kernels
 from mmrpt_kernels.testing import assert_close_to_truth, poisoned_memory
 
 PLAIN = HeadOptions()
@@ -308,6 +308,113 @@ def test_same_bits_every_time_and_whatever_the_other_rows(place, seed):
     alone = run(place, logits_like(raw[2:3]), targets[2:3], PLAIN, tuple(s[2:3] for s in slopes))
     for a, b, c in zip((*once[0], *once[1:]), (*again[0], *again[1:]), (*alone[0], *alone[1:]), strict=True):
         assert torch.equal(a, b) and torch.equal(a[2:3], c)
+
+
+def one_sweep(
+    place: tuple[RowKernels, str], raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, dtype=torch.float32
+) -> dict[str, torch.Tensor]:
+    """logps, entropy, and d logps / d raw as matrix and factor make it, on the CPU; dtype as for `run`."""
+    kernels, device = place
+    into = None
+    with poisoned_memory():
+        if kernels.rounds and dtype != torch.float32:
+            into = torch.empty(raw.shape, dtype=dtype, device=device)
+        sums, matrix = kernels.exponentials(to(device, raw), targets.to(device), options, True, into)
+        assert matrix.dtype == (torch.float32 if into is None else dtype)
+        logps, entropy, total = finish_exponentials(sums, raw.shape[1], True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    gradient = matrix.float() * (-options.logit_scale / options.temperature / total)[:, None]
+    found = {"logps": logps, "entropy": entropy, "gradient": gradient, "matrix": matrix.float(), "total": total}
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def assert_one_sweep(found: dict, raw, targets, options, *, dtype=torch.float32, what: str = "") -> None:
+    slopes = (torch.ones(len(raw)), None)
+    assert_true({name: found[name] for name in ("logps", "entropy")}, raw, targets, options, slopes, what=what)
+    assert_true({"gradient": found["gradient"]}, raw, targets, options, slopes, rounded=dtype, what=what)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_exponentials(place, vocab, options, seed):
+    """Over the logits and beside them: the same log-probabilities, entropies and gradients as two sweeps give."""
+    raw, targets = logits(ROWS, vocab), torch.randint(vocab, (ROWS,))
+    assert_one_sweep(one_sweep(place, raw, targets, options), raw, targets, options, what=f"seed {seed}")
+    if place[0].rounds:
+        found = one_sweep(place, raw, targets, options, torch.bfloat16)
+        assert_one_sweep(found, raw, targets, options, dtype=torch.bfloat16, what=f"bfloat16, seed {seed}")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("gap", (15.9, 16.1, 60.0, 1e4, float("inf")))
+def test_exponentials_of_a_target_far_below(place, gap, dtype, seed):
+    """Whatever the base is, log-probabilities keep their precision and no exponential overflows."""
+    raw, targets = logits(ROWS, 5003), torch.randint(5003, (ROWS,))
+    raw[torch.arange(ROWS), targets] = raw.amax(1) - gap
+    raw[1] += 3e4  # far from 0 as well
+    found = one_sweep(place, raw, targets, PLAIN, dtype)
+    assert found["matrix"].isfinite().all() and (found["logps"] <= 0).all()
+    if gap == float("inf"):
+        assert (found["logps"] == -torch.inf).all() and found["entropy"].isfinite().all()
+        raw[torch.arange(ROWS), targets] = -1e6  # whose gradient is the same, and whose log-probability is a number
+        found["logps"] = one_sweep(place, raw, targets, PLAIN)["logps"]
+    assert_one_sweep(found, raw, targets, PLAIN, dtype=dtype, what=f"seed {seed}")
+
+
+def test_exponentials_of_a_sure_word(place, seed):
+    """-log1p(rest) where 1 + rest is 1: the loss and the gradient of what the model is sure of are not lost."""
+    raw, targets = logits(ROWS, 999, 1.0), torch.randint(999, (ROWS,))
+    raw[torch.arange(ROWS), targets] += 30.0
+    found = one_sweep(place, raw, targets, PLAIN)
+    exact = truth(raw, targets, PLAIN, (torch.ones(ROWS), None))
+    sure = torch.log1p(
+        (raw.double() - raw.double().gather(1, targets[:, None])).exp().scatter(1, targets[:, None], 0).sum(1)
+    )
+    torch.testing.assert_close(found["logps"].double(), -sure, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found["gradient"].double(), exact["gradient"], rtol=1e-5, atol=1e-16)
+
+
+@pytest.mark.parametrize("poison", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("options", (OPTIONS["plain"], OPTIONS["capped"]), ids=("plain", "capped"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_exponentials_keep_poison_in_its_row(place, poison, options, dtype, seed):
+    """A broken row says NaN and leaves a matrix of finite numbers, all 0 where its sum is broken."""
+    raw, targets = logits(ROWS, 5003), torch.randint(5003, (ROWS,))
+    clean = one_sweep(place, raw, targets, options, dtype)
+    raw[1, 17], targets[1] = poison, 17
+    raw[3, (targets[3] + 1) % 5003] = poison
+    raw[4] = poison
+    found = one_sweep(place, raw, targets, options, dtype)
+    assert found["matrix"].isfinite().all()
+    if options.softcap == 0.0 or poison != poison:
+        assert found["logps"][4].isnan() and (found["matrix"][4] == 0).all()
+        assert not found["logps"][1] > -1e30
+        assert poison == -torch.inf or found["logps"][3].isnan() and (found["matrix"][3] == 0).all()
+    for row in (0, 2):
+        for name, value in found.items():
+            assert torch.equal(value[row], clean[name][row]), name
+
+
+@pytest.mark.parametrize("size", (1.0, 4.0, 1e4))
+def test_exponentials_of_long_rows(place, size, seed):
+    raw, targets = logits(2, 151_936, size), torch.randint(151_936, (2,))
+    found, exact = one_sweep(place, raw, targets, PLAIN), truth(raw, targets, PLAIN, (torch.ones(2), None))
+    torch.testing.assert_close(found["logps"].double(), exact["logps"], rtol=1e-7, atol=1e-5)
+    torch.testing.assert_close(found["entropy"].double(), exact["entropy"], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found["gradient"].double(), exact["gradient"], rtol=1e-5, atol=1e-6)
+
+
+def test_exponentials_have_the_same_bits_whatever_the_other_rows(place, seed):
+    raw, targets = logits(ROWS, 20_011), torch.randint(20_011, (ROWS,))
+    once, again = (one_sweep(place, raw, targets, PLAIN) for _ in range(2))
+    alone = one_sweep(place, logits_like(raw[2:3]), targets[2:3], PLAIN)
+    for name in once:
+        assert torch.equal(once[name], again[name]) and torch.equal(once[name][2:3], alone[name])
+    kernels, device = place
+    none = torch.empty(0, 10, device=device)
+    sums, matrix = kernels.exponentials(none, torch.empty(0, dtype=torch.int64, device=device), PLAIN, True, None)
+    assert matrix.shape == (0, 10) and all(s.shape == (0,) for s in sums)
 
 
 def test_unknown_rows_say_so():
