@@ -130,6 +130,11 @@ class TestHead:
         torch.testing.assert_close(raw.double(), h @ w.T + bias.double(), **tolerance)
         torch.testing.assert_close(to_hidden.double(), g @ w, **tolerance)
         torch.testing.assert_close(into.double(), 1 + g.T @ h, **tolerance)
+        factor = torch.tensor(0.125, dtype=stat)
+        head.project_backward_weight(grad, hidden, into, factor=factor)
+        torch.testing.assert_close(into.double(), 1 + 1.125 * (g.T @ h), **tolerance)
+        head.project_backward_weight(grad, hidden, into.fill_(torch.nan), fresh=True, factor=factor)
+        torch.testing.assert_close(into.double(), 0.125 * (g.T @ h), **tolerance)
 
 
 class TestAutocast:

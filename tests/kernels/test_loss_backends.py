@@ -73,9 +73,17 @@ def score(case: HeadCase, seed: int, backend: str, dtype: torch.dtype, upcast: b
 
 
 def learn(
-    case: HeadCase, seed: int, backend: str, dtype: torch.dtype, upcast: bool = False, *, old: bool, **options
+    case: HeadCase,
+    seed: int,
+    backend: str,
+    dtype: torch.dtype,
+    upcast: bool = False,
+    *,
+    old: bool,
+    loss_scale: float = 1.0,
+    **options,
 ) -> dict:
-    """linear_policy_loss on (4, T): loss, log-probs, entropies and gradients."""
+    """linear_policy_loss on (4, T): loss, log-probs, entropies and gradients, those times loss_scale."""
     made = leaves(case, seed, dtype, upcast)
     shape = (4, case.rows // 4)
     generator = torch.Generator().manual_seed(seed + 2)
@@ -103,7 +111,9 @@ def learn(
             **head_options(case),
             **options,
         )
-        return differentiated(made, {"loss": out.loss, "logps": out.logps, "entropy": out.entropy}, out.loss)
+        return differentiated(
+            made, {"loss": out.loss, "logps": out.logps, "entropy": out.entropy}, loss_scale * out.loss
+        )
 
 
 def assert_by_the_rule(run, case: HeadCase, seed: int, dtype: torch.dtype, **options) -> None:
@@ -133,10 +143,24 @@ def test_log_probabilities(case, dtype, seed):
     assert_by_the_rule(score, case, seed, dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_policy_loss(options, dtype, seed):
     assert_by_the_rule(learn, PLAIN, seed, dtype, **options)
+
+
+@pytest.mark.parametrize("backend", ("portable", "triton"))
+@pytest.mark.parametrize("entropy_coef", (0.0, 0.05))
+def test_float16_gradients_outlive_a_small_loss(backend, entropy_coef, seed):
+    """A loss over a million tokens has gradients below float16's range: they wait for the loss scale in float32."""
+    case = PLAIN._replace(ignored="none", vocab=4001)
+    how = {"old": True, "entropy_coef": entropy_coef, "normalizer": 2.0**20, "loss_scale": 2.0**20}
+    truth = learn(case, seed, "reference", torch.float16, True, **how)
+    eager = learn(case, seed, "reference", torch.float16, **how | {"normalizer": 1.0, "loss_scale": 1.0})
+    found = learn(case, seed, backend, torch.float16, **how)
+    for name in ("d_hidden", "d_weight"):
+        assert found[name].dtype == torch.float16
+        assert_close_to_truth(found[name], eager[name], truth[name], name=f"{name} seed {seed}")
 
 
 def test_head_options(seed):
