@@ -35,7 +35,7 @@ def select_backend(op: str, hidden, weight, bias, requested: str | None, vocab_g
 
 def load_rows(backend: str) -> str:
     """Import a backend's row kernels, if that has not happened yet; gives the name back."""
-    if backend == "triton":
+    if backend in ("triton", "triton-fused"):
         from mmrpt_kernels.logprobs import triton  # noqa: F401
     elif backend == "cuda":
         from mmrpt_kernels.logprobs import cuda  # noqa: F401
@@ -84,7 +84,7 @@ def linear_logprobs(
             over rows) is smaller may leave the backward's products, their part replaced by an estimate of rank one.
             "auto": a share that keeps the error near eager's in half precision, 2^-17; exact for wider inputs. Pays
             where few words get nearly all the probability (a trained model's); waits for the device once a chunk.
-        backend: "cuda", "triton", "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
+        backend: "cuda", "triton", "triton-fused", "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
         vocab_group: process group over which the vocabulary is cut: weight (V_r, H) and bias (V_r,) are then this
             rank's words, ranks in word order, any V_r >= 1; targets stay ids of the whole vocabulary. All other
             arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call and

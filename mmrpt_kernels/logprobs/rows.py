@@ -95,12 +95,16 @@ class RowKernels(NamedTuple):
     exponentials(raw, targets (n,), options, want_entropy, into) -> Exponentials, matrix (n, V)
         Of whole rows: every target in [0, V). All zeros in a row whose rest is not finite, so that a factor of 0 leaves
         nothing of it. into as above, but not float16, whose range is too short.
+    product(hidden_rows (n, H), weight (V, H), bias, targets, options, want_entropy, into) -> the same, or None
+        From hidden states, the logits never in memory; may wait for the device. None where it cannot: then the logits
+        are made and `exponentials` reads them. The kernels' owner may have no such thing.
     """
 
     statistics: Callable[..., tuple[Partials, Any]]
     gradient: Callable[..., torch.Tensor]
     exponentials: Callable[..., tuple[Exponentials, torch.Tensor]]
     rounds: bool  # whether gradient and exponentials take `into`
+    product: Callable[..., tuple[Exponentials, torch.Tensor] | None] | None = None
 
 
 def finish(partials: Partials, vocab: int, want_entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None, Softmax]:

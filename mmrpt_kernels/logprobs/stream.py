@@ -66,10 +66,23 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
 
 
 def read_once(
-    kernels: RowKernels, head: Head, want_entropy: bool, raw: torch.Tensor, targets: torch.Tensor, into
+    kernels: RowKernels,
+    head: Head,
+    want_entropy: bool,
+    hidden_rows: torch.Tensor,
+    targets: torch.Tensor,
+    into: torch.Tensor | None,
+    *,
+    may_wait: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
-    """logps (n,), entropy (n,) or None and the gradient, of logits (n, V) that become exponentials in one sweep."""
-    sums, matrix = kernels.exponentials(raw, targets, head.options, want_entropy, into)
+    """logps (n,), entropy (n,) or None and the gradient of a chunk, whose logits become exponentials in one sweep."""
+    made = None
+    if kernels.product is not None and may_wait:
+        made = kernels.product(hidden_rows, head.weight, head.bias, targets, head.options, want_entropy, into)
+    if made is None:
+        raw = project(hidden_rows, head.weight, head.bias)
+        made = kernels.exponentials(raw, targets, head.options, want_entropy, into)
+    sums, matrix = made
     logps, entropy, total = finish_exponentials(sums, head.vocab, want_entropy)
     slope = head.options.logit_scale / head.options.temperature
 
@@ -84,7 +97,7 @@ def read_twice(
     kernels: RowKernels,
     head: Head,
     want_entropy: bool,
-    raw: torch.Tensor,
+    hidden_rows: torch.Tensor,
     targets: torch.Tensor,
     into: torch.Tensor | None,
     *,
@@ -92,6 +105,7 @@ def read_twice(
     units: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
     """Likewise, in two sweeps of the logits; units: make the gradient in units of its own row (`unit_slopes`)."""
+    raw = project(hidden_rows, head.weight, head.bias)
     partials, state = kernels.statistics(raw, targets, head.options, want_entropy, keep_logits)
     if head.shard is not None:
         partials = head.shard.merge(partials)
@@ -141,7 +155,8 @@ def visit(
     if coefficients is None or gradients is None or not gradients.wanted():
         gradients = None
     step = rows_per_chunk(count, head, chunk_size, dtype)
-    read, into = reader(kernels, hidden, head, gradients, min(step, count), want_entropy, entropy_learns)
+    how = {"want_entropy": want_entropy, "entropy_learns": entropy_learns, "may_wait": not masked}
+    read, into = reader(kernels, hidden, head, gradients, min(step, count), **how)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
         taken = places[chunk]
@@ -151,8 +166,7 @@ def visit(
             wanted = torch.where(rows[chunk], wanted, 0)
         if head.shard is not None:
             wanted = wanted - head.shard.start
-        raw = project(hidden_rows, head.weight, head.bias)
-        seen, uncertain, grade = read(raw, wanted, None if into is None else into[: taken.shape[0]])
+        seen, uncertain, grade = read(hidden_rows, wanted, None if into is None else into[: taken.shape[0]])
         if masked:
             seen, uncertain = (None if t is None else torch.where(rows[chunk], t, 0.0) for t in (seen, uncertain))
         logps[chunk] = seen
@@ -165,7 +179,7 @@ def visit(
                     slopes = tuple(None if t is None else torch.where(rows[chunk], t, 0.0) for t in slopes)
                 matrix, scale = grade(slopes)
                 gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)
-        raw = grade = matrix = None  # the next chunk's logits take this one's memory
+        grade = matrix = None  # the next chunk's logits take this one's memory
     return logps, entropy
 
 
@@ -175,8 +189,10 @@ def reader(
     head: Head,
     gradients: Gradients | None,
     most_rows: int,
+    *,
     want_entropy: bool,
     entropy_learns: bool,
+    may_wait: bool,
 ) -> tuple[Callable, torch.Tensor | None]:
     """How a chunk's logits are read, and the buffer (most_rows, V) of the products' dtype that the gradient goes to.
 
@@ -189,8 +205,9 @@ def reader(
     units = scales and rounded == torch.float16 and (kernels.rounds or hidden.is_cuda)
     into = None
     if gradients is not None and kernels.rounds and rounded != dtype:
-        into = hidden.new_empty(most_rows, head.weight.shape[0], dtype=rounded)
+        vocab = head.weight.shape[0]  # tensor cores want rows that start at multiples of 16 bytes
+        into = hidden.new_empty(most_rows, vocab + -vocab % 16, dtype=rounded)[:, :vocab]
     if scales and not (units or entropy_learns or head.shard is not None):
-        return partial(read_once, kernels, head, want_entropy), into
+        return partial(read_once, kernels, head, want_entropy, may_wait=may_wait), into
     keep_logits = gradients is not None and (entropy_learns or head.options.softcap > 0.0)
     return partial(read_twice, kernels, head, want_entropy, keep_logits=keep_logits, units=units), into

@@ -116,11 +116,11 @@ def learn(
         )
 
 
-def assert_by_the_rule(run, case: HeadCase, seed: int, dtype: torch.dtype, **options) -> None:
-    """Triton's numbers against float64 by the error rule; the definition in the same dtype is the yardstick."""
+def assert_by_the_rule(run, case: HeadCase, seed: int, dtype: torch.dtype, backend: str = "triton", **options) -> None:
+    """A backend's numbers against float64 by the error rule; the definition in the same dtype is the yardstick."""
     truth = run(case, seed, "reference", dtype, True, **options)
     eager = run(case, seed, "reference", dtype, **options)
-    found = run(case, seed, "triton", dtype, **options)
+    found = run(case, seed, backend, dtype, **options)
     assert found.keys() == truth.keys()
     size = max(20.0, 10.0 * case.logit_size)  # log-probs are differences of logits
     for name, value in found.items():

@@ -18,7 +18,6 @@ from mmrpt_kernels.logprobs.rows import (
     RowKernels,
     Slopes,
     Softmax,
-    register_rows,
 )
 
 __all__ = ["ROW_KERNELS"]
@@ -375,4 +374,3 @@ def row_exponentials(
 
 
 ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=True)
-register_rows("triton", ROW_KERNELS)
