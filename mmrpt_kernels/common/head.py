@@ -191,8 +191,8 @@ def products_dtype(hidden: torch.Tensor, weight: torch.Tensor, *, scaled: bool =
     """The dtype that the logits' gradient may be rounded to for its two products.
 
     bfloat16 where hidden and weight are: as the backward of `F.linear` would see it, and fit for tensor cores. float16
-    likewise, but only where rows are `scaled` to its range, which ends at 6e-8: a word's gradient, its probability times
-    1 / tokens, would be lost.
+    likewise, but only where rows are `scaled` to its range, which ends at 6e-8: a word's gradient, its probability
+    times 1 / tokens, would be lost.
     """
     half = (torch.bfloat16, torch.float16) if scaled else (torch.bfloat16,)
     return hidden.dtype if hidden.dtype == weight.dtype in half else statistics_dtype(hidden, weight)
@@ -217,7 +217,7 @@ def project_backward_weight(
     fresh: bool = False,
     factor: torch.Tensor | None = None,
 ) -> None:
-    """into (V, H) += factor * grad_raw (n, V).T @ hidden_rows (n, H); `into` is the accumulator in the statistics dtype.
+    """into (V, H) += factor * grad_raw (n, V).T @ hidden_rows (n, H); `into`: an accumulator in the statistics dtype.
 
     fresh: `into` holds nothing yet and is overwritten. factor: 0-d in the dtype of `into`, or None for 1.
     """

@@ -14,6 +14,7 @@ from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
 from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
 from mmrpt_kernels.logprobs.columns import skip_threshold
+from mmrpt_kernels.logprobs.places import most_places
 
 __all__ = ["LogProbs", "linear_logprobs", "load_rows", "select_backend"]
 
@@ -54,7 +55,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     chunk_size: int | None = None,
-    compact: bool = True,
+    compact: bool | int = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -79,12 +80,14 @@ def linear_logprobs(
         chunk_size: rows of logits held at once; None: from a memory budget. Results do not depend on it beyond
             rounding.
         compact: gather the rows that count and compute no others, which waits for the device once, in the forward and
-            in the backward pass. False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+            in the backward pass. A number: so many of them at most, known to the caller, so that nothing waits, as CUDA
+            graphs need it (more raise, on a GPU by a device-side assertion). False: all rows, likewise. Same results.
         skip_below: None: exact gradients. A number: words whose share of a chunk's gradient (sum of its absolute values
             over rows) is smaller may leave the backward's products, their part replaced by an estimate of rank one.
             "auto": a share that keeps the error near eager's in half precision, 2^-17; exact for wider inputs. Pays
             where few words get nearly all the probability (a trained model's); waits for the device once a chunk.
-        backend: "cuda", "triton", "triton-fused", "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
+        backend: "cuda", "triton", "triton-fused", "portable", "reference" or None for the table's choice
+            (`mmrpt_kernels.backends`).
         vocab_group: process group over which the vocabulary is cut: weight (V_r, H) and bias (V_r,) are then this
             rank's words, ranks in word order, any V_r >= 1; targets stay ids of the whole vocabulary. All other
             arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call and
@@ -115,7 +118,7 @@ def linear_logprobs(
         )
     flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
     skipped = skip_threshold(skip_below, hidden, weight, compact)
-    how = (chunk_size, compact, load_rows(name), skipped, group_name(vocab_group))
+    how = (chunk_size, most_places(compact, targets.numel()), load_rows(name), skipped, group_name(vocab_group))
     logps, entropy = operator.linear_logprobs(
         flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, *how
     )

@@ -57,7 +57,9 @@ class Columns(NamedTuple):
         return self.rest @ hidden_rows.to(self.rest.dtype)
 
 
-def skip_threshold(skip_below: float | str | None, hidden: torch.Tensor, weight: torch.Tensor, compact: bool) -> float:
+def skip_threshold(
+    skip_below: float | str | None, hidden: torch.Tensor, weight: torch.Tensor, compact: bool | int
+) -> float:
     """The share of a chunk's gradient mass below which a word's column may leave the products; 0 = none may.
 
     Raises ValueError for anything but None, "auto" and numbers in [0, 1), and where nothing may wait for the device.
@@ -65,7 +67,8 @@ def skip_threshold(skip_below: float | str | None, hidden: torch.Tensor, weight:
     if skip_below is None:
         return 0.0
     checks.check(
-        compact, "skip_below: counts words, which waits for the device; compact=False asks that nothing does: drop one"
+        compact is True,
+        f"skip_below: counts words, which waits for the device; compact={compact} asks that nothing does: drop one",
     )
     if skip_below == "auto":
         half = all(torch.finfo(t.dtype).bits == 16 for t in (hidden, weight))

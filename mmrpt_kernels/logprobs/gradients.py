@@ -1,7 +1,8 @@
 """Where a stream's gradients gather: chunks of the logits' gradient become d hidden, d weight and d bias.
 
-A chunk is a matrix (n, V) and, where that is not all, one factor a row: their product is d loss / d raw logits. So a row
-kernel can leave a matrix that knows no loss yet, and a matrix can have a short range (float16) however small the loss.
+A chunk is a matrix (n, V) and, where that is not all, one factor a row: their product is d loss / d raw logits. So a
+row kernel can leave a matrix that knows no loss yet, and a matrix can have a short range (float16) however small the
+loss.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mmrpt_kernels.logprobs.shards import Shard
 
 __all__ = ["Gradients", "Head", "unit_slopes"]
 
-# What float16 matrices are made of: a word's gradient is at most about this (1 times it for a log-probability), far from
-# float16's end at 65504, and probabilities down to 4e-12 are above its other end.
+# What float16 matrices are made of: a word's gradient is at most about this (1 times it for a log-probability), far
+# from float16's end at 65504, and probabilities down to 4e-12 are above its other end.
 HALF_UNIT = 2.0**14
 # Rows that the sum for d bias widens at a time: a sixteenth of a tall chunk.
 BIAS_ROWS = 256

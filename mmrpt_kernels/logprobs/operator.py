@@ -11,6 +11,7 @@ import torch
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.logprobs.gradients import Gradients, Head
+from mmrpt_kernels.logprobs.places import choose, put
 from mmrpt_kernels.logprobs.rows import row_kernels
 from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import check_targets, visit
@@ -31,7 +32,7 @@ def linear_logprobs(
     ignore_index: int,
     return_entropy: bool,
     chunk_size: int | None,
-    compact: bool,
+    most: int,
     rows: str,
     skip_below: float,
     vocab_group: str | None = None,
@@ -40,30 +41,25 @@ def linear_logprobs(
 
     Args:
         hidden: (N, H). weight: (V, H). bias: (V,) or None. targets: (N,) int64.
-        compact: gather the wanted rows first, which waits for the device.
+        most: how many rows are wanted at most (`places.most_places`).
         rows: whose row kernels, a registered name.
         skip_below: for the backward (`columns.leave_out`).
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part.
     """
     options = HeadOptions(temperature, softcap, logit_scale)
     mask = targets != ignore_index
-    alike = (chunk_size, compact, return_entropy, options)
+    alike = (chunk_size, most, return_entropy, options)
     shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, mask, alike)
     head = Head(weight, bias, options, shard)
-    wanted = mask.nonzero().squeeze(-1) if compact else mask
-    check_targets(targets, wanted, head.vocab)
+    places = choose(mask, most)
+    check_targets(targets, places, head.vocab)
     dtype = statistics_dtype(hidden, weight, bias)
     logps = hidden.new_zeros(targets.shape, dtype=dtype)
     entropy = hidden.new_zeros(targets.shape if return_entropy else (0,), dtype=dtype)
     seen, uncertain = visit(
-        row_kernels(rows), hidden, head, targets, wanted, want_entropy=return_entropy, chunk_size=chunk_size
+        row_kernels(rows), hidden, head, targets, places, want_entropy=return_entropy, chunk_size=chunk_size
     )
-    if not compact:
-        return seen, uncertain if return_entropy else entropy
-    logps[wanted] = seen
-    if return_entropy:
-        entropy[wanted] = uncertain
-    return logps, entropy
+    return put(logps, places, seen), put(entropy, places, uncertain) if return_entropy else entropy
 
 
 @linear_logprobs.register_fake
@@ -86,7 +82,7 @@ def linear_logprobs_backward(
     ignore_index: int,
     need: list[bool],
     chunk_size: int | None,
-    compact: bool,
+    most: int,
     rows: str,
     skip_below: float,
     vocab_group: str | None = None,
@@ -99,10 +95,9 @@ def linear_logprobs_backward(
     """
     active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     active = active & (targets != ignore_index)
-    alike = (chunk_size, compact, skip_below, need, d_entropy is not None, scalars)
+    alike = (chunk_size, most, skip_below, need, d_entropy is not None, scalars)
     shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, active, alike)
     head = Head(weight, bias, HeadOptions(*scalars), shard)
-    wanted = active.nonzero().squeeze(-1) if compact else active
     gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
 
     def incoming(_logps, _entropy, taken):
@@ -113,7 +108,7 @@ def linear_logprobs_backward(
         hidden,
         head,
         targets,
-        wanted,
+        choose(active, most),
         want_entropy=d_entropy is not None,
         entropy_learns=d_entropy is not None,
         chunk_size=chunk_size,
@@ -137,7 +132,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, compact, rows, skip_below, vocab_group
+    ctx.how = how  # chunk_size, most, rows, skip_below, vocab_group
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 

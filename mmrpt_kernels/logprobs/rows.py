@@ -5,14 +5,15 @@ Two ways from the raw logits of some rows, over a vocabulary or over one part of
     z = softcap(logit_scale * raw) / temperature        as in `mmrpt_kernels.common.head`
 
 Two sweeps serve every loss. `statistics` gives four numbers a row (`Partials`), which plain PyTorch finishes, once for
-all implementations (`finish`); between the two the partials of several parts of one vocabulary can be merged. `gradient`
-then works from the merged numbers and the loss's slopes.
+all implementations (`finish`); between the two the partials of several parts of one vocabulary can be merged.
+`gradient` then works from the merged numbers and the loss's slopes.
 
 One sweep serves losses of log-probabilities alone, over a whole vocabulary. `exponentials` leaves exp(z - base) in the
 place of the logits: up to one factor a row, which the loss decides later, that is the gradient already.
 
     d logp_t / d raw_j = - slope / total * matrix_j         slope = logit_scale / temperature
-    matrix_j = exp(z_j - base) (1 - tanh^2)  for j != t,    matrix_t = - rest (1 - tanh^2),    total = exp(z_t - base) + rest
+    matrix_j = exp(z_j - base) (1 - tanh^2)  for j != t,    matrix_t = - rest (1 - tanh^2)
+    rest = sum exp(z_j - base)  for j != t,                 total = exp(z_t - base) + rest
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ __all__ = [
 ]
 
 # The target's z is the base of exponentials as long as no word lies further above it: it is known before the sweep. A
-# bfloat16 or float32 exponential could be 88 above; at 16 the exponents keep an absolute precision of 2e-6, and a target
-# of probability under 1e-7 is never sampled.
+# bfloat16 or float32 exponential could be 88 above; at 16 the exponents keep an absolute precision of 2e-6, and targets
+# of probability under 1e-7 are hardly ever sampled.
 MOST_ABOVE = 16.0
 # A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
 FAR_BELOW = -1e4

@@ -16,6 +16,7 @@ import torch
 
 from mmrpt_kernels.common.head import chunk_rows, even_rows, products_dtype, project, statistics_dtype
 from mmrpt_kernels.logprobs.gradients import Gradients, Head, unit_slopes
+from mmrpt_kernels.logprobs.places import Places
 from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials
 
 __all__ = ["Coefficients", "check_targets", "visit"]
@@ -35,11 +36,14 @@ Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slope
 Grade = Callable[[Slopes], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def check_targets(targets: torch.Tensor, rows: torch.Tensor, vocab: int) -> None:
+def check_targets(targets: torch.Tensor, places: Places, vocab: int) -> None:
     """Raise ValueError when a wanted row's target is no word. CPU only: elsewhere it would wait for the device."""
-    if targets.device.type != "cpu" or rows.numel() == 0:
+    if targets.device.type != "cpu":
         return
-    low, high = torch.aminmax(targets[rows])
+    wanted = targets[places.rows if places.counts is None else places.rows[places.counts]]
+    if wanted.numel() == 0:
+        return
+    low, high = torch.aminmax(wanted)
     if int(low) < 0 or int(high) >= vocab:
         raise ValueError(
             f"targets: got ids from {int(low)} to {int(high)}, expected 0 to {vocab - 1}, the lm head's rows; mask "
@@ -123,7 +127,7 @@ def visit(
     hidden: torch.Tensor,
     head: Head,
     targets: torch.Tensor,
-    rows: torch.Tensor,
+    places: Places,
     *,
     want_entropy: bool,
     entropy_learns: bool = False,
@@ -131,12 +135,12 @@ def visit(
     coefficients: Coefficients | None = None,
     gradients: Gradients | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Visit the logits of `rows` once, chunk by chunk.
+    """Visit the logits of `places` once, chunk by chunk.
 
     Args:
-        hidden: (N, H). targets: (N,) int64, valid at `rows`.
-        rows: (n,) int64, the tokens to visit; the others cost nothing. Or (N,) bool: all tokens are visited, which
-            waits for no device; those outside have log-prob and entropy 0 and give no gradient, whatever they hold.
+        hidden: (N, H). targets: (N,) int64, valid at the places that count.
+        places: n tokens to visit; all others cost nothing. Those that do not count have log-prob and entropy 0 and give
+            no gradient, whatever they hold.
         want_entropy: compute the entropy.
         entropy_learns: `coefficients` may give a second coefficient; False saves a second buffer of logits.
         chunk_size: rows a chunk at most; None: from a memory budget.
@@ -144,39 +148,38 @@ def visit(
         gradients: where the chunks' gradients go; None: `coefficients` is called for what else it does.
 
     Returns:
-        logps (n,), entropy (n,) or None, in the order of `rows`, float32 (float64 where an input is).
+        logps (n,), entropy (n,) or None, in the order of `places`, float32 (float64 where an input is).
     """
     dtype = statistics_dtype(hidden, head.weight, head.bias)
-    masked = rows.dtype == torch.bool
-    places = torch.arange(rows.shape[0], device=rows.device) if masked else rows
+    rows, counts = places
     logps = hidden.new_empty(rows.shape, dtype=dtype)
     entropy = hidden.new_empty(rows.shape, dtype=dtype) if want_entropy else None
     count = rows.shape[0]
     if coefficients is None or gradients is None or not gradients.wanted():
         gradients = None
     step = rows_per_chunk(count, head, chunk_size, dtype)
-    how = {"want_entropy": want_entropy, "entropy_learns": entropy_learns, "may_wait": not masked}
+    how = {"want_entropy": want_entropy, "entropy_learns": entropy_learns, "may_wait": counts is None}
     read, into = reader(kernels, hidden, head, gradients, min(step, count), **how)
     for start in range(0, count, step):
         chunk = slice(start, start + step)
-        taken = places[chunk]
+        taken, some = rows[chunk], None if counts is None else counts[chunk]
         hidden_rows, wanted = hidden[taken], targets[taken]
-        if masked:  # 0 * NaN would reach d weight, and a target that is no word would be looked up
-            hidden_rows.masked_fill_(~rows[chunk, None], 0.0)
-            wanted = torch.where(rows[chunk], wanted, 0)
+        if some is not None:  # 0 * NaN would reach d weight, and a target that is no word would be looked up
+            hidden_rows.masked_fill_(~some[:, None], 0.0)
+            wanted = torch.where(some, wanted, 0)
         if head.shard is not None:
             wanted = wanted - head.shard.start
         seen, uncertain, grade = read(hidden_rows, wanted, None if into is None else into[: taken.shape[0]])
-        if masked:
-            seen, uncertain = (None if t is None else torch.where(rows[chunk], t, 0.0) for t in (seen, uncertain))
+        if some is not None:
+            seen, uncertain = (None if t is None else torch.where(some, t, 0.0) for t in (seen, uncertain))
         logps[chunk] = seen
         if entropy is not None:
             entropy[chunk] = uncertain
         if coefficients is not None:
             slopes = coefficients(seen, uncertain, taken)
             if gradients is not None:
-                if masked:
-                    slopes = tuple(None if t is None else torch.where(rows[chunk], t, 0.0) for t in slopes)
+                if some is not None:
+                    slopes = tuple(None if t is None else torch.where(some, t, 0.0) for t in slopes)
                 matrix, scale = grade(slopes)
                 gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)
         grade = matrix = None  # the next chunk's logits take this one's memory

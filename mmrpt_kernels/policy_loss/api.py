@@ -13,6 +13,7 @@ from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, local_head
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
 from mmrpt_kernels.logprobs.columns import skip_threshold
+from mmrpt_kernels.logprobs.places import most_places
 from mmrpt_kernels.policy_loss import operator, reference
 from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
@@ -66,7 +67,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     return_statistics: bool = True,
     chunk_size: int | None = None,
-    compact: bool = True,
+    compact: bool | int = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -115,7 +116,10 @@ def linear_policy_loss(
         return_statistics: False: only tokens with a gradient are computed.
         chunk_size: rows of logits held at once; None: from a memory budget.
         compact: gather the rows that count and compute no others, which waits for the device once (sequence ratios:
-            twice). False: all rows are computed and nothing waits, as CUDA graphs need it; same results.
+            twice). A number: so many tokens have a gradient at most, known to the caller (a top-k perception mask: the
+            sum of ceil(keep_ratio * length)), so that nothing waits, as CUDA graphs need it; with return_statistics all
+            other tokens are visited too (more raise, on a GPU by a device-side assertion). False: all rows, likewise.
+            Same results.
         skip_below: None (exact gradients), "auto" or a share of the gradient: as in `linear_logprobs`.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
         vocab_group: process group over which the vocabulary is cut, as in `linear_logprobs`: weight and bias are this
@@ -173,7 +177,7 @@ def linear_policy_loss(
         how = {
             "see_all": return_statistics,
             "chunk_size": chunk_size,
-            "compact": compact,
+            "most": most_places(compact, targets.numel()),
             "rows": load_rows(name),
             "skip_below": skip_threshold(skip_below, hidden, weight, compact),
             "vocab_group": group_name(vocab_group),
@@ -209,7 +213,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     use_entropy: bool = True,
     chunk_size: int | None = None,
-    compact: bool = True,
+    compact: bool | int = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -235,8 +239,8 @@ def linear_token_loss(
         active_mask: (...) bool; rows outside are not computed. None: all rows.
         temperature, softcap, logit_scale, chunk_size, skip_below, backend, vocab_group: as in `linear_logprobs`; over a
             group, token_loss must give the same on all ranks.
-        compact: as there; with False token_loss also sees the other rows, with log-prob and entropy 0, and what it
-            makes of them does not count.
+        compact: as there, counting active rows; unless it is True, token_loss also sees other rows, with log-prob and
+            entropy 0, and what it makes of them does not count.
         use_entropy: False: token_loss gets None for the entropy, which is then not computed.
 
     Returns:
@@ -267,13 +271,13 @@ def linear_token_loss(
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
-    rows = active if not compact and name != "reference" else active.nonzero().squeeze(-1)
-    arguments = (flat, weight, ids, bias, options, rows, checked, use_entropy)
+    arguments = (flat, weight, ids, bias, options)
     if name == "reference":
-        return reference.linear_token_loss(*arguments)
-    threshold = skip_threshold(skip_below, flat, weight, compact)
-    how = {"chunk_size": chunk_size, "kernels": load_rows(name), "skip_below": threshold}
-    return operator.linear_token_loss(*arguments, **how, vocab_group=group_name(vocab_group))
+        return reference.linear_token_loss(*arguments, active.nonzero().squeeze(-1), checked, use_entropy)
+    threshold, most = skip_threshold(skip_below, flat, weight, compact), most_places(compact, ids.shape[0])
+    how = {"most": most, "chunk_size": chunk_size, "kernels": load_rows(name), "skip_below": threshold}
+    how["vocab_group"] = group_name(vocab_group)
+    return operator.linear_token_loss(*arguments, active, checked, use_entropy, **how)
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

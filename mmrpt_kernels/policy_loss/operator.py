@@ -13,12 +13,13 @@ import torch
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.logprobs.gradients import Head
+from mmrpt_kernels.logprobs.places import choose, split
 from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import check_targets
 from mmrpt_kernels.policy_loss.hand_out import dtypes_of, hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import learning_rows, policy_rows, token_losses
-from mmrpt_kernels.policy_loss.visits import LossStream, learn_by_sequence, split_rows
+from mmrpt_kernels.policy_loss.visits import LossStream, learn_by_sequence
 
 __all__ = ["PolicyLossFunction", "linear_policy_loss", "linear_token_loss"]
 
@@ -54,7 +55,7 @@ def linear_policy_loss(
     see_all: bool,
     need: list[bool],
     chunk_size: int | None,
-    compact: bool,
+    most: int,
     rows: str,
     skip_below: float,
     vocab_group: str | None = None,
@@ -67,7 +68,8 @@ def linear_policy_loss(
         loss_weights: (B, T) what a token's loss is multiplied by in the aggregate.
         see_all: also give logps and entropy of response tokens that cannot learn.
         need: whether hidden, weight, bias want a gradient.
-        compact: gather the rows that count first, which waits for the device once (twice for sequence ratios).
+        most: how many tokens learn at most (`places.most_places`); where they are counted, a call waits for the device
+            once (twice for sequence ratios).
         rows: whose row kernels, a registered name.
         skip_below: as `logprobs.columns.leave_out`.
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part,
@@ -93,41 +95,39 @@ def linear_policy_loss(
     head_options = HeadOptions(temperature, softcap, logit_scale)
     shard = None
     if vocab_group is not None:
-        alike = (chunk_size, compact, skip_below, need, see_all, head_options, options)
+        alike = (chunk_size, most, skip_below, need, see_all, head_options, options)
         shard = find_shard(vocab_group, flat, weight, ids, _work(tokens), alike)
     head = Head(weight, bias, head_options, shard)
     how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows, "skip_below": skip_below}
     stream = LossStream(flat, head, ids, need=need, **how)
     with torch.no_grad():
-        _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, compact)
+        _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, most)
     grads = stream.gradients.result()
     d_hidden = grads[0] if grads[0] is None else grads[0].view(hidden.shape)
     filled = tuple(hidden.new_empty(0) if grad is None else grad for grad in (d_hidden, *grads[1:]))
     return stream.losses.sum(), stream.logps.view(shape), stream.entropy.view(shape), *filled
 
 
-def _visit_all(stream: LossStream, tokens, options: PolicyOptions, shape, scale, see_all: bool, compact: bool) -> None:
+def _visit_all(stream: LossStream, tokens, options: PolicyOptions, shape, scale, see_all: bool, most: int) -> None:
     """Every visit that the loss and its statistics need; scale (N,)."""
     by_sequence = options.ratio_level == "sequence" and tokens.old_logps is not None
     want_entropy = see_all or stream.entropy_learns
     learns = learning_rows(tokens, options)
     others = _other_rows(tokens, learns, shape, see_all, by_sequence)
-    if compact:
-        rows, watched = split_rows(learns, others)
-        check_targets(stream.targets, torch.cat([rows, watched]), stream.head.vocab)
+    places, watched = split(learns, others, most)
+    for some in (places, watched):
+        check_targets(stream.targets, some, stream.head.vocab)
+    if see_all or by_sequence:  # else there are no others
         stream.visit(watched, see_all)
-        learns = None
-    else:
-        rows = learns | others
-        check_targets(stream.targets, rows, stream.head.vocab)
+    learns = None if places.counts is None else learns
     if by_sequence:
-        learn_by_sequence(stream, tokens, options, rows, want_entropy, shape, scale, learns)
+        learn_by_sequence(stream, tokens, options, places, want_entropy, shape, scale, learns)
         return
 
     def token_loss(logps, entropy, taken):
         return token_losses(logps, entropy, tokens.at(taken), options)
 
-    stream.learn(rows, want_entropy, token_loss, scale, learns)
+    stream.learn(places, want_entropy, token_loss, scale, learns)
 
 
 def _work(tokens: PolicyTokens) -> torch.Tensor:
@@ -199,17 +199,17 @@ class _TokenLoss(torch.autograd.Function):
     """The eager route of `linear_token_loss`: a Python callable cannot pass through a custom operator's schema."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, token_loss, options, want_entropy, need, how, vocab_group):
+    def forward(ctx, hidden, weight, bias, targets, active, token_loss, options, want_entropy, need, most, how, group):
         shard = None
-        if vocab_group is not None:
-            work = rows if rows.dtype == torch.bool else torch.zeros_like(targets).index_fill_(0, rows, 1)
-            alike = (how, need, want_entropy, options)
-            shard = find_shard(vocab_group, hidden, weight, targets, work, alike)
+        if group is not None:
+            alike = (most, how, need, want_entropy, options)
+            shard = find_shard(group, hidden, weight, targets, active, alike)
         head = Head(weight, bias, options, shard)
         stream = LossStream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
-        check_targets(targets, rows, head.vocab)
+        places = choose(active, most)
+        check_targets(targets, places, head.vocab)
         with torch.autocast(hidden.device.type, enabled=False):
-            stream.learn(rows, want_entropy, token_loss, None, rows if rows.dtype == torch.bool else None)
+            stream.learn(places, want_entropy, token_loss, None, None if places.counts is None else active)
         grads = stream.gradients.result()
         ctx.save_for_backward(*grads)
         ctx.handed_out, ctx.dtypes = False, dtypes_of(hidden, weight, bias)
@@ -217,7 +217,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        return *hand_out(ctx, d_loss), *(None,) * 8
+        return *hand_out(ctx, d_loss), *(None,) * 9
 
 
 def linear_token_loss(
@@ -226,22 +226,23 @@ def linear_token_loss(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     options: HeadOptions,
-    rows: torch.Tensor,
+    active: torch.Tensor,
     token_loss: Callable,
     want_entropy: bool,
     *,
+    most: int,
     chunk_size: int | None,
     kernels: str,
     skip_below: float,
     vocab_group: str | None,
 ) -> torch.Tensor:
-    """Sum of token_loss over `rows`, called once a chunk; hidden (N, H), targets (N,).
+    """Sum of token_loss over active (N,) bool, called once a chunk; hidden (N, H), targets (N,).
 
-    rows: (n,) int64, or (N,) bool (`stream.visit`). kernels: whose row kernels. vocab_group: name of the process group
-    over which the vocabulary is cut, or None.
+    most: how many tokens are active at most (`places.most_places`). kernels: whose row kernels. vocab_group: name of
+    the process group over which the vocabulary is cut, or None.
     """
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     how = {"chunk_size": chunk_size, "rows": kernels, "skip_below": skip_below}
-    how_and_where = (token_loss, options, want_entropy, need, how, vocab_group)
-    return _TokenLoss.apply(hidden, weight, bias, targets, rows, *how_and_where)
+    how_and_where = (token_loss, options, want_entropy, need, most, how, vocab_group)
+    return _TokenLoss.apply(hidden, weight, bias, targets, active, *how_and_where)

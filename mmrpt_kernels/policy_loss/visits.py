@@ -8,18 +8,19 @@ import torch
 
 from mmrpt_kernels.common.head import statistics_dtype
 from mmrpt_kernels.logprobs.gradients import Gradients, Head
+from mmrpt_kernels.logprobs.places import Places, put
 from mmrpt_kernels.logprobs.rows import Slopes, row_kernels
 from mmrpt_kernels.logprobs.stream import visit
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import differentiate, sequence_log_ratio, token_losses
 
-__all__ = ["LossStream", "learn_by_sequence", "split_rows"]
+__all__ = ["LossStream", "learn_by_sequence"]
 
 
 class LossStream:
     """One call's state: what every visit of the vocabulary shares, and what the visits fill in.
 
-    Rows are indices (n,) int64, or a mask (N,) of all tokens (`stream.visit`). losses, logps, entropy: (N,).
+    losses, logps, entropy: (N,).
     """
 
     def __init__(
@@ -45,14 +46,14 @@ class LossStream:
         self.logps = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.entropy = hidden.new_zeros(targets.shape, dtype=self.dtype)
 
-    def visit(self, rows: torch.Tensor, want_entropy: bool, coefficients=None, store: bool = True) -> None:
-        """Visit `rows`; with `store`, keep their statistics."""
+    def visit(self, places: Places, want_entropy: bool, coefficients=None, store: bool = True) -> None:
+        """Visit `places`; with `store`, keep their statistics."""
         logps, entropy = visit(
             self.kernels,
             self.hidden,
             self.head,
             self.targets,
-            rows,
+            places,
             want_entropy=want_entropy,
             entropy_learns=self.entropy_learns,
             chunk_size=self.chunk_size,
@@ -60,16 +61,17 @@ class LossStream:
             gradients=self.gradients,
         )
         if store:
-            self.logps = put(self.logps, rows, logps)
-            self.entropy = put(self.entropy, rows, entropy) if want_entropy else self.entropy
+            put(self.logps, places, logps)
+            if want_entropy:
+                put(self.entropy, places, entropy)
 
     def learn(
-        self, rows: torch.Tensor, want_entropy: bool, token_loss: Callable, scale: torch.Tensor | None, learns=None
+        self, places: Places, want_entropy: bool, token_loss: Callable, scale: torch.Tensor | None, learns=None
     ) -> None:
-        """One visit of `rows`: losses and gradients of sum(scale * token_loss(logps, entropy, rows)).
+        """One visit of `places`: losses and gradients of sum(scale * token_loss(logps, entropy, rows)).
 
-        token_loss gives (n,) from (n,); scale (N,) or None. learns: (N,) bool, the tokens that count; None: all of
-        `rows`. Only losses when no gradient is wanted.
+        token_loss gives (n,) from (n,); scale (N,) or None. learns: (N,) bool, the tokens that learn; None: all of
+        `places`. Only losses when no gradient is wanted.
         """
 
         def coefficients(logps, entropy, taken):
@@ -79,7 +81,7 @@ class LossStream:
             self.losses[taken] = losses.to(self.dtype)
             return slopes
 
-        self.visit(rows, want_entropy, coefficients)
+        self.visit(places, want_entropy, coefficients)
 
     def evaluate(self, token_loss, logps, entropy, taken, factor, counts) -> tuple[torch.Tensor, Slopes]:
         """factor * token_loss (n,) and its two coefficients per row (None, None when no gradient is wanted).
@@ -101,39 +103,23 @@ class LossStream:
         return losses, tuple(slopes)
 
 
-def put(into: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`into` (N,) with `values` at rows; indexing by a mask would wait for the device."""
-    if rows.dtype == torch.bool:
-        return torch.where(rows, values, into)
-    into[rows] = values
-    return into
-
-
-def split_rows(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of two disjoint masks (N,), rising; one wait for the device instead of one each."""
-    order = torch.where(first, 0, torch.where(second, 1, 2)).to(torch.int8).argsort(stable=True)
-    here, there = torch.stack([first.sum(), second.sum()]).tolist()
-    return order[:here], order[here : here + there]
-
-
 def learn_by_sequence(
     stream: LossStream,
     tokens: PolicyTokens,
     options: PolicyOptions,
-    rows: torch.Tensor,
+    places: Places,
     want_entropy: bool,
     shape: tuple[int, int],
     scale: torch.Tensor,
     learns: torch.Tensor | None = None,
 ) -> None:
-    """Sequence-level ratios need all log-probs of a response first: `stream` holds those outside `rows` already.
+    """Sequence-level ratios need all log-probs of a response first: `stream` holds those outside `places` already.
 
     First pass for log-probs, then the surrogate over all rows at once, then a second visit of the rows that got a
     coefficient: clipped sequences are not visited again. learns: as in `LossStream.learn`.
     """
-    stream.visit(rows, want_entropy)
-    masked = rows.dtype == torch.bool
-    at = slice(None) if masked else rows
+    stream.visit(places, want_entropy)
+    at = places.rows
     ratio = sequence_log_ratio(stream.logps, tokens, shape)[at]
     at_rows = tokens.at(at)
 
@@ -141,15 +127,17 @@ def learn_by_sequence(
         return token_losses(logps, entropy, at_rows, options, ratio)
 
     entropy = stream.entropy[at] if want_entropy else None
-    losses, slopes = stream.evaluate(surrogate, stream.logps[at], entropy, rows, scale[at], learns)
+    losses, slopes = stream.evaluate(
+        surrogate, stream.logps[at], entropy, at, scale[at], None if learns is None else learns[at]
+    )
     stream.losses[at] = losses
     d_logps, d_entropy = slopes
     if d_logps is None:  # no gradient is wanted
         return
     moving = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-    by_token = [None if t is None else put(torch.zeros_like(stream.losses), rows, t) for t in slopes]
+    by_token = [None if t is None else put(torch.zeros_like(stream.losses), places, t) for t in slopes]
 
     def known(_logps, _entropy, taken):
         return tuple(None if t is None else t[taken] for t in by_token)
 
-    stream.visit(moving if masked else rows[moving], d_entropy is not None, known, store=False)
+    stream.visit(places.narrowed(moving), d_entropy is not None, known, store=False)

@@ -136,19 +136,23 @@ class TestPortable:
 
     @pytest.mark.parametrize("case", (SMALL, PLAIN), ids=case_name)
     def test_without_compaction_nothing_else_changes(self, case, seed):
-        """All rows computed, none gathered, nothing waits: the same numbers, whatever ignored rows hold."""
+        """All rows, or as many as the caller says, nothing waits: the same numbers, whatever ignored rows hold."""
         made = make(case, seed)
         ignored = made["targets"] == -100
         with torch.no_grad():
             made["hidden"][ignored] = float("nan")
         wrt = [made[name] for name in ("hidden", "weight", "bias") if made[name] is not None]
-        results = []
-        for compact in (True, False):
+        results, wanted = [], int((~ignored).sum())
+        for compact in (True, False, wanted, wanted + 1, 10**6):
             out = call(made, case, compact=compact)
             total = (out.logps * torch.arange(case.rows)).sum() + out.entropy.sum()
             results.append((*out, *torch.autograd.grad(total, wrt)))
-        for found, expected in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        for others in results[1:]:
+            for found, expected in zip(others, results[0], strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        if wanted:
+            with pytest.raises(ValueError, match=f"compact: got fewer places .*{wanted} tokens count"):
+                call(made, case, compact=wanted - 1)
 
     def test_row_does_not_depend_on_its_batch(self, seed):
         made = make(PLAIN, seed)
@@ -260,9 +264,9 @@ class TestWork:
     def test_backward_visits_only_rows_with_a_gradient(self, seed, monkeypatch):
         visited = []
 
-        def counting(kernels, hidden, head, targets, rows, **options):
-            visited.append(rows.tolist())
-            return stream.visit(kernels, hidden, head, targets, rows, **options)
+        def counting(kernels, hidden, head, targets, places, **options):
+            visited.append(places.rows.tolist())
+            return stream.visit(kernels, hidden, head, targets, places, **options)
 
         monkeypatch.setattr(operator, "visit", counting)
         case = PLAIN._replace(ignored="none")
@@ -358,7 +362,7 @@ class TestTorch:
         made = make(SMALL, seed)
         head = (made["hidden"], made["weight"], made["bias"], made["targets"])
         for entropy in (True, False):
-            how = (4, True, "portable", 0.0)
+            how = (4, -1, "portable", 0.0)
             torch.library.opcheck(operator.linear_logprobs, (*head, 0.8, 4.0, 1.3, -100, entropy, *how))
         detached = tuple(t.detach() for t in head)
         ones = torch.ones(SMALL.rows, dtype=torch.float64)

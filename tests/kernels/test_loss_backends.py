@@ -13,10 +13,12 @@ pytest.importorskip("triton")
 
 from mmrpt_kernels import backends
 from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.logprobs import linear_logprobs, stream
+from mmrpt_kernels.logprobs import linear_logprobs, places
+from mmrpt_kernels.logprobs.gradients import Head
+from mmrpt_kernels.logprobs.places import COUNTED, split
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
-from mmrpt_kernels.policy_loss.visits import LossStream, split_rows
+from mmrpt_kernels.policy_loss.visits import LossStream
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +33,7 @@ VARIANTS = {
     "cispo": {"old": True, "surrogate": "cispo", "normalizer": 30.0},
     "on_policy": {"old": False, "entropy_coef": 0.05, "entropy_scope": "kept"},
     "not_compacted": {"old": True, "kl_coef": 0.1, "entropy_coef": 0.05, "compact": False},
+    "known_count": {"old": True, "compact": 22},
 }
 
 
@@ -225,14 +228,16 @@ def test_gradients_of_one_chunk_and_of_many(chunk_size, seed):
 
 
 @pytest.mark.gpu
-def test_a_step_is_captured_in_a_cuda_graph(seed):
-    """Without compaction nothing waits: the captured step gives the eager step's numbers for new values too."""
+@pytest.mark.parametrize("compact", (False, 22), ids=str)
+def test_a_step_is_captured_in_a_cuda_graph(compact, seed):
+    """Nothing waits that need not count: the captured step gives the eager step's numbers for new values too."""
     made = leaves(PLAIN._replace(ignored="none"), seed, torch.bfloat16, False)
     wrt, targets = (made["hidden"], made["weight"]), made["targets"].view(4, -1)
     response, advantages = torch.rand(targets.shape, device=DEVICE) < 0.7, torch.randn(4, device=DEVICE)
+    response[0, :2] = False  # 24 tokens, of which 22 are left at most
     old = torch.randn(targets.shape, device=DEVICE) - 6.0
 
-    def step(compact: bool) -> tuple[torch.Tensor, ...]:
+    def step(compact: bool | int) -> tuple[torch.Tensor, ...]:
         hidden = wrt[0].view(*targets.shape, -1)
         out = linear_policy_loss(
             hidden, wrt[1], targets, advantages, response_mask=response, old_logps=old, compact=compact
@@ -242,16 +247,16 @@ def test_a_step_is_captured_in_a_cuda_graph(seed):
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(compact=False)
+            step(compact)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        captured = step(compact=False)
+        captured = step(compact)
     with torch.no_grad():
         wrt[0].copy_(torch.randn_like(wrt[0]))
-        response.copy_(torch.rand(targets.shape, device=DEVICE) < 0.5)
+        response[:, 2:].copy_(torch.rand(4, targets.shape[1] - 2, device=DEVICE) < 0.5)
     graph.replay()
-    torch.testing.assert_close(captured, step(compact=True))
+    torch.testing.assert_close(captured, step(True))
 
 
 class NoWaiting(TorchDispatchMode):
@@ -281,10 +286,11 @@ class NoWaiting(TorchDispatchMode):
     ids=("token", "sequence"),
 )
 def test_how_often_the_host_waits(options, compacted, monkeypatch, seed):
-    """Once a call for compaction, once more for sequence ratios; never without compaction."""
+    """Once a call that counts its tokens, once more for sequence ratios; never where the caller knows, or takes all."""
     monkeypatch.setattr(operator, "check_targets", lambda *_: None)  # looks at values on a CPU alone
     splits = []
-    monkeypatch.setattr(operator, "split_rows", lambda *masks: splits.append(1) or split_rows(*masks))
+    monkeypatch.setattr(operator, "split", lambda *how: splits.append(how[2] == COUNTED) or split(*how))
+    monkeypatch.setattr(places, "_check_room", lambda *_: None)  # likewise
     made = head_inputs(PLAIN._replace(ignored="none"), device=DEVICE, seed=seed)
     count = PLAIN.rows
 
@@ -294,8 +300,8 @@ def test_how_often_the_host_waits(options, compacted, monkeypatch, seed):
     floats = [torch.randn(count, device=DEVICE) for _ in range(4)]
     response = mask()
     tokens = PolicyTokens(response, response & mask(), floats[0], floats[1], floats[2], None)
-    head = stream.Head(made["weight"], None, HeadOptions())
-    for compact in (True, False):
+    head = Head(made["weight"], None, HeadOptions())
+    for most in (COUNTED, count - 2, count):
         fused = LossStream(
             made["hidden"],
             head,
@@ -306,7 +312,7 @@ def test_how_often_the_host_waits(options, compacted, monkeypatch, seed):
             rows="triton",
         )
         with torch.no_grad(), NoWaiting() as seen:
-            operator._visit_all(fused, tokens, options, (4, 6), floats[3], True, compact)
+            operator._visit_all(fused, tokens, options, (4, 6), floats[3], True, most)
             fused.gradients.result()
-        assert len(seen.waits) + len(splits) == (compacted if compact else 0), seen.waits
+        assert len(seen.waits) + sum(splits) == (compacted if most == COUNTED else 0), seen.waits
         splits.clear()

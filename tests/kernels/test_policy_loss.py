@@ -268,7 +268,7 @@ class TestPortable:
         assert_same(run(made, chunk_size=chunk_size, **variant), whole, rtol=1e-11, atol=1e-13)
 
     def test_without_compaction_nothing_else_changes(self, variant, seed):
-        """All rows computed, none gathered: the same numbers, whatever masked tokens hold."""
+        """All rows, or as many as the caller says, none counted: the same numbers, whatever masked tokens hold."""
         made = make(BATCH, seed, batch=4)
         outside = ~(made["response_mask"] & (made["targets"] != -100))
         with torch.no_grad():
@@ -279,7 +279,9 @@ class TestPortable:
         for statistics in (True, False):
             options = variant | {"return_statistics": statistics}
             tolerance = {"what": f"seed {seed}", "rtol": 1e-11, "atol": 1e-13}
-            assert_same(run(made, compact=False, **options), run(made, **options), **tolerance)
+            counted = run(made, **options)
+            for compact in (False, int((~outside).sum()), outside.numel() - 1):
+                assert_same(run(made, compact=compact, **options), counted, **tolerance)
 
     def test_statistics_do_not_change_the_loss(self, variant, seed):
         made = make(BATCH, seed, batch=4)
@@ -416,9 +418,9 @@ class TestMasks:
         """Filtered tokens cost nothing without statistics, and one forward visit with them."""
         seen = []
 
-        def counting(kernels, hidden, head, targets, rows, **options):
-            seen.append((set(rows.tolist()), options["coefficients"] is not None, options["want_entropy"]))
-            return stream.visit(kernels, hidden, head, targets, rows, **options)
+        def counting(kernels, hidden, head, targets, places, **options):
+            seen.append((set(places.rows.tolist()), options["coefficients"] is not None, options["want_entropy"]))
+            return stream.visit(kernels, hidden, head, targets, places, **options)
 
         monkeypatch.setattr(visits, "visit", counting)
         made = make(BATCH, seed, batch=4)
@@ -624,10 +626,20 @@ class TestTokenLoss:
             return logps / entropy  # 0 / 0 at masked rows
 
         results = []
-        for compact in (True, False):
+        for compact in (True, False, int(active.sum()), int(active.sum()) + 1):
             total = linear_token_loss(*args, loss, active_mask=active, compact=compact, chunk_size=5)
             results.append((total, *torch.autograd.grad(total, args[:2])))
-        torch.testing.assert_close(results[0], results[1])
+        for others in results[1:]:
+            torch.testing.assert_close(results[0], others)
+
+    def test_too_few_places_are_refused(self, seed):
+        made = make(BATCH, seed, batch=4)
+        args, active = (made["hidden"], made["weight"], made["targets"]), made["response_mask"]
+        few = int((active & (made["targets"] != -100)).sum()) - 1
+        with pytest.raises(ValueError, match=f"compact.*got {few}, {few + 1} tokens count"):
+            linear_token_loss(*args, lambda logps, *_: logps, active_mask=active, compact=few)
+        with pytest.raises(ValueError, match="compact: got -1"):
+            linear_token_loss(*args, lambda logps, *_: logps, compact=-1)
 
     def test_without_entropy_or_rows(self, seed):
         made = make(BATCH, seed)
@@ -729,7 +741,7 @@ class TestTorch:
         args += [made["advantages"].float()[:, None].repeat(1, 4)]
         args += [constants[k] for k in ("old_logps", "ref_logps", "sampler_weights")] + [made["response_mask"].float()]
         head = {"temperature": 0.8, "softcap": 4.0, "logit_scale": 1.3, "chunk_size": 3}
-        rest = {"see_all": True, "need": [True, True, True], "compact": True, "rows": "portable", "skip_below": 0.0}
+        rest = {"see_all": True, "need": [True, True, True], "most": -1, "rows": "portable", "skip_below": 0.0}
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(operator.linear_policy_loss, args, head | options | rest, test_utils=tests)
 

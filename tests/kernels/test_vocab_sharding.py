@@ -310,10 +310,10 @@ def opchecks(part: Part) -> None:
     head = [t.detach() for t in (made["hidden"], made["weight"], made["bias"])]
     name = part.group.group_name
     tests = ("test_schema", "test_faketensor")
-    forward = (*head, targets, 0.8, 4.0, 1.3, -100, True, 4, True, "portable", 0.0, name)
+    forward = (*head, targets, 0.8, 4.0, 1.3, -100, True, 4, -1, "portable", 0.0, name)
     torch.library.opcheck(operator.linear_logprobs, forward, test_utils=tests)
     ones = torch.ones(24, dtype=D)
-    backward = (*head, targets, ones, None, [0.8, 4.0, 1.3], -100, [True] * 3, 4, True, "portable", 0.0, name)
+    backward = (*head, targets, ones, None, [0.8, 4.0, 1.3], -100, [True] * 3, 4, -1, "portable", 0.0, name)
     torch.library.opcheck(operator.linear_logprobs_backward, backward, test_utils=tests)
 
 

@@ -1,8 +1,8 @@
 """The lm head's product in Triton with the exponentials in its epilogue: the logits themselves never reach memory.
 
-A tile of logits leaves the tensor cores' accumulators as exp(z - base), rounded to the dtype of the products that follow,
-with base the target's z: a dot product of two vectors a row, made beforehand. What a tile cannot know, a row far above its
-target, the host looks at after the chunk; such a chunk goes the ordinary way.
+A tile of logits leaves the tensor cores' accumulators as exp(z - base), rounded to the dtype of the products that
+follow, with base the target's z: a dot product of two vectors a row, made beforehand. What a tile cannot know, a row
+with words far above its target, the host looks for after the chunk; such a chunk goes the ordinary way.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _product_kernel(
     """Program: a tile (BLOCK_M rows, BLOCK_N words) of matrix (n, V), and the tile's part of its rows' sums.
 
     hidden (n, H), weight (V, H), bias (V,), targets (n,) int64, own (n,) z of the target; tops, rests, dots (tiles of
-    words, n). All row tiles of some words come before the next words: the chunk's hidden states stay in the L2 cache and
-    every word's weight comes from memory once.
+    words, n). All row tiles of some words come before the next words: the chunk's hidden states stay in the L2 cache,
+    and every word's weight comes from memory once.
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tile_n = tl.program_id(0) // tiles_m

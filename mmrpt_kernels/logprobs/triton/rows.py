@@ -253,10 +253,9 @@ def _exponentials_kernel(
         top = _highest(logits, vocab, inner, outer, CAPPED, TILE)
         base = tl.where(top - own > most_above, top, own)
     top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
-    if not OVER:
-        if top - own > most_above:
-            base = top
-            top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
+    if not OVER and top - own > most_above:
+        base = top
+        top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
     tl.store(shift_out + row, own - base)
     tl.store(rest_out + row, rest)
     tl.store(dots_out + row, dots)
