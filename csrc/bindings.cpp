@@ -39,11 +39,13 @@ void dispatch(const Call& call, const Where& where, OnHost on_host, OnDevice on_
 #if defined(MMRPT_CUDA_ARCHITECTURES)
 const auto partials_on_device = &mmrpt::partials_on_device;
 const auto gradient_on_device = &mmrpt::gradient_on_device;
+const auto exponentials_on_device = &mmrpt::exponentials_on_device;
 #else
 #define MMRPT_CUDA_ARCHITECTURES ""
 const auto not_built = [](auto&&...) { return "this build of mmrpt_kernels._C has no CUDA sources (no nvcc)"; };
 const auto partials_on_device = not_built;
 const auto gradient_on_device = not_built;
+const auto exponentials_on_device = not_built;
 #endif
 
 // logits (rows, vocab) float32, `stride` floats from row to row; targets (rows,) int64; out (4, rows) float32: top,
@@ -86,6 +88,26 @@ void row_gradient(Address logits, std::int64_t stride, const Shape& shape, Addre
   dispatch(call, where, &mmrpt::gradient_on_host, gradient_on_device);
 }
 
+// As above, without float16; sums (3, rows) float32: the target's z - base, and total and dots of the other words.
+void row_exponentials(Address logits, std::int64_t stride, const Shape& shape, Address targets, Address sums, Address out,
+                      std::int64_t out_stride, const std::string& element, bool want_dots, float most_above,
+                      const Scalars& scalars, const Where& where) {
+  const mmrpt::ExponentialsCall call{at<float>(logits),
+                                     at<std::int64_t>(targets),
+                                     at<float>(sums),
+                                     at<void>(out),
+                                     element_of(element),
+                                     shape.first,
+                                     stride,
+                                     out_stride,
+                                     shape.second,
+                                     want_dots,
+                                     most_above,
+                                     mmrpt::make_head(scalars[0], scalars[1], scalars[2])};
+  if (call.element == mmrpt::Element::kFloat16) throw std::invalid_argument("out: float16's range is too short");
+  dispatch(call, where, &mmrpt::exponentials_on_host, exponentials_on_device);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -104,4 +126,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("row_gradient", &row_gradient, release(), py::arg("logits"), py::arg("stride"), py::arg("shape"),
              py::arg("targets"), py::arg("columns"), py::arg("out"), py::arg("out_stride"), py::arg("element"),
              py::arg("scalars"), py::arg("where"));
+  module.def("row_exponentials", &row_exponentials, release(), py::arg("logits"), py::arg("stride"), py::arg("shape"),
+             py::arg("targets"), py::arg("sums"), py::arg("out"), py::arg("out_stride"), py::arg("element"),
+             py::arg("want_dots"), py::arg("most_above"), py::arg("scalars"), py::arg("where"));
 }

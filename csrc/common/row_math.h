@@ -120,4 +120,55 @@ MMRPT_HOST_DEVICE float word_gradient(const RowGradient& row, float raw, bool is
   return kCapped ? gradient * (1.0f - bent * bent) : gradient;
 }
 
+// The other way to the same gradient, for losses of log-probabilities alone: relative to a base that is known before the
+// sweep, a word's exponential is its gradient already, up to one factor a row that the loss decides later.
+//   d log p_t / d raw_j = -slope / whole * matrix_j,   whole = exp(z_t - base) + total,
+//   matrix_j = exp(z_j - base) (1 - tanh^2) for j != t,   matrix_t = -total (1 - tanh^2)
+// Sums over (part of) a row's words but its target.
+struct BasedSums {
+  float top;    // max_j z_j
+  float total;  // sum_j exp(z_j - base)
+  float dots;   // sum_j (z_j - base) exp(z_j - base); 0 where the entropy is not wanted
+};
+
+MMRPT_HOST_DEVICE BasedSums empty_based_sums() { return BasedSums{-INFINITY, 0.0f, 0.0f}; }
+
+MMRPT_HOST_DEVICE BasedSums merge(BasedSums a, BasedSums b) {
+  return BasedSums{fmaxf(a.top, b.top), a.total + b.total, a.dots + b.dots};
+}
+
+// The target of a row: its z is the base as long as no word lies more than `most` above it.
+struct Target {
+  int column;   // -1 where it is no word: z is NaN then, and so is the row
+  float z;
+  float slope;  // 1 - tanh^2
+};
+
+template <bool kCapped>
+MMRPT_HOST_DEVICE Target target_of(const float* row, int vocab, long long column, const Head& head) {
+  if (column < 0 || column >= vocab) return Target{-1, NAN, 0.0f};
+  const float bent = bend<kCapped>(row[column], head);
+  return Target{static_cast<int>(column), head.outer * bent, kCapped ? 1.0f - bent * bent : 1.0f};
+}
+
+MMRPT_HOST_DEVICE bool too_far_above(float top, float base, float most) { return top - base > most; }
+
+// N neighbours of a row become their words of the matrix, `chosen` (if among them) 0. `counts`: whether they are there.
+template <bool kDots, bool kCapped, int N>
+MMRPT_HOST_DEVICE BasedSums exponentials(const float (&raw)[N], float base, int chosen, bool counts, const Head& head,
+                                         float (&matrix)[N]) {
+  float exps[N], dots[N], top = -INFINITY;
+MMRPT_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const float bent = bend<kCapped>(raw[i], head);
+    const float z = counts && i != chosen ? head.outer * bent : -INFINITY;
+    const float shift = z - base;
+    top = fmaxf(top, z);
+    exps[i] = expf(shift);
+    dots[i] = kDots ? exps[i] * fmaxf(shift, kFarBelow) : 0.0f;
+    matrix[i] = kCapped ? exps[i] * (1.0f - bent * bent) : exps[i];
+  }
+  return BasedSums{top, tree_sum<N>(exps), kDots ? tree_sum<N>(dots) : 0.0f};
+}
+
 }  // namespace mmrpt

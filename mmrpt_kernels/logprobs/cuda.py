@@ -10,7 +10,15 @@ import torch
 
 from mmrpt_kernels.common.extension import extension
 from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Slopes, Softmax, register_rows
+from mmrpt_kernels.logprobs.rows import (
+    MOST_ABOVE,
+    Exponentials,
+    Partials,
+    RowKernels,
+    Slopes,
+    Softmax,
+    register_rows,
+)
 
 __all__ = ["ROW_KERNELS"]
 
@@ -78,5 +86,33 @@ def row_gradient(
     return out
 
 
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_statistics, rounds=True)
+def row_exponentials(
+    raw: torch.Tensor,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    into: torch.Tensor | None = None,
+) -> tuple[Exponentials, torch.Tensor]:
+    """`RowKernels.exponentials` for raw (n, V) float32; into (n, V) float32 or bfloat16; rows of both at any stride."""
+    out = raw if into is None else into
+    targets, sums = targets.contiguous(), raw.new_empty(3, raw.shape[0])
+    _call(
+        "row_exponentials",
+        raw.device,
+        raw.data_ptr(),
+        raw.stride(0),
+        tuple(raw.shape),
+        targets.data_ptr(),
+        sums.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        str(out.dtype).removeprefix("torch."),
+        want_entropy,
+        MOST_ABOVE,
+        options,
+    )
+    return Exponentials(*sums.unbind()), out
+
+
+ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=True)
 register_rows("cuda", ROW_KERNELS)

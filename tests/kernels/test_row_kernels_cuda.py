@@ -1,6 +1,6 @@
 """The row kernels in CUDA C++: their host build against float64, the machine code they compile to, and the GPU itself.
 
-What every pair of row kernels must do is in test_row_kernels.py; here is what only these can get wrong: alignment,
+What every set of row kernels must do is in test_row_kernels.py; here is what only these can get wrong: alignment,
 tails, rounding to half precision, the extension's bindings.
 """
 
@@ -18,8 +18,8 @@ import torch
 from mmrpt_kernels import backends, linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.common.head import HeadOptions, transform_logits
-from mmrpt_kernels.logprobs.cuda import row_gradient, row_statistics
-from mmrpt_kernels.logprobs.rows import Partials, Softmax, finish
+from mmrpt_kernels.logprobs.cuda import row_exponentials, row_gradient, row_statistics
+from mmrpt_kernels.logprobs.rows import MOST_ABOVE, Exponentials, Partials, Softmax, finish
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +245,97 @@ def test_dots_are_zero_unless_wanted_and_runs_repeat(device, seed):
     assert all(torch.equal(one, other) for one, other in zip(full, again, strict=True))
 
 
+# ---- exponentials ----
+
+
+def assert_same_bits(one: tuple[Exponentials, torch.Tensor], other: tuple[Exponentials, torch.Tensor], what="") -> None:
+    for a, b in zip((*one[0], one[1]), (*other[0], other[1]), strict=True):
+        assert torch.equal(a, b), what
+
+
+def near_and_far(rows: int, vocab: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets; in every second row the target is too far below the others to be their base."""
+    raw, targets = strided(rows, vocab, 2.0, device), torch.randint(vocab, (rows,), device=device)
+    far = torch.arange(1, rows, 2, device=device)
+    raw[far, targets[far]] -= 2 * MOST_ABOVE
+    return raw, targets
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_exponentials_over_the_logits_and_beside_them_are_the_same(options, device, seed):
+    """A look ahead, and a second sweep for the rows that need it, settle on one base; runs repeat."""
+    raw, targets = near_and_far(6, 8201, device)
+    before, beside = raw.clone(), torch.empty(6, 8201, device=device)
+    with poisoned_memory():
+        apart = row_exponentials(raw, targets, options, True, beside)
+        again = row_exponentials(raw, targets, options, True, torch.empty_like(beside))
+        half = row_exponentials(raw, targets, options, True, torch.empty_like(beside, dtype=torch.bfloat16))
+    assert torch.equal(raw, before) and apart[1] is beside
+    assert_same_bits(apart, again)
+    assert_same_bits((apart[0], beside.to(torch.bfloat16)), half, "rounded once, from float32")
+    z = transform_logits(raw, options)
+    gap = z.amax(1) - z.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(apart[0].shift, torch.where(gap > MOST_ABOVE, -gap, 0.0))
+    assert options.softcap > 0.0 or apart[0].shift.count_nonzero() >= 3
+    over = row_exponentials(raw, targets, options, True)
+    assert over[1] is raw
+    assert_same_bits(over, apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 2, 3, 4, 5, 7, 8, 11, 16, 23, 2051])
+def test_exponentials_at_every_alignment(vocab, dtype, device, seed):
+    """As for the gradient; another start adds the same words in another order."""
+    values, targets = near_and_far(3, vocab, device)
+    want = row_exponentials(
+        values.contiguous(), targets, PLAIN, True, torch.empty(3, vocab, dtype=dtype, device=device)
+    )
+    for offset in range(4):
+        held = torch.full((offset + 3 * (vocab + 5),), torch.nan, device=device)
+        raw = held[offset:].view(3, vocab + 5)[:, :vocab]
+        raw.copy_(values)
+        for shift in range(8):
+            around = torch.full((shift + 3 * (vocab + 9),), 7.0, device=device, dtype=dtype)
+            out = around[shift:].view(3, vocab + 9)[:, :vocab]
+            sums, matrix = row_exponentials(raw, targets, PLAIN, True, out)
+            assert matrix is out
+            torch.testing.assert_close(tuple(sums), tuple(want[0]), rtol=1e-6, atol=0)
+            at_target = torch.arange(3, device=device), targets
+            torch.testing.assert_close(out[at_target], want[1][at_target])
+            out[at_target] = want[1][at_target]
+            assert torch.equal(out, want[1]), f"offset {offset}, shift {shift}"
+            out.fill_(7.0)
+            assert (around == 7.0).all(), f"offset {offset}, shift {shift}: written beside the row"
+
+
+def test_exponentials_of_a_long_row_are_good_to_a_millionth(device, seed):
+    raw, targets = strided(2, 151_936, 3.0, device), torch.tensor([5, 151_935], device=device)
+    sums, matrix = row_exponentials(raw, targets, PLAIN, True, torch.empty(2, 151_936, device=device))
+    shifted = raw.double() - raw.double().gather(1, targets[:, None])
+    shifted += sums.shift[:, None].double()
+    exps = shifted.exp().scatter(1, targets[:, None], 0.0)
+    torch.testing.assert_close(sums.rest.double(), exps.sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.dots.double(), (shifted * exps).sum(1), rtol=1e-6, atol=1e-6 * exps.sum(1).max())
+    assert torch.equal(matrix.gather(1, targets[:, None])[:, 0], -sums.rest)
+
+
+def test_exponentials_of_no_word_touch_nobody(device, seed):
+    """An id that is no word, which nothing checks on a GPU: a broken row of zeros, and no address beside it."""
+    around = torch.full((5, 1000), 7.0, device=device)
+    raw, targets = strided(3, 1000, 2.0, device), torch.tensor([-1, 3, 1000], device=device)
+    sums, matrix = row_exponentials(raw, targets, PLAIN, True, around[1:4])
+    assert sums.rest[[0, 2]].isnan().all() and (matrix[[0, 2]] == 0).all() and (around[[0, 4]] == 7).all()
+    assert sums.rest[1] > 0 and (sums.dots[1] != 0)
+    bare, _ = row_exponentials(raw, targets, PLAIN, False, around[1:4])
+    assert torch.equal(bare.rest[1], sums.rest[1]) and bare.dots[1] == 0
+
+
+def test_exponentials_refuse_a_short_range(device):
+    raw, targets = torch.zeros(1, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="float16's range is too short"):
+        row_exponentials(raw, targets, PLAIN, True, raw.half())
+
+
 # ---- the operators ----
 
 
@@ -336,7 +427,7 @@ def test_kernels_keep_everything_in_registers(architecture, tmp_path):
     kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(kernels) == len(frames) == len(registers) == 16, done.stderr
+    assert len(kernels) == len(frames) == len(registers) == 24, done.stderr
     assert set(frames) == {("0", "0", "0")}, list(zip(kernels, frames, strict=True))
     assert max(registers) <= 64, "two blocks of 512 threads no longer fit a multiprocessor"
 
@@ -362,13 +453,30 @@ def test_the_gpu_and_the_host_agree(seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponentials_agree_with_the_host(dtype, seed):
+    served("cuda")
+    raw, targets = near_and_far(64, 50_021, "cpu")
+    here = row_exponentials(raw, targets, PLAIN, True, torch.empty(64, 50_021, dtype=dtype))
+    for into in (torch.empty(64, 50_021, dtype=dtype, device="cuda"), None):  # beside the logits, and over them
+        sums, matrix = row_exponentials(raw.cuda(), targets.cuda(), PLAIN, True, into)
+        for one, other in zip(here[0], sums, strict=True):
+            torch.testing.assert_close(one, other.cpu(), rtol=1e-5, atol=1e-5)
+        rounding = torch.finfo(matrix.dtype if dtype == torch.float32 else dtype).eps
+        torch.testing.assert_close(here[1].float(), matrix.float().cpu(), rtol=max(2 * rounding, 1e-5), atol=1e-9)
+
+
+@pytest.mark.gpu
 def test_kernels_follow_the_current_stream_and_replay_from_a_graph(seed):
     served("cuda")
     raw, targets = torch.zeros(16, 40_000, device="cuda"), torch.zeros(16, dtype=torch.int64, device="cuda")
     row_statistics(raw, targets, PLAIN, True, True)  # loads the module outside the capture
     graph = torch.cuda.CUDAGraph()
+    into = torch.empty(16, 40_000, device="cuda")
     with torch.cuda.graph(graph):
         partials, _ = row_statistics(raw, targets, PLAIN, True, True)
+        sums, _ = row_exponentials(raw, targets, PLAIN, True, into)
     raw.copy_(torch.randn(16, 40_000))
     graph.replay()
     torch.testing.assert_close(partials.total, (raw - raw.amax(-1, keepdim=True)).exp().sum(-1))
+    torch.testing.assert_close(sums.rest, (raw - raw[:, :1]).exp()[:, 1:].sum(-1))
