@@ -150,6 +150,14 @@ class TestPortable:
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
+    def test_without_compaction_all_rows_may_be_ignored(self, seed):
+        made = make(PLAIN, seed)
+        made["targets"] = torch.full_like(made["targets"], -100)
+        out = call(made, PLAIN, compact=False)
+        assert not out.logps.any() and not out.entropy.any()
+        grads = torch.autograd.grad(out.logps.sum() + out.entropy.sum(), (made["hidden"], made["weight"]))
+        assert not any(grad.any() for grad in grads)
+
     def test_row_does_not_depend_on_its_batch(self, seed):
         made = make(PLAIN, seed)
         alone = {name: made[name][3:4] for name in ("hidden", "targets")}

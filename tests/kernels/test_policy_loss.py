@@ -281,6 +281,11 @@ class TestPortable:
             tolerance = {"what": f"seed {seed}", "rtol": 1e-11, "atol": 1e-13}
             assert_same(run(made, compact=False, **options), run(made, **options), **tolerance)
 
+    def test_without_compaction_all_tokens_may_be_masked(self, seed):
+        made = make(BATCH, seed, batch=4)
+        made["response_mask"] = torch.zeros_like(made["response_mask"])
+        assert_same(run(made, compact=False), run(made), rtol=0, atol=0)
+
     def test_statistics_do_not_change_the_loss(self, variant, seed):
         made = make(BATCH, seed, batch=4)
         without = run(made, return_statistics=False, **variant)
