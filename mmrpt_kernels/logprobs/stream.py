@@ -248,6 +248,8 @@ def visit(
             if learns:
                 if masked:
                     slopes = tuple(None if t is None else torch.where(rows[chunk], t, 0.0) for t in slopes)
+                    idle = [t == 0 for t in slopes if t is not None]  # here too, 0 * NaN
+                    hidden_rows.masked_fill_(torch.stack(idle).all(0)[:, None], 0.0)
                 some = None if into is None else into[: taken.shape[0]]
                 grad_raw = kernels.gradient(state, wanted, head.options, softmax, slopes, some)
                 gradients.add(taken, hidden_rows, grad_raw, alone=step >= count)

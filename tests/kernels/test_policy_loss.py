@@ -286,6 +286,19 @@ class TestPortable:
         made["response_mask"] = torch.zeros_like(made["response_mask"])
         assert_same(run(made, compact=False), run(made), rtol=0, atol=0)
 
+    def test_a_broken_token_without_gradient_breaks_no_gradient(self, seed):
+        """A response token outside the perception mask is looked at for the statistics, and only for them."""
+        made = make(BATCH, seed, batch=4)
+        idle = made["response_mask"] & (made["targets"] != -100) & ~made["perception_mask"]
+        assert idle.any()
+        whole = {compact: run(made, compact=compact) for compact in (True, False)}
+        with torch.no_grad():
+            made["hidden"][idle] = float("nan")
+        for compact in (True, False):
+            broken = run(made, compact=compact)
+            for name in ("loss", "d_hidden", "d_weight"):
+                torch.testing.assert_close(broken[name], whole[compact][name], rtol=1e-12, atol=1e-13)
+
     def test_statistics_do_not_change_the_loss(self, variant, seed):
         made = make(BATCH, seed, batch=4)
         without = run(made, return_statistics=False, **variant)
