@@ -88,6 +88,18 @@ class TestReference:
 
         assert torch.autograd.gradcheck(outputs, (made["hidden"], made["weight"], made["bias"]))
 
+    @pytest.mark.parametrize("backend", ("reference", "portable"))
+    def test_a_banned_word_is_a_missing_word(self, backend, seed):
+        """A bias of -inf, with slopes above 1, which the largest float cannot be multiplied by."""
+        made = make(PLAIN, seed)
+        made["targets"] = made["targets"].clamp(min=1)
+        short = made | {"weight": made["weight"][1:], "targets": made["targets"] - 1}
+        banned = made | {"bias": torch.zeros(101, dtype=torch.float64).index_fill_(0, torch.tensor(0), -torch.inf)}
+        outs = call(banned, PLAIN, backend=backend), call(short, PLAIN, backend="reference")
+        totals = [out.logps.sum() + 5.0 * out.entropy.sum() for out in outs]
+        grads = [torch.autograd.grad(total, (made["hidden"], made["weight"])) for total in totals]
+        torch.testing.assert_close([*outs[0], *grads[0]], [*outs[1], *grads[1]])
+
 
 class TestPortable:
     @pytest.mark.parametrize("case", HEAD_CASES, ids=case_name)
