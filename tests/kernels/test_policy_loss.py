@@ -698,6 +698,7 @@ class TestErrors:
             ({"old_logps": torch.ones(2)}, "old_logps: got shape"),
             ({"kl_coef": 0.1}, "ref_logps: got None"),
             ({"kl_coef": float("nan")}, "kl_coef: got nan"),
+            ({"entropy_coef": float("-inf")}, "entropy_coef: got -inf"),
             ({"kl_estimator": "k4"}, "kl_estimator: got 'k4', expected one of k1, k2, k3"),
             ({"clip_low": 1.5}, "clip_low: got 1.5"),
             ({"clip_high": -0.1}, "clip_high: got -0.1"),
@@ -709,6 +710,7 @@ class TestErrors:
             ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: got 3.0 with surrogate 'cispo'"),
             ({"aggregation": "mean"}, "aggregation: got 'mean'"),
             ({"normalizer": 0.0}, "normalizer: got 0.0"),
+            ({"normalizer": float("inf")}, "normalizer: got inf"),
             ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
             ({"temperature": -1.0}, "temperature: got -1.0"),
         ],
@@ -765,6 +767,17 @@ class TestTorch:
         found, expected = compiled(*wrt), step(*wrt)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found[0], wrt), torch.autograd.grad(expected[0], wrt))
+
+    def test_annealed_coefficients_compile_without_graph_break(self, seed, fresh_compiler):
+        """A number that changes between calls becomes symbolic at its second value."""
+        made = make(SMALL, seed, batch=2, dtype=torch.float32)
+
+        def step(coef: float):
+            return call(made, kl_coef=coef, entropy_coef=2 * coef, normalizer=10 * coef, temperature=1 + coef).loss
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for coef in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(coef), step(coef))
 
     def test_token_loss_compiles_without_graph_break(self, seed, fresh_compiler):
         made = make(SMALL, seed, batch=2, dtype=torch.float32)
