@@ -7,6 +7,7 @@ synchronised with a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -69,9 +70,10 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 
 def check_range(name: str, value: float, low: float | None, high: float | None, *, low_open: bool = False) -> None:
-    """Raise ValueError unless low <= value <= high (low < value with `low_open`); None leaves an end free."""
-    above = low is None or (value > low if low_open else value >= low)
-    below = high is None or value <= high
+    """Raise ValueError unless low <= value <= high (low < value with `low_open`); None asks for no more than a finite
+    number at that end. Comparisons alone: a number that changes between compiled calls is symbolic."""
+    above = value > -math.inf if low is None else (value > low if low_open else value >= low)
+    below = value < math.inf if high is None else value <= high
     if not (above and below):  # NaN fails both
         left = "(-inf" if low is None else f"{'(' if low_open else '['}{low}"
         right = "inf)" if high is None else f"{high}]"

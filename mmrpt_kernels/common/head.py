@@ -14,6 +14,7 @@ temperature: the cap belongs to the model, the temperature to the sampler.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,15 @@ def check_head(
     checks.check_range("temperature", options.temperature, 0.0, None, low_open=True)
     checks.check_range("softcap", options.softcap, 0.0, None)
     checks.check(
-        options.logit_scale != 0.0 and options.logit_scale == options.logit_scale,
-        f"logit_scale: got {options.logit_scale}, expected a number other than 0; 1.0 leaves the logits as they are",
+        options.logit_scale != 0.0 and abs(options.logit_scale) < math.inf,
+        f"logit_scale: got {options.logit_scale}, expected a finite number other than 0; 1.0 leaves the logits as they "
+        "are",
     )
     if chunk_size is not None:
+        checks.check(
+            isinstance(chunk_size, int),
+            f"chunk_size: got {chunk_size!r}, expected a whole number of rows; pass an int, or leave it None",
+        )
         checks.check_range("chunk_size", chunk_size, 1, None)
 
 

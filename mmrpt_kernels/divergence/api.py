@@ -85,8 +85,9 @@ def linear_token_divergence(
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size)
     hidden_p, hidden_q, weight, weight_q, bias = cast_for_autocast(hidden_p, hidden_q, weight, weight_q, bias)
-    dtype = statistics_dtype(hidden_p, hidden_q, weight, weight_q, bias)
-    dtype = dtype if dtype == torch.float64 else hidden_p.dtype
+    dtype = hidden_p.dtype
+    if statistics_dtype(hidden_p, hidden_q, weight, weight_q, bias) == torch.float64:  # of both views, then
+        dtype, hidden_p, hidden_q = torch.float64, hidden_p.double(), hidden_q.double()
     name = select("divergence", device=hidden_p.device, dtype=dtype, requested=backend)
     lead = hidden_p.shape[:-1]
     flat_p, flat_q = hidden_p.reshape(-1, hidden_p.shape[-1]), hidden_q.reshape(-1, hidden_q.shape[-1])

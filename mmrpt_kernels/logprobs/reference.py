@@ -48,6 +48,6 @@ def linear_logprobs(
     if not return_entropy:
         return logps, None
     # A word of probability 0 adds nothing (0 log 0 = 0): keep -inf out of the product.
-    summands = log_probs.exp() * log_probs.clamp_min(torch.finfo(dtype).min)
+    summands = log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)
     entropy = -summands.sum(-1).clamp(-math.log(weight.shape[0]), 0.0)
     return logps, torch.where(wanted, entropy, 0.0)

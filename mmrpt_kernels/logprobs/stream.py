@@ -180,6 +180,9 @@ def visit(
             if gradients is not None:
                 if some is not None:
                     slopes = tuple(None if t is None else torch.where(some, t, 0.0) for t in slopes)
+                    # Of a token that only statistics look at neither: 0 * NaN again.
+                    idle = [t == 0 for t in slopes if t is not None]
+                    hidden_rows.masked_fill_(torch.stack(idle).all(0)[:, None], 0.0)
                 matrix, scale = grade(slopes)
                 gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)
         grade = matrix = None  # the next chunk's logits take this one's memory

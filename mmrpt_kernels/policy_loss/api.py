@@ -101,7 +101,7 @@ def linear_policy_loss(
         ref_logps: (B, T) of the reference model, for kl_coef (over all response tokens) and its statistic.
         kl_estimator: "k1" logp - ref, "k2" (logp - ref)^2 / 2, "k3" exp(ref - logp) - (ref - logp) - 1.
         sampler_weights: (B, T) truncated importance weights for an engine whose log-probs differ; scale the surrogate.
-        clip_low, clip_high: in [0, 1] and >= 0. dual_clip: > 1, or None.
+        clip_low, clip_high: in [0, 1] and >= 0 (inf: no upper clip). dual_clip: > 1, or None.
         entropy_coef: > 0 rewards entropy, < 0 penalises it. entropy_scope: "response" or "kept" (perception_mask), so
             that other tokens cost nothing. entropy_kind: "exact", or "sampled" = -logp (VPPO's published code).
         ratio_level: "token", or "sequence" (GSPO): r is exp of the response's mean log-ratio as a value, each token

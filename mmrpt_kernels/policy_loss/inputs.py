@@ -26,7 +26,8 @@ def _check_word(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_finite(name: str, value: float) -> None:
-    checks.check(math.isfinite(value), f"{name}: got {value}, expected a finite number; 0 switches the term off")
+    # Not math.isfinite: a coefficient that changes between compiled calls is symbolic, and it would break the graph.
+    checks.check(abs(value) < math.inf, f"{name}: got {value}, expected a finite number; 0 switches the term off")
 
 
 def check_options(
@@ -40,7 +41,7 @@ def check_options(
     _check_word("surrogate", options.surrogate, SURROGATES)
     _check_word("aggregation", aggregation, AGGREGATIONS)
     checks.check_range("clip_low", options.clip_low, 0.0, 1.0)
-    checks.check_range("clip_high", options.clip_high, 0.0, None)
+    checks.check_range("clip_high", options.clip_high, 0.0, math.inf)
     if options.dual_clip is not None:
         checks.check_range("dual_clip", options.dual_clip, 1.0, None, low_open=True)
         checks.check(

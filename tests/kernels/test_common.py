@@ -43,6 +43,7 @@ class TestChecks:
             (lambda: checks.check_range("k", 0.0, 0.0, 1.0, low_open=True), ("0.0", "(0.0, 1.0]")),
             (lambda: checks.check_range("k", float("nan"), None, 1.0), ("nan", "(-inf, 1.0]")),
             (lambda: checks.check_range("k", -1, 0, None), ("-1", "[0, inf)")),
+            (lambda: checks.check_range("k", float("inf"), 0, None), ("inf", "[0, inf)")),
         ],
     )
     def test_refusal(self, call, words):
@@ -56,6 +57,7 @@ class TestChecks:
         checks.check_dtype("q", torch.zeros(1), (torch.float32,))
         checks.check_same_device(a=None, b=torch.zeros(1), c=torch.zeros(2))
         checks.check_range("k", 1.0, 0.0, 1.0)
+        checks.check_range("k", float("inf"), 0.0, float("inf"))
 
     @pytest.mark.parametrize(
         "change, word",

@@ -172,6 +172,20 @@ class TestPortable:
             back = getattr(out, field).transpose(0, 1).reshape(expected.shape)
             torch.testing.assert_close(back, expected, msg=lambda m, n=field: f"{n}: {m}")
 
+    @pytest.mark.parametrize("wide", ("hidden", "hidden_q", "weight", "weight_q", "bias"))
+    def test_one_float64_tensor_makes_everything_float64(self, wide, seed):
+        made = head_inputs(SMALL, dtype=torch.float32, seed=seed)
+        made["weight_q"] = made["weight"] + 0.1
+        wrt = leaves(made)
+        made[wide] = made[wide].double()
+        results = {}
+        for backend in ("reference", "portable"):
+            out = call(made, SMALL, weight_q=made["weight_q"], backend=backend)
+            assert all(part.dtype == torch.float64 for part in out)
+            results[backend] = [*out, *torch.autograd.grad(mixed_sum(out, seed), list(wrt.values()))]
+        torch.testing.assert_close(results["portable"][:5], results["reference"][:5], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(results["portable"][5:], results["reference"][5:], rtol=1e-6, atol=1e-6)
+
     def test_one_vector_without_leading_dimensions(self, seed):
         made = head_inputs(PLAIN, seed=seed)
         one = linear_token_divergence(made["hidden"][0], made["hidden_q"][0], made["weight"])

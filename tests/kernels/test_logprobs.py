@@ -88,6 +88,18 @@ class TestReference:
 
         assert torch.autograd.gradcheck(outputs, (made["hidden"], made["weight"], made["bias"]))
 
+    @pytest.mark.parametrize("backend", ("reference", "portable"))
+    def test_a_banned_word_is_a_missing_word(self, backend, seed):
+        """A bias of -inf, with slopes above 1, which the largest float cannot be multiplied by."""
+        made = make(PLAIN, seed)
+        made["targets"] = made["targets"].clamp(min=1)
+        short = made | {"weight": made["weight"][1:], "targets": made["targets"] - 1}
+        banned = made | {"bias": torch.zeros(101, dtype=torch.float64).index_fill_(0, torch.tensor(0), -torch.inf)}
+        outs = call(banned, PLAIN, backend=backend), call(short, PLAIN, backend="reference")
+        totals = [out.logps.sum() + 5.0 * out.entropy.sum() for out in outs]
+        grads = [torch.autograd.grad(total, (made["hidden"], made["weight"])) for total in totals]
+        torch.testing.assert_close([*outs[0], *grads[0]], [*outs[1], *grads[1]])
+
 
 class TestPortable:
     @pytest.mark.parametrize("case", HEAD_CASES, ids=case_name)
@@ -153,6 +165,14 @@ class TestPortable:
         if wanted:
             with pytest.raises(ValueError, match=f"compact: got fewer places .*{wanted} tokens count"):
                 call(made, case, compact=wanted - 1)
+
+    def test_without_compaction_all_rows_may_be_ignored(self, seed):
+        made = make(PLAIN, seed)
+        made["targets"] = torch.full_like(made["targets"], -100)
+        out = call(made, PLAIN, compact=False)
+        assert not out.logps.any() and not out.entropy.any()
+        grads = torch.autograd.grad(out.logps.sum() + out.entropy.sum(), (made["hidden"], made["weight"]))
+        assert not any(grad.any() for grad in grads)
 
     def test_row_does_not_depend_on_its_batch(self, seed):
         made = make(PLAIN, seed)
@@ -335,8 +355,12 @@ class TestErrors:
             ({"weight": torch.zeros(11, 4)}, "weight: got shape"),
             ({"temperature": 0.0}, "temperature: got 0.0"),
             ({"temperature": float("nan")}, "temperature: got nan"),
+            ({"temperature": float("inf")}, "temperature: got inf"),
             ({"softcap": -1.0}, "softcap: got -1.0"),
+            ({"softcap": float("inf")}, "softcap: got inf"),
+            ({"logit_scale": float("-inf")}, "logit_scale: got -inf"),
             ({"chunk_size": 0}, "chunk_size: got 0"),
+            ({"chunk_size": 2.5}, "chunk_size: got 2.5, expected a whole number"),
             ({"bias": torch.zeros(10)}, "bias: got shape"),
             ({"targets": torch.full((6,), 11)}, "targets: got ids from 11 to 11, expected 0 to 10"),
         ],

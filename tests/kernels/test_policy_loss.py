@@ -283,6 +283,24 @@ class TestPortable:
             for compact in (False, int((~outside).sum()), outside.numel() - 1):
                 assert_same(run(made, compact=compact, **options), counted, **tolerance)
 
+    def test_without_compaction_all_tokens_may_be_masked(self, seed):
+        made = make(BATCH, seed, batch=4)
+        made["response_mask"] = torch.zeros_like(made["response_mask"])
+        assert_same(run(made, compact=False), run(made), rtol=0, atol=0)
+
+    def test_a_broken_token_without_gradient_breaks_no_gradient(self, seed):
+        """A response token outside the perception mask is looked at for the statistics, and only for them."""
+        made = make(BATCH, seed, batch=4)
+        idle = made["response_mask"] & (made["targets"] != -100) & ~made["perception_mask"]
+        assert idle.any()
+        whole = {compact: run(made, compact=compact) for compact in (True, False)}
+        with torch.no_grad():
+            made["hidden"][idle] = float("nan")
+        for compact in (True, False):
+            broken = run(made, compact=compact)
+            for name in ("loss", "d_hidden", "d_weight"):
+                torch.testing.assert_close(broken[name], whole[compact][name], rtol=1e-12, atol=1e-13)
+
     def test_statistics_do_not_change_the_loss(self, variant, seed):
         made = make(BATCH, seed, batch=4)
         without = run(made, return_statistics=False, **variant)
@@ -692,6 +710,7 @@ class TestErrors:
             ({"old_logps": torch.ones(2)}, "old_logps: got shape"),
             ({"kl_coef": 0.1}, "ref_logps: got None"),
             ({"kl_coef": float("nan")}, "kl_coef: got nan"),
+            ({"entropy_coef": float("-inf")}, "entropy_coef: got -inf"),
             ({"kl_estimator": "k4"}, "kl_estimator: got 'k4', expected one of k1, k2, k3"),
             ({"clip_low": 1.5}, "clip_low: got 1.5"),
             ({"clip_high": -0.1}, "clip_high: got -0.1"),
@@ -703,6 +722,7 @@ class TestErrors:
             ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: got 3.0 with surrogate 'cispo'"),
             ({"aggregation": "mean"}, "aggregation: got 'mean'"),
             ({"normalizer": 0.0}, "normalizer: got 0.0"),
+            ({"normalizer": float("inf")}, "normalizer: got inf"),
             ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
             ({"temperature": -1.0}, "temperature: got -1.0"),
         ],
@@ -759,6 +779,17 @@ class TestTorch:
         found, expected = compiled(*wrt), step(*wrt)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found[0], wrt), torch.autograd.grad(expected[0], wrt))
+
+    def test_annealed_coefficients_compile_without_graph_break(self, seed, fresh_compiler):
+        """A number that changes between calls becomes symbolic at its second value."""
+        made = make(SMALL, seed, batch=2, dtype=torch.float32)
+
+        def step(coef: float):
+            return call(made, kl_coef=coef, entropy_coef=2 * coef, normalizer=10 * coef, temperature=1 + coef).loss
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for coef in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(coef), step(coef))
 
     def test_token_loss_compiles_without_graph_break(self, seed, fresh_compiler):
         made = make(SMALL, seed, batch=2, dtype=torch.float32)
