@@ -71,7 +71,7 @@ class Gradients:
     ) -> None:
         """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H).
 
-        skip_below: words with a smaller share of a chunk's gradient may leave the products (`columns.leave_out`).
+        skip_below: words that together hold at most this share of a chunk's gradient leave it (`columns.leave_out`).
         """
         self.head, self.need = head, (need[0], need[1], need[2] and head.bias is not None)
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
