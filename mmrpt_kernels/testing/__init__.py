@@ -9,7 +9,7 @@ from mmrpt_kernels.testing.cases import (
     head_inputs,
 )
 from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory
-from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head
+from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head, kept_words
 
 __all__ = [
     "ATTENTION_CASES",
@@ -23,5 +23,6 @@ __all__ = [
     "attention_inputs",
     "draw_head",
     "head_inputs",
+    "kept_words",
     "poisoned_memory",
 ]

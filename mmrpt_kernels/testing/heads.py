@@ -7,12 +7,16 @@ benchmarks draw the same heads here.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["HEADS", "HeadDraw", "draw_head"]
+from mmrpt_kernels.logprobs import columns
+
+__all__ = ["HEADS", "HeadDraw", "draw_head", "kept_words"]
 
 HEADS = ("flat", "zipf", "peaked", "trained")
 # The brief training of "trained": as many contexts as it can learn in as many steps, to about 3 nats at 8,192 words.
@@ -120,3 +124,21 @@ def _train(hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, se
             F.cross_entropy(states @ weight.t(), targets).backward()
             adam.step()
     return weight.detach().to(dtype)
+
+
+@contextmanager
+def kept_words() -> Iterator[list[float]]:
+    """Inside the block the list grows by the share of words that each chunk keeps under `skip_below`; 1.0 = all."""
+    seen: list[float] = []
+    real = columns.leave_out
+
+    def watched(grad_raw: torch.Tensor, share: float) -> columns.Columns | None:
+        found = real(grad_raw, share)
+        seen.append(1.0 if found is None else found.kept.shape[0] / grad_raw.shape[1])
+        return found
+
+    columns.leave_out = watched
+    try:
+        yield seen
+    finally:
+        columns.leave_out = real

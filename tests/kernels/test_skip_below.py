@@ -7,7 +7,7 @@ import torch
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.logprobs import columns
-from mmrpt_kernels.testing import HEADS, assert_close_to_truth, draw_head, poisoned_memory
+from mmrpt_kernels.testing import HEADS, assert_close_to_truth, draw_head, kept_words, poisoned_memory
 
 ROWS, VOCAB, HIDDEN = 96, 4099, 64
 HALVES = (torch.bfloat16, torch.float16)
@@ -33,18 +33,10 @@ def token_gradients(inputs: dict, *, wide: bool = False, **options) -> tuple[tor
 
 
 @pytest.fixture
-def kept(monkeypatch) -> list[float]:
+def kept():
     """What share of the words every chunk keeps: 1.0 where all stay."""
-    seen = []
-    real = columns.leave_out
-
-    def watched(grad_raw, skip_below):
-        found = real(grad_raw, skip_below)
-        seen.append(1.0 if found is None else found.kept.shape[0] / grad_raw.shape[1])
-        return found
-
-    monkeypatch.setattr(columns, "leave_out", watched)
-    return seen
+    with kept_words() as seen:
+        yield seen
 
 
 def assert_within_eagers_error(inputs: dict, what: str, **options) -> None:
