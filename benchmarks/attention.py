@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks import harness
+from benchmarks.goals import Goals, cases_of, ratio
 from benchmarks.harness import Case, Contender
 from benchmarks.logprobs import compiled_per_shape, no_compiler
 from mmrpt_kernels import backends
@@ -307,37 +308,25 @@ def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
     """What the kernels are to reach on a GPU, from the medians of each case that timed what it takes."""
     if record["provenance"]["device"] == "cpu":
         return []
-    found, peaks = [], {}
-
-    def judge(goal: str, case: str, measured: float, limit: str, met: bool) -> None:
-        found.append({"goal": goal, "case": case, "measured": measured, "limit": limit, "met": met})
-
-    for one in record["cases"]:
-        name, rows = one["name"], {row["name"]: row for row in one["contenders"]}
-        seconds = {key: row["seconds"][0] for key, row in rows.items() if "seconds" in row}
-        eager_seconds, ours_alone = seconds.get("eager with weights"), seconds.get("triton (no mass)")
-        best = min((seconds[key] for key in ("triton", "sdpa+mass") if key in seconds), default=None)
-        rival = min((t for key, t in seconds.items() if key.endswith("(no mass)")), default=None)
-        if "triton" in seconds and ours_alone:
-            limit = 1.05 if one["params"]["train"] else 1.03
-            ratio = seconds["triton"] / ours_alone
-            judge("time with mass / without, our kernels", name, ratio, f"<= {limit}", ratio <= limit)
-        if best and rival:
-            judge("fastest attention's time / best with mass", name, rival / best, ">= 0.94", rival / best >= 0.94)
-        text = seconds.get("SDPA + visual_mass, text rows")
-        if text and rival:
-            judge("fastest attention's time / mass of text rows", name, rival / text, ">= 0.94", rival / text >= 0.94)
-        if best and eager_seconds and one["params"]["T"] >= 8 * K:
-            judge("eager's time / best with mass", name, eager_seconds / best, ">= 20", eager_seconds / best >= 20)
-        errors, yardstick = (rows.get(key, {}).get("errors") for key in ("triton", "eager with weights"))
-        if errors and yardstick:
-            worst = max(errors[key] / max(yardstick[key], 1e-12) for key in errors)
-            judge("largest error / eager's, our kernels", name, worst, "<= 1.5", worst <= 1.5)
-        peaks[name] = rows.get("triton", {}).get("peak_bytes")
-    if peaks.get("forward-7b-8k") and peaks.get("forward-7b-16k"):
-        ratio = peaks["forward-7b-16k"] / peaks["forward-7b-8k"]
-        judge("memory at 16k tokens / at 8k, our kernels", "forward-7b", ratio, "<= 2.2", ratio <= 2.2)
-    return found
+    found, peaks = Goals(), {}
+    for case in cases_of(record):
+        name, time = case.name, partial(case.of, what="seconds")
+        limit = 1.05 if case.params["train"] else 1.03
+        with_mass = ratio(time("triton"), time("triton (no mass)"))
+        found.at_most("time with mass / without, our kernels", name, with_mass, limit)
+        best = time(case.fastest(lambda row: row["name"] in ("triton", "sdpa+mass")))
+        rival = time(case.fastest(lambda row: row["name"].endswith("(no mass)")))
+        found.at_least("fastest attention's time / best with mass", name, ratio(rival, best), 0.94)
+        text = time("SDPA + visual_mass, text rows")
+        found.at_least("fastest attention's time / mass of text rows", name, ratio(rival, text), 0.94)
+        if case.params["T"] >= 8 * K:
+            found.at_least("eager's time / best with mass", name, ratio(time("eager with weights"), best), 20)
+        worst = case.error_ratio("triton", "eager with weights")
+        found.at_most("largest error / eager's, our kernels", name, worst, 1.5)
+        peaks[name] = case.of("triton", "peak_bytes")
+    growth = ratio(peaks.get("forward-7b-16k"), peaks.get("forward-7b-8k"))
+    found.at_most("memory at 16k tokens / at 8k, our kernels", "forward-7b", growth, 2.2)
+    return found.rows
 
 
 def main(argv=None) -> int:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ class Contender:
         results than the baseline must name those it has; (): what it computes is something else.
     floor: the bare products that the mathematics needs, nobody's implementation: not gated, and the others' times are
         also given as multiples of its time. At most one.
+    approximate: asked to be inexact beyond the error rule: its errors are reported, not judged.
+    facts: called as facts(**inputs), untimed: name -> number worth knowing beside the times, shown in the note.
     """
 
     name: str
@@ -87,6 +90,8 @@ class Contender:
     skip: str | Callable[[Case], str | None] | None = None
     compare: tuple[str, ...] | None = None
     floor: bool = False
+    approximate: bool = False
+    facts: Callable[..., dict[str, float]] | None = None
 
 
 def parse_args(op: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -164,25 +169,37 @@ class _Gate:
         self.truth = dict(_named(baseline.fn(**_widened(self.inputs))))
         self.yardstick = dict(_named(baseline.fn(**self.inputs)))
 
-    def check(self, contender: Contender) -> dict[str, float]:
-        """Largest error of each floating result relative to max |truth|. AssertionError: the error rule is broken."""
+    def check(self, contender: Contender, row: dict[str, Any]) -> None:
+        """Fill the row's `errors`, the largest of each floating result relative to max |truth|, and `absolute_errors`.
+
+        AssertionError: the error rule is broken; the errors of all results stand in the row nevertheless.
+        """
         results = dict(_named(contender.fn(**self.inputs)))
-        errors = {}
+        row["errors"], row["absolute_errors"] = {}, {}
         if contender.floor:
-            return {}
-        for name in tuple(self.truth) if contender.compare is None else contender.compare:
+            return
+        names = tuple(self.truth) if contender.compare is None else contender.compare
+        for name in names:
             assert name in results, f"{name} is missing; results: {', '.join(results) or 'none'}"
-            actual, truth, yardstick = results[name], self.truth[name], self.yardstick[name]
-            if not truth.is_floating_point():
-                assert torch.equal(actual, yardstick), f"{name} differs from the baseline's"
-                continue
-            report = assert_close_to_truth(
-                actual, yardstick, truth.double(), name=name, dtype=self.dtype, floor=self.floor
-            )
-            finite = truth[torch.isfinite(truth)]
-            size = finite.abs().max().item() if finite.numel() else 0.0
-            errors[name] = report.max_error / size if size else report.max_error
-        return errors
+            truth = self.truth[name]
+            assert results[name].shape == truth.shape, f"{name}: shape {tuple(results[name].shape)}"
+            finite = torch.isfinite(truth)
+            if truth.is_floating_point() and finite.any():
+                largest = (results[name].double() - truth.double())[finite].abs().max().item()
+                row["absolute_errors"][name] = largest
+                row["errors"][name] = largest / (truth[finite].abs().max().item() or 1.0)
+                assert math.isfinite(largest), f"{name}: {largest} where the truth is finite"
+        if not contender.approximate:
+            for name in names:
+                self._judge(name, results[name])
+
+    def _judge(self, name: str, actual: torch.Tensor) -> None:
+        truth, yardstick = self.truth[name], self.yardstick[name]
+        if truth.is_floating_point():
+            rule = {"name": name, "dtype": self.dtype, "floor": self.floor}
+            assert_close_to_truth(actual, yardstick, truth.double(), **rule)
+        else:
+            assert torch.equal(actual, yardstick), f"{name} differs from the baseline's"
 
 
 def _status_of(error: BaseException) -> str:
@@ -213,7 +230,7 @@ def _gate_all(case: Case, contenders: Sequence[Contender], rows: dict[str, dict]
         if row["status"] != "ok":
             continue
         try:
-            row["errors"] = gate.check(contender)
+            gate.check(contender, row)
         except Exception as error:
             row["status"] = _status_of(error)
     del gate
@@ -234,6 +251,8 @@ def _measure(
         try:
             call()  # compilation and caches are not the operator's memory
             row["peak_bytes"] = peak_bytes(call, args.device)
+            if contender.facts is not None:
+                row["facts"] = contender.facts(**inputs)
             calls[contender.name] = call
         except Exception as error:
             row["status"] = _status_of(error)
@@ -308,7 +327,7 @@ def run(
 ) -> int:
     """Gate, time and write `<results>/<op>-<device>.json` and `.png`; print the table. Returns the exit code.
 
-    goals: the record -> rows {"goal", "case", "measured", "limit", "met"}, kept in the record and printed below it.
+    goals: the record -> rows of `goals.Goals`, kept in the record and printed below it.
 
     Raises ValueError when there is not exactly one baseline or names repeat.
     """

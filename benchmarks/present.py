@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.goals import worst_error_ratio
+
 __all__ = ["draw", "table"]
 
 Record = dict[str, Any]
@@ -19,6 +21,7 @@ COLUMNS = (
     "of baseline",
     "TFLOP/s",
     "max error",
+    "error / eager's",
     "note",
 )
 
@@ -47,7 +50,11 @@ def _mib(count: int) -> str:
 
 def _cells(case: dict[str, Any], row: Row) -> tuple[str, ...]:
     errors = row.get("errors")
-    note = "baseline" if row["baseline"] and row["status"] == "ok" else row["status"]
+    baseline = next((one for one in case["contenders"] if one["baseline"]), {})
+    worse = None if row is baseline else worst_error_ratio(row, baseline)
+    facts = [f"{name} {value:.3g}" for name, value in row.get("facts", {}).items()]
+    note = "baseline" if row is baseline and row["status"] == "ok" else row["status"]
+    note = ", ".join(facts) if note == "ok" and facts else note
     return (
         case["name"],
         row["name"],
@@ -58,14 +65,19 @@ def _cells(case: dict[str, Any], row: Row) -> tuple[str, ...]:
         f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "-",
         f"{row['tflops']:.1f}" if "tflops" in row else "-",
         f"{max(errors.values()):.1e}" if errors else "-",
+        f"{worse:.2g}" if worse is not None else "-",
         # The whole message is in the JSON; a table cell is one short line.
         "" if note == "ok" else " ".join(note.split()).replace("|", "/")[:90],
     )
 
 
 def table(record: Record) -> str:
-    """A Markdown table, one row a contender; times are medians (lower to upper quartile), speed-ups medians of the
-    ratios within a round, "of floor" likewise against the bare products; columns that nobody fills are left out."""
+    """A Markdown table, one row a contender.
+
+    Times are medians (lower to upper quartile), speed-ups medians of the ratios within a round, "of floor" likewise
+    against the bare products. "max error" is against float64 and relative to the largest value; "error / eager's" the
+    worst result's as a multiple of the baseline's. Columns that nobody fills are left out.
+    """
     origin = record["provenance"]
     rows = [_cells(case, row) for case in record["cases"] for row in case["contenders"]]
     used = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] not in ("-", "") for row in rows)]

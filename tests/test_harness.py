@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import harness, measure, present
+from benchmarks import goals, harness, measure, present
 from benchmarks.harness import Case, Contender
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +114,51 @@ def test_a_contender_may_be_absent_from_some_cases_and_may_compute_something_els
     assert rows["small/small only"]["status"] == "ok"
     assert rows["large/small only"]["status"] == "skipped: N is too large"
     assert rows["small/other"]["status"] == "ok" and rows["small/other"]["errors"] == {}
+
+
+def test_an_approximate_contender_is_timed_and_its_error_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(x, shift, rows):
+        return stable(x, shift, rows).masked_fill(rows == 0, torch.nan)
+
+    facts = {"facts": lambda x, shift, rows: {"words kept": rows.shape[0] / 16}}
+    contenders = [
+        Contender("eager", log_sum_exp, baseline=True),
+        Contender("near", wrong, approximate=True, **facts),
+        Contender("peer", wrong, peer=True),
+        Contender("NaN", broken, approximate=True),
+    ]
+    assert harness.run("tiny", [Case("c", {}, make_inputs(8))], contenders, arguments(tmp_path)) == 1
+    rows = rows_of(tmp_path)
+    assert rows["c/near"]["status"] == "ok" and rows["c/near"]["seconds"][0] > 0
+    assert rows["c/near"]["facts"] == {"words kept": 0.5}
+    assert rows["c/near"]["absolute_errors"]["out"] == pytest.approx(1e-3, rel=1e-2)
+    assert rows["c/near"]["errors"] == rows["c/peer"]["errors"], "a peer that breaks the rule shows its error too"
+    assert "the truth is finite" in rows["c/NaN"]["status"] and "seconds" not in rows["c/NaN"]
+    printed = capsys.readouterr().out
+    near = rows["c/near"]["errors"]["out"] / rows["c/eager"]["errors"]["out"]
+    assert "| words kept 0.5 " in printed and f"| {near:.2g} " in printed
+
+
+def test_goals_are_judged_where_they_were_measured() -> None:
+    def row(name: str, seconds: float, **more) -> dict:
+        return {"name": name, "seconds": [seconds] * 3, "peer": name != "ours", **more}
+
+    timed = [row("ours", 2.0, peak_bytes=10, errors={"a": 1e-3, "b": 3e-3}), row("slow", 5.0), row("fast", 3.0)]
+    timed.append({"name": "eager", "peer": False, "errors": {"a": 1e-3, "b": 1e-3}})
+    (case,) = goals.cases_of({"cases": [{"name": "c", "params": {"keep": 0.4}, "contenders": timed}]})
+    assert case.fastest(lambda one: one["peer"]) == "fast" and case.fastest(lambda one: False) is None
+    assert case.of("ours", "peak_bytes") == 10 and case.of("eager", "seconds") is None and case.of(None, "x") is None
+    assert case.error_ratio("ours", "eager") == pytest.approx(3.0) and case.error_ratio("fast", "eager") is None
+    found = goals.Goals()
+    found.at_least("faster", case.name, goals.ratio(case.of("fast", "seconds"), case.of("ours", "seconds")), 1.5)
+    found.at_most("less", case.name, 0.51, 0.5)
+    found.at_most("unknown", case.name, goals.ratio(None, 1.0), 0.5)
+    assert [tuple(one.values()) for one in found.rows] == [
+        ("faster", "c", 1.5, ">= 1.5", True),
+        ("less", "c", 0.51, "<= 0.5", False),
+    ]
 
 
 def test_goals_stand_in_the_record_and_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

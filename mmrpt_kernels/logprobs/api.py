@@ -82,10 +82,11 @@ def linear_logprobs(
         compact: gather the rows that count and compute no others, which waits for the device once, in the forward and
             in the backward pass. A number: so many of them at most, known to the caller, so that nothing waits, as CUDA
             graphs need it (more raise, on a GPU by a device-side assertion). False: all rows, likewise. Same results.
-        skip_below: None: exact gradients. A number: words whose share of a chunk's gradient (sum of its absolute values
-            over rows) is smaller may leave the backward's products, their part replaced by an estimate of rank one.
-            "auto": a share that keeps the error near eager's in half precision, 2^-17; exact for wider inputs. Pays
-            where few words get nearly all the probability (a trained model's); waits for the device once a chunk.
+        skip_below: None: exact gradients. A number: the words that together have at most this share of a chunk's
+            gradient (sum of its absolute values over rows) may leave the backward's products, their part replaced by an
+            estimate of rank one; rows that would lose far more than others are computed whole. "auto": half the inputs'
+            eps, 2^-8 for bfloat16, which keeps the error near eager's; exact for inputs wider than half precision. Pays
+            where few words get nearly all the probability (a trained model's); waits for the device twice a chunk.
         backend: "cuda", "triton", "triton-fused", "portable", "reference" or None for the table's choice
             (`mmrpt_kernels.backends`).
         vocab_group: process group over which the vocabulary is cut: weight (V_r, H) and bias (V_r,) are then this

@@ -66,7 +66,7 @@ class Gradients:
     ) -> None:
         """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H).
 
-        skip_below: words with a smaller share of a chunk's gradient may leave the products (`columns.leave_out`).
+        skip_below: words that together hold at most this share of a chunk's gradient leave it (`columns.leave_out`).
         before_loss_scale: what comes out is multiplied by a scale afterwards, without which float16 would lose it:
             float16's gradients come out as float32.
         """

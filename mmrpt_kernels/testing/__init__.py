@@ -1,4 +1,4 @@
-"""Hostile cases and the error rule, shared by tests and benchmarks."""
+"""Hostile cases, heads of several distributions and the error rule, shared by tests and benchmarks."""
 
 from mmrpt_kernels.testing.cases import (
     ATTENTION_CASES,
@@ -9,15 +9,20 @@ from mmrpt_kernels.testing.cases import (
     head_inputs,
 )
 from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory
+from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head, kept_words
 
 __all__ = [
     "ATTENTION_CASES",
+    "HEADS",
     "HEAD_CASES",
     "AttentionCase",
     "ErrorReport",
     "HeadCase",
+    "HeadDraw",
     "assert_close_to_truth",
     "attention_inputs",
+    "draw_head",
     "head_inputs",
+    "kept_words",
     "poisoned_memory",
 ]

@@ -1,0 +1,74 @@
+"""Goals judged from a record: what every operator's `goals` is written with. Needs no torch.
+
+def goals(record):
+    found = Goals()
+    for case in cases_of(record):
+        found.at_most("time / bare products", case.name, case.of("triton", "of_floor"), 1.10)
+    return found.rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["CaseRows", "Goals", "cases_of", "ratio", "worst_error_ratio"]
+
+Row = dict[str, Any]
+NO_ERROR = 1e-12  # a yardstick that happens to be exact
+
+
+class Goals:
+    """Rows {"goal", "case", "measured", "limit", "met"}; where what a goal takes was not measured there is none."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def at_least(self, goal: str, case: str, measured: float | None, limit: float) -> None:
+        self._judge(goal, case, measured, f">= {limit:g}", measured is not None and measured >= limit)
+
+    def at_most(self, goal: str, case: str, measured: float | None, limit: float) -> None:
+        self._judge(goal, case, measured, f"<= {limit:g}", measured is not None and measured <= limit)
+
+    def _judge(self, goal: str, case: str, measured: float | None, limit: str, met: bool) -> None:
+        if measured is not None:
+            self.rows.append({"goal": goal, "case": case, "measured": measured, "limit": limit, "met": met})
+
+
+class CaseRows:
+    """One case of a record; what was not measured is None."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.name, self.params = case["name"], case["params"]
+        self.rows: dict[str, Row] = {row["name"]: row for row in case["contenders"]}
+
+    def of(self, contender: str | None, what: str) -> float | None:
+        """ "seconds", "speedup" or "of_floor" (medians), "peak_bytes" or another number of a contender's row."""
+        value = self.rows.get(contender, {}).get(what)
+        return value[0] if isinstance(value, list) else value
+
+    def fastest(self, chosen: Callable[[Row], bool]) -> str | None:
+        """The name of the contender with the least time among the rows chosen."""
+        timed = [row for row in self.rows.values() if "seconds" in row and chosen(row)]
+        return min(timed, key=lambda row: row["seconds"][0])["name"] if timed else None
+
+    def error_ratio(self, contender: str, yardstick: str) -> float | None:
+        return worst_error_ratio(self.rows.get(contender, {}), self.rows.get(yardstick, {}))
+
+
+def cases_of(record: dict[str, Any]) -> Iterator[CaseRows]:
+    for case in record["cases"]:
+        yield CaseRows(case)
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    """above / below, None where either is missing."""
+    return above / below if above is not None and below else None
+
+
+def worst_error_ratio(row: Row, yardstick: Row) -> float | None:
+    """The largest, over results, of a row's error against float64 as a multiple of the yardstick's own."""
+    errors, own = row.get("errors"), yardstick.get("errors")
+    if not errors or not own:
+        return None
+    return max((error / max(own[name], NO_ERROR) for name, error in errors.items() if name in own), default=None)
