@@ -1,4 +1,4 @@
-"""Row kernels in Triton behind the vendor's matrix product ("triton"), or with a product of their own ("triton-fused")."""
+"""Row kernels in Triton: behind the vendor's matrix product ("triton"), or with one of their own ("triton-fused")."""
 
 from __future__ import annotations
 
