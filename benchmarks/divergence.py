@@ -8,7 +8,7 @@ cases differentiate it in the first view and the head alone, the second held fix
 heads do; what a peer cannot do its row says.
 
 "bare products" is the floor: the matrix products that the mathematics needs (two forward, two more for each view that
-learns), in the inputs' dtype, and nothing else; its row reads "inaccurate" because it has no divergence to compare.
+learns), in the inputs' dtype, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks import harness
 from benchmarks.harness import Case, Contender
-from benchmarks.logprobs import compiled_per_shape, missing, no_compiler
+from benchmarks.logprobs import compiled_per_shape, first_compiled, missing, no_compiler
 from mmrpt_kernels import TokenDivergence, linear_token_divergence
 from mmrpt_kernels.backends import TRITON_MISSING
 from mmrpt_kernels.common.head import statistics_dtype
@@ -209,16 +209,17 @@ def cases(device: torch.device) -> list[Case]:
 def main(argv=None) -> int:
     args = harness.parse_args("divergence", argv)
     on_gpu = None if args.device.type == "cuda" else "its kernels need a GPU"
-    have_liger = missing("liger_kernel")
+    have_liger, compiled = missing("liger_kernel"), first_compiled(args.device)
     gradients = ("divergence", "d_hidden_p", "d_weight")
 
-    def peer(name: str, fn: Divergence, skip: str | None, compare: tuple[str, ...] | None = None) -> Contender:
+    def peer(name: str, fn: Divergence, skip: Any, compare: tuple[str, ...] | None = None) -> Contender:
         return Contender(name, forward_or_both(fn), peer=True, skip=skip, compare=compare)
 
     chunked = partial(liger_chunked, compiled=no_compiler(args.device) is None)
     contenders = [
         Contender("eager", forward_or_both(eager), baseline=True),
-        peer("eager, compiled", compiled_per_shape(eager), no_compiler(args.device)),
+        peer("eager, compiled", compiled_per_shape(eager), compiled),
+        peer("eager, auto-chunked", compiled_per_shape(eager, auto_chunker=True), on_gpu or compiled),
         Contender("portable", forward_or_both(partial(ours, backend="portable"))),
         Contender("triton", forward_or_both(partial(ours, backend="triton")), skip=TRITON_MISSING or on_gpu),
         peer("TRL", trl, missing("trl.kernels.chunked_divergence"), ("divergence",)),

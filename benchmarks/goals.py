@@ -16,6 +16,7 @@ __all__ = ["CaseRows", "Goals", "cases_of", "ratio", "worst_error_ratio"]
 
 Row = dict[str, Any]
 NO_ERROR = 1e-12  # a yardstick that happens to be exact
+LOSS = "value"  # what harness.with_backward calls it
 
 
 class Goals:
@@ -67,8 +68,9 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 
 def worst_error_ratio(row: Row, yardstick: Row) -> float | None:
-    """The largest, over results, of a row's error against float64 as a multiple of the yardstick's own."""
-    errors, own = row.get("errors"), yardstick.get("errors")
-    if not errors or not own:
-        return None
-    return max((error / max(own[name], NO_ERROR) for name, error in errors.items() if name in own), default=None)
+    """The largest, over results, of a row's error against float64 as a multiple of the yardstick's own; of losses, one
+    number that either may hit by luck, where there is nothing else."""
+    errors, own = row.get("errors") or {}, yardstick.get("errors") or {}
+    shared = [name for name in errors if name in own]
+    names = [name for name in shared if name != LOSS] or shared
+    return max((errors[name] / max(own[name], NO_ERROR) for name in names), default=None)

@@ -5,7 +5,9 @@
 "score" cases are a forward pass alone with entropies (old and reference log-probs of a rollout). "train" cases are the
 supervised step: the mean cross-entropy of the rows kept, d hidden and d weight. Ours computes it from log-probs of all
 rows whose gradient is zero in the others (as a trainer with VPPO's filter asks for it), and as "token loss" from the
-rows kept alone; cross-entropy heads get the others' labels as ignore_index.
+rows kept alone; cross-entropy heads get the others' labels as ignore_index. Logits are flat (normal, standard
+deviation 3) but for "trained", a briefly trained head (`mmrpt_kernels.testing.draw_head`), where it pays to leave
+words without probability out of the gradient: cut-cross-entropy does, and ours with skip_below ("left out").
 
 "bare products" is the floor: the matrix products that the mathematics needs, in the inputs' dtype, and nothing else.
 """
@@ -21,11 +23,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import harness
+from benchmarks.goals import Goals, cases_of
 from benchmarks.harness import Case, Contender
 from mmrpt_kernels import LogProbs, backends, linear_logprobs, linear_token_loss
 from mmrpt_kernels.common.head import statistics_dtype
+from mmrpt_kernels.testing import draw_head, kept_words
 
 IGNORED = -100
+AUTO_SHARE = 2.0**-8  # skip_below="auto" of bfloat16
+PRECISION = 1e-5  # log-probabilities against float64 given the same inputs, whatever their dtype
 
 
 def missing(*modules: str) -> str | None:
@@ -64,6 +70,43 @@ def ours_everywhere(op: str, device: torch.device) -> list[str]:
         if fits and on_gpu and row.backend != "reference":
             served.append(row.backend)
     return served
+
+
+def first_compiled(device: torch.device) -> Callable[[Case], str | None]:
+    """Why torch.compile does not run a case: on a GPU it is compiled for the cases of --quick alone, since two shapes a
+    case, the gate's and its own, take longer to compile than all else takes to run."""
+    why = no_compiler(device)
+
+    def skip(case: Case) -> str | None:
+        return why or ("compiled for the cases of --quick alone" if device.type == "cuda" and not case.quick else None)
+
+    return skip
+
+
+def words_left_out(name: str, call: Callable[[float | str], Callable[..., Any]]) -> list[Contender]:
+    """call(skip_below), ours, as two contenders: "auto" in half precision, where the error rule holds; and the share
+    that "auto" is there asked for by number for wider inputs, for which "auto" is exact: its error is only reported."""
+
+    def facts(fn: Callable[..., Any], **inputs: Any) -> dict[str, float]:
+        with kept_words() as shares:
+            fn(**inputs)
+        return {"words kept": sum(shares) / len(shares)} if shares else {}
+
+    def skip(half: bool) -> Callable[[Case], str | None]:
+        def why(case: Case) -> str | None:
+            if not case.params["learn"]:
+                return "there is no gradient"
+            if (case.params["dtype"] in ("bfloat16", "float16")) != half:
+                return "exact for float32 inputs" if half else "the same as auto"
+            return None
+
+        return why
+
+    auto, asked = call("auto"), call(AUTO_SHARE)
+    return [
+        Contender(f"{name}, auto left out", auto, skip=skip(True), facts=partial(facts, auto)),
+        Contender(f"{name}, 2^-8 left out", asked, skip=skip(False), facts=partial(facts, asked), approximate=True),
+    ]
 
 
 def products(hidden: torch.Tensor, weight: torch.Tensor, trains: bool, learns: bool = True) -> dict[str, torch.Tensor]:
@@ -128,11 +171,12 @@ def labels_of(targets: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return targets.masked_fill(factors == 0, IGNORED)
 
 
-def token_loss(hidden, weight, targets, factors) -> torch.Tensor:
+def token_loss(skip_below, hidden, weight, targets, factors) -> torch.Tensor:
     def cross_entropy(logps, _entropy, rows):
         return factors[rows] * logps
 
-    return linear_token_loss(hidden, weight, labels_of(targets, factors), cross_entropy, use_entropy=False)
+    options = {"use_entropy": False, "skip_below": skip_below}
+    return linear_token_loss(hidden, weight, labels_of(targets, factors), cross_entropy, **options)
 
 
 def liger_ce(hidden, weight, targets, factors) -> torch.Tensor:
@@ -183,38 +227,50 @@ def scoring(case: Case) -> str | None:
 
 
 def make_inputs(
-    device: torch.device, *, rows: int, hidden: int, vocab: int, dtype: torch.dtype, train: bool, keep: float
+    device: torch.device,
+    *,
+    rows: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype,
+    train: bool,
+    keep: float,
+    logits: str,
 ) -> dict[str, Any]:
-    """Logits of standard deviation 3; factors (rows,), by which log-probs enter the loss: -1 / kept, or 0."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
+    """logits: a kind of `draw_head`; factors (rows,), by which log-probs enter the loss: -1 / kept, or 0."""
+    drawn = draw_head(logits, rows, hidden, vocab, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(1)
     kept = round(keep * rows)
     factors = torch.full((rows,), -1.0 / kept, device=device)
     factors[torch.randperm(rows, generator=generator, device=device)[kept:]] = 0.0
     return {
-        "hidden": normal(rows, hidden).to(dtype).requires_grad_(train),
-        "weight": (normal(vocab, hidden) * (3.0 / hidden**0.5)).to(dtype).requires_grad_(train),
-        "targets": torch.randint(vocab, (rows,), generator=generator, device=device),
+        "hidden": drawn.hidden.requires_grad_(train),
+        "weight": drawn.weight.clone().requires_grad_(train),
+        "targets": drawn.targets,
         "factors": factors,
     }
 
 
-def case(name: str, rows: int, hidden: int, vocab: int, dtype: torch.dtype, *, keep=None, quick=True) -> Case:
+def case(
+    name: str, rows: int, hidden: int, vocab: int, dtype: torch.dtype, *, keep=None, logits="flat", quick=True
+) -> Case:
     """`keep` None: forward alone. What the mathematics needs, 2 N H V a product: one, or three for the rows kept."""
     sizes = {"hidden": hidden, "vocab": vocab, "dtype": dtype, "train": keep is not None, "keep": keep or 1.0}
     params = {"N": rows, "H": hidden, "V": vocab, "dtype": str(dtype).removeprefix("torch."), "keep": keep}
     return Case(
         name,
-        params,
-        partial(make_inputs, rows=rows, **sizes),
-        gate_inputs=partial(make_inputs, rows=min(rows, 64), **sizes),
+        params | {"learn": keep is not None, "logits": logits},
+        partial(make_inputs, rows=rows, logits=logits, **sizes),
+        gate_inputs=partial(make_inputs, rows=min(rows, gate_rows(logits)), logits=logits, **sizes),
         floor=20.0,  # the size of the logits that log-probabilities subtract
         flops=2.0 * rows * hidden * vocab * (1 if keep is None else 3 * keep),
         quick=quick,
     )
+
+
+def gate_rows(logits: str) -> int:
+    """Rows that the gate compares: what may be left out shows in many."""
+    return 64 if logits == "flat" else 1024
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -226,18 +282,32 @@ def cases(device: torch.device) -> list[Case]:
             case("train-32k-keep40", 1024, 512, 32_000, torch.float32, keep=0.4),
             case("score-32k-bf16", 1024, 512, 32_000, torch.bfloat16, quick=False),
             case("train-152k-keep40", 256, 256, 151_936, torch.float32, keep=0.4, quick=False),
+            case("train-8k-trained", 1024, 512, 8192, torch.float32, keep=1.0, logits="trained", quick=False),
+            case("train-8k-trained-bf16", 1024, 512, 8192, torch.bfloat16, keep=1.0, logits="trained", quick=False),
         ]
     half = torch.bfloat16
     return [
         case("score-7b-8k", 8192, 3584, 152_064, half),
         case("train-7b-8k", 8192, 3584, 152_064, half, keep=1.0),
         case("train-7b-8k-keep40", 8192, 3584, 152_064, half, keep=0.4),
-        case("score-3b-8k", 8192, 2048, 151_936, half, quick=False),
+        case("train-7b-8k-trained", 8192, 3584, 152_064, half, keep=1.0, logits="trained", quick=False),
+        case("score-7b-64k", 65_536, 3584, 152_064, half, quick=False),
         case("train-3b-8k", 8192, 2048, 151_936, half, keep=1.0, quick=False),
         case("train-32b-8k", 8192, 5120, 128_256, half, keep=1.0, quick=False),
-        case("score-7b-64k", 65_536, 3584, 152_064, half, quick=False),
         case("train-7b-16k-keep20", 16_384, 3584, 152_064, half, keep=0.2, quick=False),
+        case("score-3b-8k", 8192, 2048, 151_936, half, quick=False),
+        case("score-32b-4k", 4096, 5120, 128_256, half, quick=False),
     ]
+
+
+def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The precision contract of what scores, as far as it was measured here."""
+    found = Goals()
+    for case in cases_of(record):
+        for name in () if case.params["learn"] else ("cuda", "triton", "portable"):
+            error = (case.of(name, "absolute_errors") or {}).get("logps")
+            found.at_most(f"largest error of a log-probability, {name}", case.name, error, PRECISION)
+    return found.rows
 
 
 def main(argv=None) -> int:
@@ -247,6 +317,8 @@ def main(argv=None) -> int:
     def cross_entropy(name: str, fn: Callable, *needs: str) -> Contender:
         return Contender(name, training_alone(fn), peer=True, skip=on_gpu or missing(*needs) or scoring)
 
+    compiled = first_compiled(args.device)
+    chunked = forward_or_both(compiled_per_shape(eager, auto_chunker=True))
     contenders = [
         Contender("eager", forward_or_both(eager), baseline=True),
         Contender("bare products", floor, floor=True),
@@ -254,17 +326,17 @@ def main(argv=None) -> int:
             Contender(backend, forward_or_both(partial(ours, backend)))
             for backend in ours_everywhere("logprobs", args.device)
         ),
-        Contender("linear_token_loss", training_alone(token_loss), skip=scoring),
-        Contender(
-            "eager, compiled", forward_or_both(compiled_per_shape(eager)), peer=True, skip=no_compiler(args.device)
-        ),
+        Contender("linear_token_loss", training_alone(partial(token_loss, None)), skip=scoring),
+        *words_left_out("linear_token_loss", lambda share: training_alone(partial(token_loss, share))),
+        Contender("eager, compiled", forward_or_both(compiled_per_shape(eager)), peer=True, skip=compiled),
+        Contender("eager, auto-chunked", chunked, peer=True, skip=on_gpu or compiled),
         Contender("TRL", forward_or_both(trl), peer=True, skip=missing("trl.trainer.utils")),
         Contender("verl", forward_or_both(verl), peer=True, skip=on_gpu or missing("verl.utils.kernel")),
         cross_entropy("Liger CE", liger_ce, "liger_kernel.transformers"),
         cross_entropy("quack CE", quack_ce, "quack.linear_cross_entropy"),
         cross_entropy("cut-cross-entropy", cut_ce, "cut_cross_entropy"),
     ]
-    return harness.run("logprobs", cases(args.device), contenders, args)
+    return harness.run("logprobs", cases(args.device), contenders, args, goals=goals)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,12 @@ def test_goals_are_judged_where_they_were_measured() -> None:
     def row(name: str, seconds: float, **more) -> dict:
         return {"name": name, "seconds": [seconds] * 3, "peer": name != "ours", **more}
 
-    timed = [row("ours", 2.0, peak_bytes=10, errors={"a": 1e-3, "b": 3e-3}), row("slow", 5.0), row("fast", 3.0)]
-    timed.append({"name": "eager", "peer": False, "errors": {"a": 1e-3, "b": 1e-3}})
+    timed = [
+        row("ours", 2.0, peak_bytes=10, errors={"a": 1e-3, "b": 3e-3, "value": 1.0}),
+        row("slow", 5.0),
+        row("fast", 3.0),
+    ]
+    timed.append({"name": "eager", "peer": False, "errors": {"a": 1e-3, "b": 1e-3, "value": 0.0}})
     (case,) = goals.cases_of({"cases": [{"name": "c", "params": {"keep": 0.4}, "contenders": timed}]})
     assert case.fastest(lambda one: one["peer"]) == "fast" and case.fastest(lambda one: False) is None
     assert case.of("ours", "peak_bytes") == 10 and case.of("eager", "seconds") is None and case.of(None, "x") is None
@@ -191,6 +195,21 @@ def test_the_gate_sees_a_wrong_gradient_behind_a_right_value(tmp_path: Path) -> 
     assert rows["c/ours"]["status"].startswith("inaccurate: d_x")
     assert set(rows["c/eager"]["errors"]) == {"value", "d_x"}
     assert set(rows["c/forward only"]["errors"]) == {"value"}
+
+
+def test_a_floor_for_what_is_subtracted_does_not_excuse_gradients(tmp_path: Path) -> None:
+    def scaled(x, shift, rows):
+        return torch.logsumexp(1.001 * x, -1)
+
+    def total(out, inputs):
+        return out.sum()
+
+    contenders = [
+        Contender("eager", harness.with_backward(log_sum_exp, ["x"], total), baseline=True),
+        Contender("ours", harness.with_backward(scaled, ["x"], total)),
+    ]
+    assert harness.run("tiny", [Case("c", {}, make_inputs(8), floor=1e6)], contenders, arguments(tmp_path)) == 1
+    assert rows_of(tmp_path)["c/ours"]["status"].startswith("inaccurate: d_x")
 
 
 def test_a_missing_result_and_a_wrong_mask_are_caught(tmp_path: Path) -> None:

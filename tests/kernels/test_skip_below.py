@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def token_gradients(inputs: dict, *, wide: bool = False, **options) -> tuple[tor
     """d hidden and d weight of a policy gradient with advantages of both signs and an entropy bonus."""
     hidden, weight = (inputs[n].double() if wide else inputs[n] for n in ("hidden", "weight"))
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    advantages = torch.linspace(-1.0, 1.3, hidden.shape[0])
+    advantages = torch.linspace(-1.0, 1.3, hidden.shape[0], device=hidden.device)
 
     def loss(logps, entropy, rows):
         return -(advantages[rows].to(logps.dtype) * logps + 0.05 * entropy)
@@ -58,6 +60,15 @@ def test_auto_is_within_eagers_error_in_half_precision(kind, dtype, chunk_size, 
         assert max(kept) <= columns.MOST_KEPT, kept  # else nothing was shown
 
 
+def test_auto_takes_gradients_that_the_row_kernels_rounded(kept, seed):
+    """Triton's row kernels write d logits in bfloat16; portable's are float32."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("not interpreting")
+    assert_within_eagers_error(made("trained", seed=seed), "triton", skip_below="auto", backend="triton")
+    assert max(kept) <= columns.MOST_KEPT
+
+
 @pytest.mark.parametrize("size", [0.03, 1.0, 3.0])
 def test_a_vocabulary_of_flat_words_is_not_left_out_for_each_being_small(size, kept, seed):
     """152,000 words of which each has next to nothing, and all together the half of everything."""
@@ -65,6 +76,14 @@ def test_a_vocabulary_of_flat_words_is_not_left_out_for_each_being_small(size, k
     inputs = flat._replace(weight=flat.weight * (size / 3.0))._asdict()
     assert_within_eagers_error(inputs, f"logits of size {size}", skip_below="auto")
     assert set(kept) == {1.0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HEADS)
+def test_auto_on_a_gpu_at_a_real_vocabulary(kind, kept, seed):
+    drawn = draw_head(kind, 512, 256, 151_936, dtype=torch.bfloat16, device="cuda", seed=seed)
+    assert_within_eagers_error(drawn._asdict(), kind, skip_below="auto")
+    assert kind not in ("peaked", "trained") or max(kept) <= columns.MOST_KEPT
 
 
 @pytest.mark.parametrize("kind, share", [("zipf", 0.2), ("trained", 0.03)])
