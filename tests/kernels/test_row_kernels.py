@@ -418,6 +418,18 @@ def test_exponentials_have_the_same_bits_whatever_the_other_rows(place, seed):
     assert matrix.shape == (0, 10) and all(s.shape == (0,) for s in sums)
 
 
+def test_exponentials_of_no_word_touch_nobody(place, seed):
+    """An id that is no word, which nothing checks on a GPU, makes a broken row and no address beside it."""
+    if not place[0].rounds:
+        pytest.skip("torch checks the index")
+    raw, targets = logits(3, 1000), torch.tensor([-1, 3, 1000])
+    found = one_sweep(place, raw, targets, PLAIN, torch.bfloat16)
+    assert found["logps"][[0, 2]].isnan().all() and (found["matrix"][[0, 2]] == 0).all()
+    assert_one_sweep(
+        {name: value[1:2] for name, value in found.items()}, raw[1:2], targets[1:2], PLAIN, dtype=torch.bfloat16
+    )
+
+
 def test_unknown_rows_say_so():
     with pytest.raises(RuntimeError, match="rows: got 'fast', but row kernels are registered by "):
         row_kernels("fast")

@@ -28,7 +28,12 @@ TILE = 4096
 WARPS = 8
 # Tiles of the gradient that one program makes: the row's numbers are read once for all of them.
 GRADIENT_TILES = 4
+# Registers a thread of the exponentials' kernel: four programs live on a multiprocessor. They hold TILE where 16 bytes
+# are read and written at a time, and half of it elsewhere. Left to itself the compiler aims lower, and spills.
+SWEEP_REGISTERS = 64
 
+# Words of a tile that the exponentials' sums add up first: those of one thread, from tiles of 1024 on.
+GROUP = tl.constexpr(4)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A word this far from the maximum has probability exactly 0; clamping there keeps 0 * inf out.
 FAR = tl.constexpr(1e4)
@@ -173,13 +178,26 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _highest(logits, vocab, inner, outer, CAPPED: tl.constexpr, TILE: tl.constexpr):
+def _by_thread(x, AXIS: tl.constexpr):
+    """(TILE,) as a matrix whose `AXIS`, of GROUP, lies within a thread: reducing it moves nothing between threads.
+
+    1 where a thread has neighbouring words, as wide loads give them; 0 where it has every so many-th word.
+    """
+    if AXIS == 1:
+        return tl.reshape(x, (x.shape[0] // GROUP, GROUP))
+    else:
+        return tl.reshape(x, (GROUP, x.shape[0] // GROUP))
+
+
+@triton.jit
+def _highest(logits, vocab, inner, outer, CAPPED: tl.constexpr, AXIS: tl.constexpr, TILE: tl.constexpr):
     """max z of the row at `logits`; UNSEEN where there is nothing above it."""
     lane = tl.arange(0, TILE)
-    top = tl.full((TILE,), UNSEEN, tl.float32)
+    top = tl.full((TILE // GROUP,), UNSEEN, tl.float32)
     for start in range(0, vocab, TILE):
         raw = tl.load(logits + start + lane, mask=start + lane < vocab, other=0.0)  # (TILE,)
-        top = tl.maximum(top, tl.where(start + lane < vocab, outer * _bend(raw, inner, CAPPED), UNSEEN))
+        z = tl.where(start + lane < vocab, outer * _bend(raw, inner, CAPPED), UNSEEN)
+        top = tl.maximum(top, tl.max(_by_thread(z, AXIS), axis=AXIS))
     return tl.max(top, axis=0)
 
 
@@ -194,27 +212,28 @@ def _sweep(
     outer,
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
+    AXIS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """exp(z - base) of the words of one row but its target, written to `matrix`: max z, sum, and sum of (z - base) exp."""
+    """exp(z - base) of one row's words, written to `matrix`; 0 for the target -> of the others max z, sum, and sum of
+    (z - base) exp(z - base)."""
     lane = tl.arange(0, TILE)
-    top = tl.full((TILE,), UNSEEN, tl.float32)
-    rest = tl.zeros((TILE,), tl.float32)
-    dots = tl.zeros((TILE,), tl.float32)
+    top = tl.full((TILE // GROUP,), UNSEEN, tl.float32)
+    rest = tl.zeros((TILE // GROUP,), tl.float32)
+    dots = tl.zeros((TILE // GROUP,), tl.float32)
     for start in range(0, vocab, TILE):
         word = start + lane
-        others = (word < vocab) & (word != target)
         raw = tl.load(logits + word, mask=word < vocab, other=0.0)  # (TILE,)
         bent = _bend(raw, inner, CAPPED)
-        z = tl.where(others, outer * bent, float("-inf"))
-        top = tl.maximum(top, z)
+        z = tl.where((word < vocab) & (word != target), outer * bent, float("-inf"))
+        top = tl.maximum(top, tl.max(_by_thread(z, AXIS), axis=AXIS))
         exps = tl.exp2((z - base) * LOG2_E)
-        rest += exps
+        rest += tl.sum(_by_thread(exps, AXIS), axis=AXIS)
         if ENTROPY:
-            dots += exps * tl.maximum(z - base, -FAR)
+            dots += tl.sum(_by_thread(exps * tl.maximum(z - base, -FAR), AXIS), axis=AXIS)
         if CAPPED:
             exps *= 1.0 - bent * bent
-        tl.store(matrix + word, exps.to(matrix.dtype.element_ty), mask=others)
+        tl.store(matrix + word, exps.to(matrix.dtype.element_ty), mask=word < vocab)
     return tl.max(top, axis=0), tl.sum(rest, axis=0), tl.sum(dots, axis=0)
 
 
@@ -235,6 +254,7 @@ def _exponentials_kernel(
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
     OVER: tl.constexpr,
+    AXIS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program a row: logits (n, V) float32 -> matrix (n, V) and three sums (n,) float32. OVER: matrix is logits.
@@ -245,20 +265,25 @@ def _exponentials_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     matrix += row * matrix_stride
-    target = tl.load(targets + row).to(tl.int32)
-    bent = _bend(tl.load(logits + target), inner, CAPPED)
+    target = tl.load(targets + row)
+    here = (target >= 0) & (target < vocab)  # an id that is no word makes a broken row
+    bent = _bend(tl.load(logits + target, mask=here, other=float("nan")), inner, CAPPED)
     own = outer * bent
     base = own
+    target = target.to(tl.int32)
     if OVER:
-        top = _highest(logits, vocab, inner, outer, CAPPED, TILE)
+        top = _highest(logits, vocab, inner, outer, CAPPED, AXIS, TILE)
         base = tl.where(top - own > most_above, top, own)
-    top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
-    if not OVER and top - own > most_above:
-        base = top
-        top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, TILE)
+        tl.debug_barrier()  # every thread has read the target before one of them overwrites it
+    rest, dots, unfit = 0.0, 0.0, 1
+    while unfit > 0:  # twice at most: then base is top
+        top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, AXIS, TILE)
+        unfit = (top - base > most_above).to(tl.int32)
+        base = tl.where(unfit > 0, top, base)
     tl.store(shift_out + row, own - base)
     tl.store(rest_out + row, rest)
     tl.store(dots_out + row, dots)
+    tl.debug_barrier()  # what other threads wrote is written over
     if rest < float("inf"):
         slope = 1.0
         if CAPPED:
@@ -352,6 +377,8 @@ def row_exponentials(
     rows, vocab = raw.shape
     matrix = raw if into is None else into
     sums = Exponentials(*(raw.new_empty(rows) for _ in Exponentials._fields))
+    wide = vocab % 16 == raw.stride(0) % 16 == 0  # else every word is a load, with an address of its own
+    tile = min(_tile(vocab), TILE if wide and matrix.dtype != torch.float32 else TILE // 2)
     if rows:
         with torch.cuda.device_of(raw):
             _exponentials_kernel[(rows,)](
@@ -366,8 +393,11 @@ def row_exponentials(
                 **_scalars(options),
                 ENTROPY=want_entropy,
                 OVER=into is None,
-                TILE=_tile(vocab),
-                num_warps=WARPS,
+                AXIS=int(wide),
+                TILE=tile,
+                # Over the logits, no second thread may read a word that one overwrites.
+                num_warps=min(WARPS, tile // 32),
+                maxnreg=SWEEP_REGISTERS,
             )
     return sums, matrix
 
