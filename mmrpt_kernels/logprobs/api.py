@@ -64,8 +64,9 @@ def linear_logprobs(
         z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature
         logp = log_softmax(z)[target]          entropy = -sum_v p_v log p_v,  p = softmax(z)
 
-    Both results are differentiable in hidden, weight and bias (once: a second derivative raises). The backward does no
-    work for rows whose incoming gradient is exactly zero, so filtering tokens pays off in any trainer, unmodified.
+    Both results are differentiable in hidden, weight and bias (once, in reverse: what asks for more raises). The
+    backward does no work for rows whose incoming gradient is exactly zero, so filtering tokens pays off in any trainer,
+    unmodified.
 
     Args:
         hidden: (..., H) half, bfloat16, float32 or float64.
@@ -113,6 +114,7 @@ def linear_logprobs(
         return LogProbs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
+    checks.check_reverse_mode("linear_logprobs", hidden, weight, bias)
     flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
     skipped = skip_threshold(skip_below, hidden, weight, compact)
     how = (chunk_size, compact, load_rows(name), skipped, group_name(vocab_group))
