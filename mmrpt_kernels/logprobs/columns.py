@@ -78,8 +78,8 @@ def skip_threshold(skip_below: float | str | None, hidden: torch.Tensor, weight:
 
 
 def leave_out(grad_raw: torch.Tensor, skip_below: float) -> Columns | None:
-    """The columns of grad_raw (n, V) that hold at least `skip_below` of its mass each (and up to 7 more), or None where
-    they are too many for it to pay.
+    """The columns of grad_raw (n, V) that hold at least `skip_below` of its mass each (and up to 7 more, never none), or
+    None where they are too many for it to pay.
 
     Waits for the device, as the count decides. NaN or infinity in any row keeps all: they must not reach other rows by
     way of the rest or of the threshold.
@@ -88,7 +88,7 @@ def leave_out(grad_raw: torch.Tensor, skip_below: float) -> Columns | None:
     mass = torch.linalg.vector_norm(grad_raw, 1, dim=0, dtype=dtype)
     total = mass.sum()
     threshold = skip_below * total + 0.0 * total  # NaN where the total is infinite: then no word is below it
-    count = int((mass < threshold).logical_not().sum())
+    count = max(1, int((mass < threshold).logical_not().sum()))  # products want some
     count += -count % MULTIPLE
     if count > MOST_KEPT * mass.shape[0]:
         return None

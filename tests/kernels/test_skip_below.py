@@ -98,6 +98,11 @@ def test_the_likeness_of_the_rest_is_what_keeps_the_error_small(kind, kept, monk
     assert error(near) < 0.1
 
 
+def test_a_threshold_above_every_word_keeps_a_few(kept, seed):
+    grads = token_gradients(made("flat", torch.float32), skip_below=0.5)
+    assert 0.0 < max(kept) < 0.01 and all(grad.isfinite().all() for grad in grads)
+
+
 def test_columns_and_rest_add_up(seed):
     """Row sums of the gradient are kept exactly, columns of words that stay too; the rest has rank one."""
     grad = torch.randn(7, 500, dtype=torch.float64) * torch.logspace(0, -8, 500, dtype=torch.float64)
