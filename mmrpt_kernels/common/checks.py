@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["check", "check_dtype", "check_range", "check_same_device", "check_shape"]
+__all__ = ["check", "check_dtype", "check_range", "check_reverse_mode", "check_same_device", "check_shape"]
 
 
 def check(condition: bool, message: str) -> None:
@@ -78,3 +79,14 @@ def check_range(name: str, value: float, low: float | None, high: float | None, 
         left = "(-inf" if low is None else f"{'(' if low_open else '['}{low}"
         right = "inf)" if high is None else f"{high}]"
         raise ValueError(f"{name}: got {value}, expected a number in {left}, {right}; choose a value in that range")
+
+
+def check_reverse_mode(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError where a tensor has a forward-mode tangent, which a custom operator would drop in silence."""
+    if forward_ad._current_level < 0:  # no forward-mode differentiation is under way
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{op}: got a forward-mode tangent (jvp, jacfwd), but it has reverse-mode derivatives only; use "
+            "torch.autograd.grad, or backend='reference'"
+        )

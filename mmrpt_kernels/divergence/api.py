@@ -8,7 +8,7 @@ import torch
 
 from mmrpt_kernels.backends import TRITON_MISSING, select
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
-from mmrpt_kernels.common.checks import check, check_dtype, check_same_device, check_shape
+from mmrpt_kernels.common.checks import check, check_dtype, check_reverse_mode, check_same_device, check_shape
 from mmrpt_kernels.common.head import FLOAT_DTYPES, HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.divergence import portable, reference, stream
 
@@ -72,9 +72,9 @@ def linear_token_divergence(
         chunk_size: rows of logits held at once; default from a memory budget. Never changes results beyond rounding.
         backend: see mmrpt_kernels.backends.
 
-    Gradients flow to hidden_p, hidden_q, weight, weight_q and bias from every output, once (no double backward). To
-    hold the second view fixed pass hidden_q.detach() and weight_q=weight.detach(). Rows whose incoming gradients are
-    all exactly zero cost no work in the backward pass and cannot spread NaN.
+    Gradients flow to hidden_p, hidden_q, weight, weight_q and bias from every output, once and in reverse (what asks
+    for more raises). To hold the second view fixed pass hidden_q.detach() and weight_q=weight.detach(). Rows whose
+    incoming gradients are all exactly zero cost no work in the backward pass and cannot spread NaN.
 
     Raises:
         ValueError: shapes, dtypes, devices, an unknown kind, "k3" without targets, targets outside the vocabulary (read
@@ -95,6 +95,7 @@ def linear_token_divergence(
     if name == "reference":
         rows = reference.token_divergence(flat_p, flat_q, weight, weight_q, bias, flat_targets, kinds, options)
     else:
+        check_reverse_mode("linear_token_divergence", hidden_p, hidden_q, weight, weight_q, bias)
         tensors = (flat_p, flat_q, weight, weight_q, bias, flat_targets)
         rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name)
     divergence, logps_p, logps_q, entropy_p, entropy_q = rows

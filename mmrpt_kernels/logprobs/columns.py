@@ -107,7 +107,7 @@ def leave_out(grad_raw: torch.Tensor, share: float) -> Columns | None:
     order = mass.argsort(stable=True)
     sums = (mass[order] / total * PARTS).to(torch.int64).cumsum(0)
     small = (sums <= int(share * PARTS)) & (total > 0) & total.isfinite()
-    count = vocab - int(small.sum())
+    count = max(1, vocab - int(small.sum()))  # products want some
     count += -count % MULTIPLE
     if count > MOST_KEPT * vocab:
         return None

@@ -366,6 +366,16 @@ class TestLaws:
 class TestIntegration:
     """The operator inside torch.library, torch.compile, autocast and checkpointing."""
 
+    def test_forward_mode_raises_where_it_would_be_dropped(self, seed):
+        made = head_inputs(PLAIN, dtype=torch.float64, seed=seed)
+
+        def values(hidden, backend):
+            return call(made | {"hidden": hidden}, PLAIN, backend=backend).divergence
+
+        with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
+            torch.func.jvp(lambda h: values(h, "portable"), (made["hidden"],), (made["hidden"],))
+        assert torch.func.jvp(lambda h: values(h, "reference"), (made["hidden"],), (made["hidden"],))[1].any()
+
     def test_opcheck(self, seed):
         made = head_inputs(SMALL, seed=seed)
         hidden, hidden_q, weight, bias = (made[n].requires_grad_() for n in ("hidden", "hidden_q", "weight", "bias"))

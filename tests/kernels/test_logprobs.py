@@ -380,6 +380,17 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="no autograd formula"):
             grad.sum().backward()
 
+    def test_forward_mode_raises_where_it_would_be_dropped(self, seed):
+        made = make(PLAIN, seed)
+        hidden = made["hidden"].detach()
+
+        def logps(hidden, backend):
+            return call(made | {"hidden": hidden, "weight": made["weight"].detach()}, PLAIN, backend=backend).logps
+
+        with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
+            torch.func.jvp(lambda h: logps(h, "portable"), (hidden,), (hidden,))
+        assert torch.func.jvp(lambda h: logps(h, "reference"), (hidden,), (hidden,))[1].any()
+
 
 class TestTorch:
     def test_opcheck(self, seed):

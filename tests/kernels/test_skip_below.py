@@ -104,6 +104,11 @@ def test_the_likeness_of_the_rest_is_what_keeps_the_error_small(kind, share, kep
     assert error(near) < 0.1
 
 
+def test_a_share_of_nearly_everything_keeps_a_few_words(kept, seed):
+    grads = token_gradients(made("flat", torch.float32), skip_below=1.0 - 1e-15)
+    assert 0.0 < max(kept) < 0.01 and all(grad.isfinite().all() for grad in grads)
+
+
 def test_columns_and_rest_add_up(seed):
     """Row sums of the gradient are kept exactly, columns of words that stay too; the rest has rank one, and is made of
     the smallest columns, as many as the share allows."""
