@@ -27,6 +27,7 @@ __all__ = [
     "bend_factors",
     "chunk_rows",
     "even_rows",
+    "multiplies_halves",
     "products_dtype",
     "project",
     "project_backward_hidden",
@@ -204,11 +205,29 @@ def products_dtype(hidden: torch.Tensor, weight: torch.Tensor, *, scaled: bool =
     return hidden.dtype if hidden.dtype == weight.dtype in half else statistics_dtype(hidden, weight)
 
 
+def multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of matrices in `dtype`, a half precision, are faster on `device` than float32's."""
+    return device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and _cpu_multiplies_bfloat16())
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Instructions of its own (AMX, AVX512-BF16), which sum in float32; elsewhere the products are emulated."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(supported is not None and supported() for supported in asked)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b of half-precision matrices with sums in float32, given as `dtype`: rounded to theirs before on a CPU alone,
+    which has no such product."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
+
+
 def project_backward_hidden(grad_raw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """d loss / d hidden (n, H) = grad_raw (n, V) @ weight (V, H), in the statistics dtype. Outside autograd."""
     dtype = statistics_dtype(grad_raw)
-    if grad_raw.is_cuda and grad_raw.dtype == weight.dtype != dtype:
-        return torch.mm(grad_raw, weight, out_dtype=dtype)
+    if grad_raw.dtype == weight.dtype != dtype and multiplies_halves(weight.device, weight.dtype):
+        return _product(grad_raw, weight, dtype)
     out = grad_raw.new_zeros(grad_raw.shape[0], weight.shape[1], dtype=dtype)
     for start, stop, block in _vocab_blocks(weight, dtype):
         out.addmm_(grad_raw[:, start:stop].to(dtype), block)
@@ -228,17 +247,18 @@ def project_backward_weight(
     fresh: `into` holds nothing yet and is overwritten. factor: 0-d in the dtype of `into`, or None for 1.
     """
     beta = 0 if fresh else 1
-    tensor_cores = grad_raw.is_cuda and grad_raw.dtype == hidden_rows.dtype != into.dtype
-    if factor is None and not tensor_cores:
+    halves = grad_raw.dtype == hidden_rows.dtype != into.dtype
+    halves = halves and multiplies_halves(into.device, hidden_rows.dtype)
+    if factor is None and not halves:
         into.addmm_(grad_raw.to(into.dtype).t(), hidden_rows.to(into.dtype), beta=beta)
         return
-    if factor is None and _adds_wide(grad_raw.dtype):
+    if factor is None and into.is_cuda and _adds_wide(grad_raw.dtype):
         torch.addmm(into, grad_raw.t(), hidden_rows, beta=beta, out_dtype=into.dtype, out=into)
         return
     for start in range(0, into.shape[0], WIDEN_ROWS):
         words = slice(start, start + WIDEN_ROWS)
-        if tensor_cores:
-            product = torch.mm(grad_raw[:, words].t(), hidden_rows, out_dtype=into.dtype)
+        if halves:
+            product = _product(grad_raw[:, words].t(), hidden_rows, into.dtype)
         else:
             product = grad_raw[:, words].to(into.dtype).t() @ hidden_rows.to(into.dtype)
         if factor is not None:

@@ -101,7 +101,10 @@ def linear_logprobs(
     models' sizes; it depends on the chunk and on the other rows by no more than float32 rounding of one dot product.
     That is at torch's default precision of float32 products: torch.set_float32_matmul_precision("high" or "medium")
     and allow_tf32 round float32 inputs here as everywhere (a log-probability erred by 6e-3 at "medium" on a CPU).
-    On CUDA devices, and with kernels that round, bfloat16 inputs' d logits are rounded to bfloat16 for their products.
+    bfloat16 inputs lose nothing by it: on a CPU with AMX `torch.backends.mkldnn.matmul.fp32_precision = "bf16"` makes
+    their logits faster; it holds for the whole process, so it is the caller's to say.
+    bfloat16 inputs' d logits are rounded to bfloat16 for their products where these have instructions of their own
+    (CUDA; AMX and AVX512-BF16), float16's on CUDA, each row in units of its own.
 
     Raises:
         ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V); on all

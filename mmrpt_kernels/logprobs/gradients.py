@@ -14,6 +14,7 @@ import torch
 
 from mmrpt_kernels.common.head import (
     HeadOptions,
+    multiplies_halves,
     products_dtype,
     project_backward_hidden,
     project_backward_weight,
@@ -109,7 +110,7 @@ class Gradients:
             whose writing, reading and rounding would take as long as a third of the product (at 3000 rows).
         """
         half = products_dtype(hidden_rows, self.head.weight, scaled=scale is not None)
-        if matrix.is_cuda and half != matrix.dtype:
+        if half != matrix.dtype and multiplies_halves(matrix.device, half):
             matrix = matrix.to(half)
         few = columns.leave_out(matrix, self.skip_below) if self.skip_below > 0.0 else None
         if few is not None:

@@ -141,6 +141,16 @@ class TestPortable:
             truth = call(make(case, seed, torch.bfloat16, upcast=True), case, backend="reference").logps
         assert (found - truth).abs().max() < 1e-5, f"seed {seed}"
 
+    def test_log_prob_contract_where_float32_products_round_to_bfloat16(self, seed):
+        """A process may let float32 products on a CPU round their inputs: bfloat16 inputs lose nothing by it."""
+        products = torch.backends.mkldnn.matmul
+        before = products.fp32_precision
+        products.fp32_precision = "bf16"
+        try:
+            self.test_log_prob_contract_with_bfloat16_inputs(seed)
+        finally:
+            products.fp32_precision = before
+
     @pytest.mark.parametrize("chunk_size", (1, 2, 7, 13, 1000, None))
     def test_chunk_size_changes_nothing(self, chunk_size, seed):
         whole = run(PLAIN, seed, backend="portable", chunk_size=13)

@@ -7,15 +7,18 @@ import torch
 
 from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.logprobs.gradients import HALF_UNIT, Gradients, Head, scaled_rows, unit_slopes
-from mmrpt_kernels.testing import poisoned_memory
+from mmrpt_kernels.testing import assert_close_to_truth, poisoned_memory
 
 ROWS, HIDDEN, VOCAB = 11, 7, 37
 
 
-def gathered(chunk: int, dtype: torch.dtype, *, folded: bool) -> tuple[torch.Tensor, ...]:
-    """d hidden, d weight, d bias of random chunks; `folded`: the factors multiplied into the matrix beforehand."""
+def gathered(chunk: int, dtype: torch.dtype, *, folded: bool, upcast: bool = False) -> tuple[torch.Tensor, ...]:
+    """d hidden, d weight, d bias of random chunks; `folded`: the factors multiplied into the matrix beforehand;
+    `upcast`: of the same numbers in float64."""
     generator = torch.Generator().manual_seed(3)
     hidden, weight = (torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in (ROWS, VOCAB))
+    if upcast:
+        hidden, weight, dtype = hidden.double(), weight.double(), torch.float64
     matrix = torch.randn(ROWS, VOCAB, generator=generator, dtype=torch.float64)
     scale = torch.randn(ROWS, generator=generator, dtype=torch.float64)
     scale[4] = 0.0
@@ -36,9 +39,10 @@ def gathered(chunk: int, dtype: torch.dtype, *, folded: bool) -> tuple[torch.Ten
 @pytest.mark.parametrize("chunk", (1, 4, ROWS))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_factors_of_rows_stand_for_the_product(chunk, dtype):
-    for apart, folded in zip(gathered(chunk, dtype, folded=False), gathered(chunk, dtype, folded=True), strict=True):
-        torch.testing.assert_close(apart, folded)
-        assert apart.isfinite().all()
+    apart, folded = (gathered(chunk, dtype, folded=folded) for folded in (False, True))
+    truth = gathered(ROWS, dtype, folded=True, upcast=True)
+    for name, found, eager, exact in zip(("d_hidden", "d_weight", "d_bias"), apart, folded, truth, strict=True):
+        assert_close_to_truth(found, eager, exact, name=name)
 
 
 def test_unit_slopes_fit_float16_and_keep_zeros(seed):
