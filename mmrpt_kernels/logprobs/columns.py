@@ -78,7 +78,7 @@ def skip_threshold(skip_below: float | str | None, hidden: torch.Tensor, weight:
 
 
 def leave_out(grad_raw: torch.Tensor, skip_below: float) -> Columns | None:
-    """The columns of grad_raw (n, V) that hold at least `skip_below` of its mass each (and up to 7 more, never none), or
+    """The columns of grad_raw (n, V) that hold at least `skip_below` of its mass each (up to 7 more; never none), or
     None where they are too many for it to pay.
 
     Waits for the device, as the count decides. NaN or infinity in any row keeps all: they must not reach other rows by
