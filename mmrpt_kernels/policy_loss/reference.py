@@ -24,7 +24,8 @@ def log_ratio(logps: torch.Tensor, tokens: PolicyTokens, options: PolicyOptions)
     own = torch.where(read, logps - tokens.old_logps, 0.0)
     if by_sequence:
         length = tokens.response.sum(-1, keepdim=True).clamp(min=1)
-        own = own - own.detach() + own.detach().sum(-1, keepdim=True) / length
+        # Not own - own.detach(): a token that the old policy ruled out has an infinite one.
+        own = logps - logps.detach() + own.detach().sum(-1, keepdim=True) / length
     return torch.where(own > MAX_LOG_RATIO, MAX_LOG_RATIO, own)
 
 

@@ -288,6 +288,14 @@ class TestPortable:
         made["response_mask"] = torch.zeros_like(made["response_mask"])
         assert_same(run(made, compact=False), run(made), rtol=0, atol=0)
 
+    @pytest.mark.parametrize("level", ("token", "sequence"))
+    def test_a_token_that_the_old_policy_ruled_out(self, level, seed):
+        made = make(BATCH, seed, batch=4)
+        made["old_logps"][:, ::3] = -torch.inf
+        found, expected = (run(made, ratio_level=level, backend=name) for name in ("portable", "reference"))
+        assert_same(found, expected, rtol=1e-9, atol=1e-11)
+        assert found["d_hidden"].isfinite().all()
+
     def test_a_broken_token_without_gradient_breaks_no_gradient(self, seed):
         """A response token outside the perception mask is looked at for the statistics, and only for them."""
         made = make(BATCH, seed, batch=4)
