@@ -260,6 +260,25 @@ def judge_gpu(found: Goals, case: CaseRows, name: str) -> None:
     found.at_most(f"memory / fastest peer's ({best}), {name}", case.name, memory, 0.5)
 
 
+def rounding_float32(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """With the process-wide setting that lets float32 products on a CPU round their inputs, a user's to make: the
+    logits of bfloat16 inputs stay what they were."""
+
+    def call(**inputs: Any) -> torch.Tensor:
+        products = torch.backends.mkldnn.matmul
+        before, products.fp32_precision = products.fp32_precision, "bf16"
+        try:
+            return fn(**inputs)
+        finally:
+            products.fp32_precision = before
+
+    return call
+
+
+def rounding_is_exact(device: torch.device, case: Case) -> bool:
+    return device.type == "cpu" and case.params["dtype"] == "bfloat16"
+
+
 def contenders(device: torch.device) -> list[Contender]:
     on_gpu = None if device.type == "cuda" else "its kernels need a GPU"
     chosen = backends.first_choice("policy_loss", device=device, dtype=torch.bfloat16)
@@ -283,6 +302,11 @@ def contenders(device: torch.device) -> list[Contender]:
                 Contender(backend, step(partial(fused, backend))),
                 Contender(f"{backend}, statistics", step(partial(fused, backend, return_statistics=True))),
             )
+        ),
+        Contender(
+            "portable, float32 rounds to bfloat16",
+            step(rounding_float32(partial(fused, "portable"))),
+            skip=lambda case: None if rounding_is_exact(device, case) else "for bfloat16 inputs on a CPU",
         ),
         *words_left_out(chosen, lambda share: step(partial(fused, chosen, skip_below=share))),
         Contender("linear_token_loss", step(partial(token_loss, None))),
