@@ -24,6 +24,7 @@ from mmrpt_kernels.attention import (
 )
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton import attention, backward_keys, tiles
+from mmrpt_kernels.common.tanh import tanh
 from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
 from tests.kernels.test_attention import (
     CASES,
@@ -89,7 +90,7 @@ def triton_attention(device: str, **keywords):
 @triton.jit
 def apply_tanh(x, out, n, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    tl.store(out + index, tiles.tanh(tl.load(x + index, mask=index < n, other=0.0)), mask=index < n)
+    tl.store(out + index, tanh(tl.load(x + index, mask=index < n, other=0.0)), mask=index < n)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mmrpt_kernels.common.tanh import tanh
+
 __all__ = ["LOWEST", "clamped", "load_words", "mean_logs", "tiles", "transformed"]
 
 # Words that a program takes at a time, and in all; fixed, so that a row's sums are the same in every batch and chunk.
@@ -21,20 +23,6 @@ LOWEST = tl.constexpr(-1e38)
 def tiles() -> dict[str, int]:
     """What the sweeps over the vocabulary are launched with."""
     return {"SPAN": SPAN, "BLOCK": BLOCK, "num_warps": WARPS}
-
-
-@triton.jit
-def tanh(x):
-    """tanh in float32: near 0 the exponential form cancels, so the Taylor series up to x**11 takes over."""
-    u = x * x
-    series = -1382.0 / 155925.0 * u + 62.0 / 2835.0
-    series = series * u - 17.0 / 315.0
-    series = series * u + 2.0 / 15.0
-    series = series * u - 1.0 / 3.0
-    near = x + x * u * series
-    # exp overflows to inf where tanh is 1, and 2 / inf is 0.
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

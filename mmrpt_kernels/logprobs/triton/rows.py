@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.common.head import HeadOptions, bend_factors
+from mmrpt_kernels.common.tanh import tanh
 from mmrpt_kernels.logprobs.rows import (
     MOST_ABOVE,
     Exponentials,
@@ -43,20 +44,9 @@ UNSEEN = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _bend(raw, inner, CAPPED: tl.constexpr):
-    """z / outer of raw logits: tanh(inner * raw), or raw itself without a cap.
-
-    tanh to 4e-7 of its value: a series near 0, where 1 - 2 / (1 + exp(2 x)) cancels.
-    """
+    """z / outer of raw logits: tanh(inner * raw), or raw itself without a cap."""
     if CAPPED:
-        x = inner * raw
-        size = tl.abs(x)
-        square = x * x
-        near = 62.0 / 2835.0
-        near = near * square - 17.0 / 315.0
-        near = near * square + 2.0 / 15.0
-        near = near * square - 1.0 / 3.0
-        far = 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2_E * size))
-        return tl.where(size < 0.25, x + x * square * near, tl.where(x < 0.0, -far, far))
+        return tanh(inner * raw)
     else:
         return raw
 
