@@ -97,7 +97,8 @@ def linear_token_divergence(
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    weight, weight_q, bias, vocab_group = _local_heads(hidden_p, hidden_q, weight, weight_q, bias, targets, vocab_group)
+    views, heads = (hidden_p, hidden_q), (weight, weight_q)
+    weight, weight_q, bias, vocab_group = _local_heads(views, heads, bias, targets, vocab_group)
     part = vocab_group is not None
     _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, part=part)
     hidden_p, hidden_q, weight, weight_q, bias = cast_for_autocast(hidden_p, hidden_q, weight, weight_q, bias)
@@ -122,8 +123,9 @@ def linear_token_divergence(
     return TokenDivergence(divergence, logps_p, logps_q, entropy_p.reshape(lead), entropy_q.reshape(lead))
 
 
-def _local_heads(hidden_p, hidden_q, weight, weight_q, bias, targets, vocab_group):
+def _local_heads(views, heads, bias, targets, vocab_group):
     """`local_head` of both views: weight, weight_q and bias of this rank, and the group that cuts them, or None."""
+    (hidden_p, hidden_q), (weight, weight_q) = views, heads
     weight, bias, found = local_head(hidden_p, targets, weight, bias, vocab_group)
     if weight_q is None:
         local_head(hidden_q, targets, weight, None, found)
@@ -172,13 +174,21 @@ def _check_targets(targets: torch.Tensor | None, vocab: int) -> None:
 
 
 def _problem(
-    tensors: tuple, kinds: str, options: HeadOptions, chunk_size: int | None, group: str | None, work, alike: tuple = ()
+    tensors: tuple,
+    kinds: str,
+    options: HeadOptions,
+    chunk_size: int | None,
+    group: str | None,
+    *,
+    work: torch.Tensor,
+    alike: tuple = (),
 ) -> stream.Problem:
     """The call as the stream takes it. With a group its ranks find out whether they do the same.
 
     Args:
         tensors: hidden_p, hidden_q, weight, weight_q, bias, targets.
-        work: (N,) bool, the rows that something will be done for; `alike`: what else all ranks must have in common.
+        work: (N,) bool, the rows that something will be done for.
+        alike: what else all ranks must have in common.
     """
     problem = stream.Problem(*tensors, options, tuple(kinds.split(",")), chunk_size)
     if group is None:
@@ -211,11 +221,9 @@ def _operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The public function's results for (N, H) rows. vocab_group: the name of the group that cuts the vocabulary."""
     tensors = (hidden_p, hidden_q, weight, weight_q, bias, targets)
-    options, all_rows = (
-        HeadOptions(temperature, softcap, logit_scale),
-        hidden_p.new_ones(len(hidden_p), dtype=torch.bool),
-    )
-    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, all_rows)
+    options = HeadOptions(temperature, softcap, logit_scale)
+    all_rows = hidden_p.new_ones(hidden_p.shape[:1], dtype=torch.bool)
+    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=all_rows)
     return stream.forward(ROW_KERNELS[backend](problem), problem)
 
 
@@ -257,7 +265,7 @@ def _operator_backward(
     grads = RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
     options, active = HeadOptions(temperature, softcap, logit_scale), stream.active_rows(grads)
     alike = (needs, [grad is None for grad in grads])
-    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, active, alike)
+    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=active, alike=alike)
     made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, active.nonzero()[:, 0], needs)
     return tuple(
         hidden_p.new_empty(0) if grad is None else grad.to(source.dtype)

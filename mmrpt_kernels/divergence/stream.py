@@ -36,7 +36,7 @@ GPU_LEARN_ROWS = 4096
 GPU_BYTES = 4 * 2**30
 GPU_BYTES_PER_WORD = 12
 # On a CPU the row kernels' passes go over a chunk some rows at a time: what a view's rows may take of a core's cache.
-BLOCK_BYTES = 2**19
+BLOCK_BYTES = 2**20
 
 
 class Problem(NamedTuple):
