@@ -83,50 +83,52 @@ class Problem(NamedTuple):
         return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-class Product(NamedTuple):
-    """One product of a chunk: logits of one view's rows, or of both views', p's rows first."""
-
-    views: tuple[int, ...]  # 0 for p, 1 for q
-    hidden: torch.Tensor  # (n, H), or (2 n, H) for two views
-    weight: torch.Tensor  # (V, H)
-    raw: torch.Tensor  # (n, V), or (2 n, V)
-
-
 class _Projector:
-    """Makes the logits of chunk after chunk, on a CPU in the same memory: fresh memory is slow there."""
+    """Makes both views' logits of chunk after chunk, on a CPU in the same memory: fresh memory is slow there.
 
-    def __init__(self, problem: Problem, most_rows: int, *, together: bool) -> None:
+    Views of one head are projected as one matrix; the head may come twice, as where a caller holds the second view
+    fixed (weight_q = weight.detach()).
+    """
+
+    def __init__(self, problem: Problem, most_rows: int) -> None:
         self.problem, self.memory = problem, None
-        self.together = together and problem.weight_q is None and problem.hidden_p.dtype == problem.hidden_q.dtype
+        self.together = problem.hidden_p.dtype == problem.hidden_q.dtype and _same(problem.weight, problem.head_q())
         if problem.weight.device.type == "cpu":
             shape = (VIEWS * most_rows, problem.weight.shape[0])
             self.memory = problem.weight.new_empty(shape, dtype=problem.dtype())
 
-    def __call__(self, rows: slice | torch.Tensor) -> list[Product]:
+    def __call__(self, rows: slice | torch.Tensor) -> _Chunk:
         problem = self.problem
-        own = [problem.hidden_p[rows], problem.hidden_q[rows]]
+        hidden_p, hidden_q = problem.hidden_p[rows], problem.hidden_q[rows]
         if self.together:
-            pairs = [((0, 1), torch.cat(own), problem.weight)]
-        else:
-            pairs = [((0,), own[0], problem.weight), ((1,), own[1], problem.head_q())]
-        made, start = [], 0
-        for views, hidden, weight in pairs:
-            stop, into = start + hidden.shape[0], None
-            if self.memory is not None and statistics_dtype(hidden, weight, problem.bias) == self.memory.dtype:
-                into = self.memory[start:stop]
-            raw = project(hidden, weight, problem.bias, out=into)
-            made.append(Product(views, hidden, weight, raw.to(problem.dtype())))
-            start = stop
-        return made
+            hidden = torch.cat((hidden_p, hidden_q))
+            raw = self._project(hidden, problem.weight, slice(0, hidden.shape[0]))
+            return _Chunk(hidden.chunk(VIEWS), raw.chunk(VIEWS), hidden, raw)
+        count = hidden_p.shape[0]
+        raw_p = self._project(hidden_p, problem.weight, slice(0, count))
+        raw_q = self._project(hidden_q, problem.head_q(), slice(count, 2 * count))
+        return _Chunk((hidden_p, hidden_q), (raw_p, raw_q), None, None)
+
+    def _project(self, hidden: torch.Tensor, weight: torch.Tensor, place: slice) -> torch.Tensor:
+        problem, into = self.problem, None
+        if self.memory is not None and statistics_dtype(hidden, weight, problem.bias) == self.memory.dtype:
+            into = self.memory[place]
+        return project(hidden, weight, problem.bias, out=into).to(problem.dtype())
 
 
-def by_view(products: list[Product], matrices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Of each product's (.., V) matrix the parts (n, V) of view p and of view q."""
-    parts: list[torch.Tensor | None] = [None] * VIEWS
-    for product, matrix in zip(products, matrices, strict=True):
-        for view, part in zip(product.views, () if matrix is None else matrix.chunk(len(product.views)), strict=False):
-            parts[view] = part
-    return parts
+class _Chunk(NamedTuple):
+    """Hidden rows (n, H) and raw logits (n, V) of views p and q; and both as one (2 n, ..), where they are one."""
+
+    hidden: tuple[torch.Tensor, torch.Tensor]
+    raw: tuple[torch.Tensor, torch.Tensor]
+    all_hidden: torch.Tensor | None
+    all_raw: torch.Tensor | None
+
+
+def _same(weight: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one matrix in memory."""
+    alike = weight.dtype == other.dtype and weight.shape == other.shape and weight.stride() == other.stride()
+    return alike and weight.data_ptr() == other.data_ptr()
 
 
 def forward(kernels: RowKernels, problem: Problem) -> RowValues:
@@ -137,11 +139,10 @@ def forward(kernels: RowKernels, problem: Problem) -> RowValues:
     vectors = (hidden.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, num_rows, num_rows))
     out = RowValues(hidden.new_empty(num_rows, len(kinds), dtype=dtype), *vectors)
     step = problem.chunk(num_rows, GPU_SCORE_ROWS)
-    projector = _Projector(problem, step, together=True)
+    projector = _Projector(problem, step)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        products = projector(slice(start, stop))
-        raw_p, raw_q = by_view(products, [product.raw for product in products])
+        raw_p, raw_q = projector(slice(start, stop)).raw
         for block in problem.blocks(stop - start):
             rows = slice(start + block.start, start + block.stop)
             some = None if targets is None else targets[rows]
@@ -150,7 +151,7 @@ def forward(kernels: RowKernels, problem: Problem) -> RowValues:
             for whole, part in zip(out, values(found, kinds, targets is not None), strict=True):
                 if part is not None:
                     whole[rows] = part
-        products = raw_p = raw_q = views = found = _ = None  # the next chunk's logits take this one's memory
+        raw_p = raw_q = views = found = _ = None  # the next chunk's logits take this one's memory
     return out
 
 
@@ -216,8 +217,7 @@ def backward(
     if active.numel() == 0:
         return out.result()
     step = problem.chunk(active.numel(), GPU_LEARN_ROWS)
-    wanted = out.wanted(problem)
-    projector = _Projector(problem, step, together=all(wanted))
+    projector = _Projector(problem, step)
     for rows in active.split(step):
         _learn(kernels, problem, rows, projector(rows), grads, out)
     if problem.shard is not None:
@@ -227,30 +227,42 @@ def backward(
     return out.result()
 
 
-def _learn(kernels: RowKernels, problem: Problem, rows: torch.Tensor, products, grads: RowValues, out) -> None:
+def _learn(kernels: RowKernels, problem: Problem, rows: torch.Tensor, chunk: _Chunk, grads: RowValues, out) -> None:
     """Turn a chunk's logits into their gradient, and carry it into those of the hidden states and the head."""
-    wanted = out.wanted(problem)
-    d_raws: list[torch.Tensor | None] = []
-    for views, _, _, raw in products:
-        dtype = kernels.dtypes[views[0]]
-        own = raw if dtype == raw.dtype else torch.empty_like(raw, dtype=dtype)
-        d_raws.append(own if wanted[views[0]] else None)
-    raws = by_view(products, [product.raw for product in products])
-    _differentiate(kernels, problem, rows, raws, grads, by_view(products, d_raws))
-    hiddens, heads = (out.hidden_p, out.hidden_q), (out.weight, out.head_q(problem))
-    for (views, hidden_rows, weight, _), d_raw in zip(products, d_raws, strict=True):
-        if d_raw is None:
-            continue
-        into = [hiddens[view] for view in views]
-        if any(hidden is not None for hidden in into):
-            parts = project_backward_hidden(d_raw, weight).chunk(len(views))
-            for hidden, part in zip(into, parts, strict=True):
-                if hidden is not None:
-                    hidden[rows] = part.to(hidden.dtype)
-        if heads[views[0]] is not None:
-            heads[views[0]].add(d_raw, hidden_rows)
-        if out.bias is not None:
-            out.bias.add_(d_raw.sum(0, dtype=out.bias.dtype))
+    wanted, hiddens, heads = out.wanted(problem), (out.hidden_p, out.hidden_q), (out.weight, out.head_q(problem))
+
+    def room(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return raw if dtype == raw.dtype else torch.empty_like(raw, dtype=dtype)
+
+    if chunk.all_raw is not None and all(wanted) and problem.weight_q is None:
+        d_all = room(chunk.all_raw, kernels.dtypes[0])
+        _differentiate(kernels, problem, rows, chunk.raw, grads, d_all.chunk(VIEWS))
+        _spread(d_all, chunk.all_hidden, problem.weight, rows, hiddens, (out.weight, out.bias))
+        return
+    pairs = zip(chunk.raw, kernels.dtypes, wanted, strict=True)
+    outs = [room(raw, dtype) if want else None for raw, dtype, want in pairs]
+    _differentiate(kernels, problem, rows, chunk.raw, grads, outs)
+    for view, weight in enumerate((problem.weight, problem.head_q())):
+        if outs[view] is not None:
+            _spread(outs[view], chunk.hidden[view], weight, rows, hiddens[view : view + 1], (heads[view], out.bias))
+
+
+def _spread(d_raw, hidden_rows, weight, rows, hiddens, head_and_bias) -> None:
+    """Carry d loss / d raw of one product into the gradients of its hidden rows, its weight and the bias.
+
+    Args:
+        d_raw: (n, V) of one view, or (2 n, V) of both. hidden_rows, weight: what the product was of.
+        hiddens: d hidden (N, H) of the views, None where not needed; head_and_bias likewise.
+    """
+    head, bias = head_and_bias
+    if any(hidden is not None for hidden in hiddens):
+        for hidden, part in zip(hiddens, project_backward_hidden(d_raw, weight).chunk(len(hiddens)), strict=True):
+            if hidden is not None:
+                hidden[rows] = part.to(hidden.dtype)
+    if head is not None:
+        head.add(d_raw, hidden_rows)
+    if bias is not None:
+        bias.add_(d_raw.sum(0, dtype=bias.dtype))
 
 
 def _differentiate(kernels: RowKernels, problem: Problem, rows, raw, grads: RowValues, outs) -> None:

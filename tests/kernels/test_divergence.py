@@ -190,6 +190,20 @@ class TestPortable:
         for name, value in zip(rest, partial, strict=True):
             torch.testing.assert_close(value, full[name])
 
+    @pytest.mark.parametrize("learns", [True, False])
+    def test_the_same_head_twice(self, learns, seed):
+        """One matrix in memory as both heads is one product; its gradients are still two."""
+        made = head_inputs(PLAIN, dtype=torch.float64, seed=seed)
+        results = []
+        for head_q in (lambda w: w.view_as(w), lambda w: w.clone()):
+            wrt = leaves(dict(made))
+            weight_q = head_q(wrt["weight"].detach()).requires_grad_(learns)
+            out = call(wrt | {"targets": made["targets"], "bias": None}, PLAIN, weight_q=weight_q)
+            sources = [*wrt.values(), *([weight_q] if learns else [])]
+            results.append([*out, *torch.autograd.grad(mixed_sum(out, seed), sources)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
     def test_detaching_the_whole_second_view(self, seed):
         made = head_inputs(PLAIN, dtype=torch.float64, seed=seed)
         wrt = leaves(made)
