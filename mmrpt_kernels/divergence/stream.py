@@ -3,9 +3,9 @@
 The loop knows no divergence: the row arithmetic comes as functions (`rows.RowKernels`), so that faster ones can take
 their place. Runs outside autograd: its callers are custom operators.
 
-Learning in both views and the head takes eight products of 2 n H V FLOPs, where kept logits would take six: d weight is a
-sum over rows, each times a gradient that only the backward knows, so it cannot be made before; and without it, d hidden
-made in the forward would be lost on the rows that a loss leaves out. In exchange both views' rows are projected
+Learning in both views and the head takes eight products of 2 n H V FLOPs, where kept logits would take six: d weight is
+a sum over rows, each times a gradient that only the backward knows, so it cannot be made before; and without it, d
+hidden made in the forward would be lost on the rows that a loss leaves out. In exchange both views' rows are projected
 together where they share a weight, one product of twice the height in the place of two.
 """
 
