@@ -121,7 +121,7 @@ _why = "SDPA's cuDNN or flash kernel, then visual_mass on its lse; by name until
 TABLE.append(Row("attention", "sdpa+mass", ("cuda",), FLOATS[1:3], why=_why, by_name=True, **_needs))
 for _op in OPERATORS:
     TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
-    _lacks = ("vocab_group",) if _op in ("logprobs", "policy_loss", "token_loss") else ()
+    _lacks = ("vocab_group",) if _op in ("logprobs", "policy_loss", "token_loss", "divergence") else ()
     TABLE.append(Row(_op, "reference", (), FLOATS, _lacks, "the definition: slow, obvious, float64-capable"))
 del _op, _why, _needs, _dtypes, _device, _lacks
 

@@ -175,20 +175,23 @@ def _vocab_blocks(weight: torch.Tensor, dtype: torch.dtype):
         yield start, stop, weight[start:stop].to(dtype)
 
 
-def project(hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def project(
+    hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Raw logits (n, V) of a chunk of rows in the statistics dtype, products accumulated there. Outside autograd.
 
     Args:
         hidden_rows: (n, H).
         weight: (V, H), any float dtype; a half-precision weight is widened a block at a time.
         bias: (V,) or None.
+        out: (n, V) in the statistics dtype to write to, on a CPU, where fresh memory is slow; None: fresh memory.
     """
     dtype = statistics_dtype(hidden_rows, weight, bias)
     rows = hidden_rows.to(dtype)
     if rows.is_cuda and hidden_rows.dtype == weight.dtype and dtype == torch.float32 != weight.dtype:
         logits = torch.mm(hidden_rows, weight.t(), out_dtype=dtype)  # tensor cores; half products are exact in float32
         return logits if bias is None else logits.add_(bias.to(dtype))
-    logits = rows.new_empty(rows.shape[0], weight.shape[0])
+    logits = rows.new_empty(rows.shape[0], weight.shape[0]) if out is None else out
     for start, stop, block in _vocab_blocks(weight, dtype):
         torch.mm(rows, block.t(), out=logits[:, start:stop])
     return logits if bias is None else logits.add_(bias.to(dtype))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from mmrpt_kernels.common import checks
 
-__all__ = ["group_name", "group_traits", "local_head"]
+__all__ = ["divide_gradient", "group_name", "group_traits", "local_head"]
 
 # The name of a mesh dimension whose ranks see the same tokens, in torchtitan, transformers and accelerate.
 TENSOR_PARALLEL = "tp"
@@ -33,8 +33,8 @@ def is_dtensor(tensor: object) -> bool:
     return isinstance(tensor, torch.Tensor) and hasattr(tensor, "device_mesh")
 
 
-class _MeanGradient(torch.autograd.Function):
-    """The tensor itself, with a gradient divided by `count`: of a sum over `count` ranks, the mean."""
+class _DividedGradient(torch.autograd.Function):
+    """See `divide_gradient`."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -44,6 +44,12 @@ class _MeanGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         return grad / ctx.count, None
+
+
+def divide_gradient(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """The tensor itself, with a gradient divided by `count`: of a sum over `count` ranks the mean, and the other way
+    round, of the whole a rank's part of such a sum."""
+    return _DividedGradient.apply(tensor, count) if tensor.requires_grad and count > 1 else tensor
 
 
 def _vocab_dimension(weight: torch.Tensor, group: dist.ProcessGroup | None) -> int | None:
@@ -76,8 +82,7 @@ def _local(tensor: torch.Tensor, keep: int | None) -> torch.Tensor:
     count = 1
     for dim in dims:
         count *= 1 if dim == keep else tensor.device_mesh.size(dim)
-    if tensor.requires_grad and count > 1:
-        tensor = _MeanGradient.apply(tensor, count)
+    tensor = divide_gradient(tensor, count)
     return tensor.redistribute(placements=placements).to_local(grad_placements=gradients)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels.backends import TRITON_MISSING, select
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
 from mmrpt_kernels.common.checks import check, check_dtype, check_reverse_mode, check_same_device, check_shape
 from mmrpt_kernels.common.head import FLOAT_DTYPES, HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
+from mmrpt_kernels.common.shards import find_shard
 from mmrpt_kernels.divergence import portable, reference, stream
+from mmrpt_kernels.divergence.rows import RowValues
 
 __all__ = ["KINDS", "TokenDivergence", "linear_token_divergence"]
 
@@ -47,6 +51,7 @@ def linear_token_divergence(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> TokenDivergence:
     """Divergence between two views' next-token distributions, per token, without (N, V) logits in memory.
 
@@ -63,7 +68,8 @@ def linear_token_divergence(
     Args:
         hidden_p: (..., H) half, bfloat16, float32 or float64: the view that tokens were sampled from.
         hidden_q: (..., H) the other view, same leading shape; with `weight_q` its last dimension may differ.
-        weight: (V, H) lm head of both views, or of p alone when `weight_q` is given.
+        weight: (V, H) lm head of both views, or of p alone when `weight_q` is given. DTensors are gathered, or used in
+            parts (docs/sharded_head.md).
         targets: (...) int64, needed for "k3"; negative entries are ignored: log-probabilities and k3 are 0 there.
         kind: one kind, or a tuple of kinds computed in one sweep, which adds a last dimension.
         weight_q: (V, H_q) another head for q, e.g. a reference model's.
@@ -71,6 +77,13 @@ def linear_token_divergence(
         temperature, softcap, logit_scale: head options, see mmrpt_kernels.common.head.
         chunk_size: rows of logits held at once; default from a memory budget. Never changes results beyond rounding.
         backend: see mmrpt_kernels.backends.
+        vocab_group: process group over which the vocabulary is cut: weight (V_r, H), weight_q (V_r, H_q) and bias
+            (V_r,) are then this rank's words, ranks in word order, any V_r >= 1; targets stay ids of all words. All
+            other arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call
+            and its backward. Results are then bit-identical on all ranks; gradients of heads and bias are this rank's
+            part, those of hidden states the whole sums. Collectives, forward as backward: one a call, which waits for
+            the device; one a chunk of n rows, of 10 n numbers; for js and hellinger, which need the whole softmax word
+            by word, a second of 3 n. Backward besides: two for each hidden state that needs a gradient.
 
     Gradients flow to hidden_p, hidden_q, weight, weight_q and bias from every output, once and in reverse (what asks
     for more raises). To hold the second view fixed pass hidden_q.detach() and weight_q=weight.detach(). Rows whose
@@ -78,17 +91,22 @@ def linear_token_divergence(
 
     Raises:
         ValueError: shapes, dtypes, devices, an unknown kind, "k3" without targets, targets outside the vocabulary (read
-            on CPU tensors outside torch.compile only).
+            on CPU tensors outside torch.compile only); on all ranks of vocab_group, where their tokens or options
+            differ.
         BackendError: a backend was asked for that cannot serve the call.
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size)
+    views, heads = (hidden_p, hidden_q), (weight, weight_q)
+    weight, weight_q, bias, vocab_group = _local_heads(views, heads, bias, targets, vocab_group)
+    part = vocab_group is not None
+    _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, part=part)
     hidden_p, hidden_q, weight, weight_q, bias = cast_for_autocast(hidden_p, hidden_q, weight, weight_q, bias)
     dtype = hidden_p.dtype
     if statistics_dtype(hidden_p, hidden_q, weight, weight_q, bias) == torch.float64:  # of both views, then
         dtype, hidden_p, hidden_q = torch.float64, hidden_p.double(), hidden_q.double()
-    name = select("divergence", device=hidden_p.device, dtype=dtype, requested=backend)
+    traits = group_traits(vocab_group)
+    name = select("divergence", device=hidden_p.device, dtype=dtype, requested=backend, traits=traits)
     lead = hidden_p.shape[:-1]
     flat_p, flat_q = hidden_p.reshape(-1, hidden_p.shape[-1]), hidden_q.reshape(-1, hidden_q.shape[-1])
     flat_targets = None if targets is None else targets.reshape(-1)
@@ -97,7 +115,7 @@ def linear_token_divergence(
     else:
         check_reverse_mode("linear_token_divergence", hidden_p, hidden_q, weight, weight_q, bias)
         tensors = (flat_p, flat_q, weight, weight_q, bias, flat_targets)
-        rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name)
+        rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name, group_name(vocab_group))
     divergence, logps_p, logps_q, entropy_p, entropy_q = rows
     divergence = divergence[:, 0].reshape(lead) if isinstance(kind, str) else divergence.reshape(*lead, len(kinds))
     if targets is None:
@@ -107,8 +125,27 @@ def linear_token_divergence(
     return TokenDivergence(divergence, logps_p, logps_q, entropy_p.reshape(lead), entropy_q.reshape(lead))
 
 
-def _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size) -> None:
-    check_head(hidden_p, weight, bias, options, chunk_size)
+def _local_heads(views, heads, bias, targets, vocab_group):
+    """`local_head` of both views: weight, weight_q and bias of this rank, and the group that cuts them, or None."""
+    (hidden_p, hidden_q), (weight, weight_q) = views, heads
+    weight, bias, found = local_head(hidden_p, targets, weight, bias, vocab_group)
+    if weight_q is None:
+        local_head(hidden_q, targets, weight, None, found)
+        return weight, None, bias, found
+    weight_q, _, group_q = local_head(hidden_q, targets, weight_q, None, found)
+    check(
+        (found is None) == (group_q is None),
+        "weight_q: got a head cut over the vocabulary beside a whole weight, expected both or neither; cut weight in "
+        "the same places, or pass weight_q.full_tensor()",
+    )
+    return weight, weight_q, bias, found
+
+
+def _check(
+    hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, *, part: bool = False
+) -> None:
+    """The door check; `part`: heads and bias are one rank's words, and targets are looked at when all are known."""
+    check_head(hidden_p, weight, bias, options, chunk_size, part=part)
     last = hidden_p.shape[-1] if weight_q is None else None
     check_shape("hidden_q", hidden_q, (*hidden_p.shape[:-1], last), "(..., H): as hidden_p, the second view")
     check_dtype("hidden_q", hidden_q, FLOAT_DTYPES)
@@ -125,11 +162,46 @@ def _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, 
         return
     check_shape("targets", targets, tuple(hidden_p.shape[:-1]), "(...): one token id per row of hidden_p")
     check_dtype("targets", targets, (torch.int64,))
-    if not torch.compiler.is_compiling() and targets.device.type == "cpu" and targets.numel():
-        top, vocab = int(targets.max()), weight.shape[0]
+    if not part and not torch.compiler.is_compiling():
+        _check_targets(targets, weight.shape[0])
+
+
+def _check_targets(targets: torch.Tensor | None, vocab: int) -> None:
+    """Raise ValueError for ids beyond the vocabulary. CPU only: elsewhere it would wait for the device."""
+    if targets is not None and targets.device.type == "cpu" and targets.numel():
+        top = int(targets.max())
         check(
             top < vocab, f"targets: got id {top}, expected ids below the vocabulary size {vocab}; check the tokenizer"
         )
+
+
+def _problem(
+    tensors: tuple,
+    kinds: str,
+    options: HeadOptions,
+    chunk_size: int | None,
+    group: str | None,
+    *,
+    work: torch.Tensor,
+    alike: tuple = (),
+) -> stream.Problem:
+    """The call as the stream takes it. With a group its ranks find out whether they do the same.
+
+    Args:
+        tensors: hidden_p, hidden_q, weight, weight_q, bias, targets.
+        work: (N,) bool, the rows that something will be done for.
+        alike: what else all ranks must have in common.
+    """
+    problem = stream.Problem(*tensors, options, tuple(kinds.split(",")), chunk_size)
+    if group is None:
+        return problem
+    hidden_p, hidden_q, weight, weight_q, bias, targets = tensors
+    given = (hidden_q.shape, hidden_q.dtype, None if weight_q is None else weight_q.dtype, bias is None)
+    ids = torch.zeros_like(work, dtype=torch.int64) if targets is None else targets
+    alike = (kinds, options, chunk_size, given, targets is None, *alike)
+    shard = find_shard(group, hidden_p, weight, ids, work, alike)
+    _check_targets(targets, shard.vocab)
+    return problem._replace(shard=shard)
 
 
 @torch.library.custom_op("mmrpt_kernels::linear_token_divergence", mutates_args=())
@@ -147,9 +219,13 @@ def _operator(
     logit_scale: float,
     chunk_size: int | None,
     backend: str,
+    vocab_group: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    settings = (HeadOptions(temperature, softcap, logit_scale), tuple(kinds.split(",")), chunk_size)
-    problem = stream.Problem(hidden_p, hidden_q, weight, weight_q, bias, targets, *settings)
+    """The public function's results for (N, H) rows. vocab_group: the name of the group that cuts the vocabulary."""
+    tensors = (hidden_p, hidden_q, weight, weight_q, bias, targets)
+    options = HeadOptions(temperature, softcap, logit_scale)
+    all_rows = hidden_p.new_ones(hidden_p.shape[:1], dtype=torch.bool)
+    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=all_rows)
     return stream.forward(ROW_KERNELS[backend](problem), problem)
 
 
@@ -165,11 +241,11 @@ def _(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, *_settings):
 @torch.library.custom_op("mmrpt_kernels::linear_token_divergence_backward", mutates_args=())
 @without_autocast
 def _operator_backward(
-    grad_divergence: torch.Tensor,
-    grad_logps_p: torch.Tensor,
-    grad_logps_q: torch.Tensor,
-    grad_entropy_p: torch.Tensor,
-    grad_entropy_q: torch.Tensor,
+    grad_divergence: torch.Tensor | None,
+    grad_logps_p: torch.Tensor | None,
+    grad_logps_q: torch.Tensor | None,
+    grad_entropy_p: torch.Tensor | None,
+    grad_entropy_q: torch.Tensor | None,
     hidden_p: torch.Tensor,
     hidden_q: torch.Tensor,
     weight: torch.Tensor,
@@ -182,17 +258,20 @@ def _operator_backward(
     logit_scale: float,
     chunk_size: int | None,
     backend: str,
+    vocab_group: str | None,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    settings = (HeadOptions(temperature, softcap, logit_scale), tuple(kinds.split(",")), chunk_size)
-    problem = stream.Problem(hidden_p, hidden_q, weight, weight_q, bias, targets, *settings)
+    """Gradients of hidden_p, hidden_q, weight, weight_q and bias, each empty where `needs` is False."""
+    tensors = (hidden_p, hidden_q, weight, weight_q, bias, targets)
     on_targets = (None, None) if targets is None else (grad_logps_p, grad_logps_q)
-    grads = stream.RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
-    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, needs)
-    sources = (hidden_p, hidden_q, weight, weight_q, bias)
+    grads = RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
+    options, active = HeadOptions(temperature, softcap, logit_scale), stream.active_rows(grads)
+    alike = (needs, [grad is None for grad in grads])
+    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=active, alike=alike)
+    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, active.nonzero()[:, 0], needs)
     return tuple(
         hidden_p.new_empty(0) if grad is None else grad.to(source.dtype)
-        for grad, source in zip(made, sources, strict=True)
+        for grad, source in zip(made, tensors, strict=False)
     )
 
 
@@ -208,12 +287,15 @@ def _(gd, glp, glq, gep, geq, hidden_p, hidden_q, weight, weight_q, bias, *setti
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.settings = inputs[6:]
+    ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, *grads):
     needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-    made = _operator_backward(*grads, *ctx.saved_tensors, *ctx.settings, needs)
     nothing = (None,) * (1 + len(ctx.settings))
+    if all(grad is None for grad in grads):
+        return (*(None for _ in needs), *nothing)
+    made = _operator_backward(*grads, *ctx.saved_tensors, *ctx.settings, needs)
     return (*(grad if need else None for grad, need in zip(made, needs, strict=True)), *nothing)
 
 

@@ -1,4 +1,4 @@
-"""The row arithmetic of linear_token_divergence in plain PyTorch, any device: a chunk of both views' logits.
+"""The row arithmetic of linear_token_divergence in plain PyTorch, any device: some rows of both views' logits.
 
 With p = softmax(z_p), q = softmax(z_q), lp and lq their logarithms and m = log((p + q) / 2), the derivatives are
 
@@ -11,6 +11,9 @@ With p = softmax(z_p), q = softmax(z_q), lp and lq their logarithms and m = log(
     logps_p      d/dz_p = onehot_t - p
 
 where hellinger is the squared distance, sum (sqrt p - sqrt q)^2 / 2 = 1 - BC.
+
+On a CPU the passes over the words are most of the work besides the products. So probabilities are never written out:
+p = e f with e = exp(x), x = z - max z, and f one number a row, which goes into the numbers that a pass multiplies by.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import torch
 from torch.nn.functional import softplus
 
 from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
-from mmrpt_kernels.divergence.stream import Problem, RowKernels, RowValues, k3, k3_slope, sum_by_kind
+from mmrpt_kernels.divergence.rows import RowKernels, Slopes, Statistics, Sums, Wanted, log_scales
+from mmrpt_kernels.divergence.stream import Problem
 
 __all__ = ["row_kernels"]
 
@@ -31,45 +35,67 @@ LOG_2 = math.log(2.0)
 
 
 def row_kernels(problem: Problem) -> RowKernels:
-    """The pair for one call."""
-    settings = {"options": problem.options, "careful": has_empty_words(problem)}
-    return RowKernels(partial(values, **settings), partial(gradients, **settings))
+    """The kernels for one call."""
+    options = problem.options
+    first = partial(sums, options=options, careful=has_empty_words(problem))
+    return RowKernels(first, means, partial(gradients, options=options), (problem.dtype(), problem.dtype()))
 
 
 def has_empty_words(problem: Problem) -> bool:
-    """Whether a word may have probability zero through a bias of -inf; then 0 * log 0 needs care (a pass more)."""
+    """Whether a word may have probability zero through a bias of -inf; then 0 * log 0 needs care (two passes more)."""
     bias = problem.bias
     return bias is not None and problem.options.softcap == 0.0 and not bool(torch.isfinite(bias).all())
 
 
-def softmax_rows(raw: torch.Tensor, options: HeadOptions):
-    """log p, p and, where a soft cap's slope needs them, the transformed logits; each (n, V), None otherwise.
+class _State(NamedTuple):
+    """What the sums leave for the second sweep and for the gradient: (n, V) each, of views p and q."""
 
-    Overwrites raw (n, V). Written out because one exponential serves both results, and because `sum` adds in a tree:
-    torch.log_softmax is 2 to 4 times less accurate at V = 152k and, with the exponential after it, slower.
-    """
+    sums: Sums
+    x: tuple[torch.Tensor, torch.Tensor]  # in the raw logits' memory; 0 at words of probability zero
+    e: tuple[torch.Tensor, torch.Tensor]
+    difference: torch.Tensor | None  # x_p - x_q; None for k3 alone
+    z: tuple[torch.Tensor | None, torch.Tensor | None]  # where a soft cap's slope needs them
+
+
+def _softmax_rows(raw: torch.Tensor, options: HeadOptions, careful: bool, keep: bool):
+    """max z (n,), x and e (n, V), and z where it is to be kept; overwrites raw."""
     z = transform_logits(raw, options, inplace=True)
-    kept = z.clone() if options.softcap > 0.0 else None
-    top = z.amax(-1, keepdim=True)
-    p = (z - top).exp_()
-    total = p.sum(-1, keepdim=True)
-    return z.sub_(top.add_(total.log())), p.div_(total), kept
-
-
-def _expectation(p, values, careful: bool):
-    """sum_v p_v * values_v -> (n,); `careful` lets words of probability zero count for nothing (but keeps NaN)."""
+    kept = z.clone() if keep and options.softcap > 0.0 else None
+    top = z.amax(-1)
+    x = z.sub_(top.clamp_min(torch.finfo(top.dtype).min)[:, None])  # a row of -inf alone: not inf - inf
+    e = x.exp()
     if careful:
-        values = values.masked_fill(p == 0, 0.0)
-    return torch.linalg.vecdot(p, values)
+        x.masked_fill_(x == -torch.inf, 0.0)
+    return top, x, e, kept
 
 
-def _entropy(p, logp, careful: bool):
-    return _expectation(p, logp, careful).neg_().clamp_(0.0, math.log(p.shape[-1]))
+def _chosen(x: torch.Tensor, top: torch.Tensor, e: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    """z (n,) of the targets (n,), -inf where they are none of these words or impossible."""
+    if targets is None:
+        return top
+    inside = (targets >= 0) & (targets < x.shape[-1])
+    at = torch.where(inside, targets, 0)[:, None]
+    impossible = (e.gather(-1, at) == 0) & (x.gather(-1, at) == 0)
+    return (x.gather(-1, at) + top[:, None]).masked_fill_(impossible | ~inside[:, None], -torch.inf)[:, 0]
 
 
-def _at_targets(logp, targets):
-    picked = logp.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
-    return picked.masked_fill_(targets < 0, 0.0).clamp_max_(0.0)
+def sums(raw_p, raw_q, targets, wanted: Wanted, *, options: HeadOptions, careful: bool) -> tuple[Sums, _State]:
+    """RowKernels.sums; `careful`: words may have probability zero. Sums in a tree, which a matrix product is not."""
+    views = [_softmax_rows(raw, options, careful, wanted.learns) for raw in (raw_p, raw_q)]
+    tops, xs, es, zs = zip(*views, strict=True)
+    top, totals = torch.stack(tops), torch.stack([e.sum(-1) for e in es])
+    dots, crosses, difference = top, [tops[0], tops[1]], None
+    if wanted.entropy:
+        dots = torch.stack([torch.linalg.vecdot(e, x) for e, x in zip(es, xs, strict=True)])
+    if set(wanted.kinds) - {"k3"}:
+        difference = xs[0] - xs[1]
+    if "kl" in wanted.kinds:
+        crosses[0] = torch.linalg.vecdot(es[0], difference)
+    if "reverse_kl" in wanted.kinds:
+        crosses[1] = torch.linalg.vecdot(es[1], difference).neg_()
+    chosen = torch.stack([_chosen(x, own, e, targets) for own, x, e, _ in views])
+    found = Sums(top, totals, dots, torch.stack(crosses), chosen)
+    return found, _State(found, xs, es, difference, zs)
 
 
 def _to_mean(difference):
@@ -77,81 +103,109 @@ def _to_mean(difference):
     return LOG_2 - softplus(-difference, threshold=40.0)
 
 
-def _column(kind, p, q, difference, careful):
-    """One divergence (n,) of a chunk; `difference` = log p - log q (n, V)."""
-    if kind == "kl":
-        return _expectation(p, difference, careful).clamp_min_(0.0)
-    if kind == "reverse_kl":
-        return _expectation(q, difference, careful).neg_().clamp_min_(0.0)
-    if kind == "js":
-        half = _expectation(p, _to_mean(difference), careful)
-        return half.add_(_expectation(q, _to_mean(-difference), careful)).mul_(0.5).clamp_(0.0, LOG_2)
-    roots = p.sqrt().sub_(q.sqrt())  # hellinger
-    return torch.linalg.vecdot(roots, roots).mul_(0.5).clamp_(0.0, 1.0)
-
-
-def values(raw_p, raw_q, targets, kinds, *, options: HeadOptions, careful: bool) -> RowValues:
-    """RowKernels.values; `careful`: see `_expectation`."""
-    (lp, p, _), (lq, q, _) = softmax_rows(raw_p, options), softmax_rows(raw_q, options)
-    entropy_p, entropy_q = (_entropy(*view, careful) for view in ((p, lp), (q, lq)))
-    target_p, target_q = (None, None) if targets is None else (_at_targets(lp, targets), _at_targets(lq, targets))
-    difference = lp.sub_(lq)
-    columns = [k3(target_p, target_q) if kind == "k3" else _column(kind, p, q, difference, careful) for kind in kinds]
-    return RowValues(torch.stack(columns, -1), target_p, target_q, entropy_p, entropy_q)
+def means(state: _State, found: Statistics, kinds: tuple[str, ...]) -> torch.Tensor:
+    """RowKernels.means."""
+    dtype, scales = state.e[0].dtype, log_scales(state.sums, found)  # (2, n)
+    factors, out = scales.exp(), scales.new_zeros(3, scales.shape[1])
+    if "js" in kinds:
+        difference = state.difference + (scales[0] - scales[1]).to(dtype)[:, None]
+        out[0] = torch.linalg.vecdot(state.e[0], _to_mean(difference)).mul(factors[0])
+        out[1] = torch.linalg.vecdot(state.e[1], _to_mean(difference.neg_())).mul(factors[1])
+    if "hellinger" in kinds:
+        roots = [e.sqrt().mul_(f.sqrt().to(dtype)[:, None]) for e, f in zip(state.e, factors, strict=True)]
+        roots = roots[0].sub_(roots[1])
+        out[2] = torch.linalg.vecdot(roots, roots).mul_(0.5)
+    return out
 
 
 class _View(NamedTuple):
-    """What one view contributes to the backward pass of a chunk."""
+    """One view's gradient d z = e (u - E u) + other terms: the numbers (n,) of its passes, None for no pass."""
 
-    log_own: torch.Tensor  # (n, V)
-    own: torch.Tensor  # (n, V)
-    g_forward: torch.Tensor | None  # (n,) of KL(own || other)
-    g_backward: torch.Tensor | None  # (n,) of KL(other || own)
-    g_entropy: torch.Tensor  # (n,)
-    g_target: torch.Tensor | None  # (n,) of the target's log-probability
-
-
-def _view_gradient(view: _View, difference, other, g_js, g_hellinger, targets, careful):
-    """d loss / d z of one view (n, V): p (u - E_p[u]) for expectations under p, the rest added as it stands."""
-    values = view.log_own * view.g_entropy[:, None].neg()
-    if view.g_forward is not None:
-        values.addcmul_(difference, view.g_forward[:, None])
-    if g_js is not None:
-        values.addcmul_(_to_mean(difference), g_js[:, None], value=0.5)
-    if careful:
-        values.masked_fill_(view.own == 0, 0.0)
-    level = torch.linalg.vecdot(view.own, values).neg_()
-    if view.g_target is not None:
-        level -= view.g_target
-    if view.g_backward is not None:
-        level += view.g_backward
-    if g_hellinger is not None:
-        overlap = (view.own * other).sqrt_()
-        level.addcmul_(overlap.sum(-1), g_hellinger, value=0.5)
-    grad = values.add_(level[:, None]).mul_(view.own)
-    if view.g_backward is not None:
-        grad.addcmul_(other, view.g_backward[:, None], value=-1.0)
-    if g_hellinger is not None:
-        grad.addcmul_(overlap, g_hellinger[:, None], value=-0.5)
-    if view.g_target is not None:
-        grad.scatter_add_(-1, targets.clamp_min(0)[:, None], view.g_target[:, None])
-    return grad
+    forward: torch.Tensor | None  # d loss / d KL(own || other), times f: of x_own - x_other in u
+    backward: torch.Tensor | None  # d loss / d KL(other || own), times the other's f: of -e_other
+    js: torch.Tensor | None  # half of d loss / d js, times f: of log(own / m) in u
+    hellinger: torch.Tensor | None  # half of d loss / d hellinger, times sqrt(f_own f_other): of -sqrt(e_own e_other)
+    entropy: torch.Tensor | None  # - d loss / d entropy, times f: of x in u
+    logp: torch.Tensor | None  # d loss / d log-probability of the target: of onehot
+    level: torch.Tensor  # of e: all that does not depend on the word
 
 
-def gradients(raw_p, raw_q, targets, kinds, grads: RowValues, wanted, *, options: HeadOptions, careful: bool):
-    """RowKernels.gradients; `careful`: see `_expectation`."""
-    (lp, p, z_p), (lq, q, z_q) = softmax_rows(raw_p, options), softmax_rows(raw_q, options)
-    g = sum_by_kind(grads.divergence, kinds)
-    g_p, g_q = grads.logps_p, grads.logps_q
-    if targets is not None:
-        if "k3" in g:
-            slope = k3_slope(_at_targets(lp, targets), _at_targets(lq, targets)).mul_(g["k3"])
-            g_p, g_q = g_p - slope, g_q + slope
-        g_p, g_q = g_p.masked_fill(targets < 0, 0.0), g_q.masked_fill(targets < 0, 0.0)
-    view_p = _View(lp, p, g.get("kl"), g.get("reverse_kl"), grads.entropy_p, g_p)
-    view_q = _View(lq, q, g.get("reverse_kl"), g.get("kl"), grads.entropy_q, g_q)
-    shared = (g.get("js"), g.get("hellinger"), targets, careful)
-    dz_p = _view_gradient(view_p, lp - lq, q, *shared) if wanted[0] else None
-    dz_q = _view_gradient(view_q, lq - lp, p, *shared) if wanted[1] else None
-    pairs = ((dz_p, z_p), (dz_q, z_q))
-    return tuple(None if dz is None else transform_backward(dz, z, options, inplace=True) for dz, z in pairs)
+def _view(v: int, found: Statistics, g: Slopes, scales: torch.Tensor) -> _View:
+    """The numbers of view v, 0 for p or 1 for q; scales (2, n) are the words' log-probabilities less their x.
+
+    All float64: `level` is a sum of numbers that may cancel, and its error would be that of every word of the row.
+    """
+    own, other = scales[v].exp(), scales[1 - v].exp()
+    g_forward, g_backward = (g.kl, g.reverse_kl) if v == 0 else (g.reverse_kl, g.kl)
+    level = torch.zeros_like(own)
+    if g_forward is not None:
+        level += g_forward * (scales[v] - scales[1 - v] - found.kl[v])
+    if g_backward is not None:
+        level += g_backward
+    if g.js is not None:
+        level -= 0.5 * g.js * found.means[v]
+    if g.hellinger is not None:
+        level += 0.5 * g.hellinger * (1.0 - found.means[2])
+    if g.entropy is not None:
+        level -= g.entropy[v] * (scales[v] + found.entropy[v])
+    if g.logps is not None:
+        level -= g.logps[v]
+    return _View(
+        None if g_forward is None else g_forward * own,
+        None if g_backward is None else g_backward * other,
+        None if g.js is None else 0.5 * g.js * own,
+        None if g.hellinger is None else 0.5 * g.hellinger * (own * other).sqrt_(),
+        None if g.entropy is None else -g.entropy[v] * own,
+        None if g.logps is None else g.logps[v],
+        level * own,
+    )
+
+
+def _write_gradient(view: _View, v: int, state: _State, to_mean, targets, out: torch.Tensor) -> None:
+    """d loss / d z (n, V) of view v to `out`, which may be its x. to_mean: log(own / m) (n, V), for js."""
+    own, other = state.e[v], state.e[1 - v]
+    started = True
+    if view.entropy is not None:
+        torch.mul(state.x[v], view.entropy[:, None], out=out)
+        if view.forward is not None:
+            out.addcmul_(state.difference, view.forward[:, None], value=1 - 2 * v)
+    elif view.forward is not None:
+        torch.mul(state.difference, view.forward.mul(1 - 2 * v)[:, None], out=out)
+    else:
+        started = False
+    if view.js is not None:
+        out.addcmul_(to_mean, view.js[:, None]) if started else torch.mul(to_mean, view.js[:, None], out=out)
+        started = True
+    if started:
+        out.add_(view.level[:, None]).mul_(own)
+    else:
+        torch.mul(own, view.level[:, None], out=out)
+    if view.backward is not None:
+        out.addcmul_(other, view.backward[:, None], value=-1.0)
+    if view.hellinger is not None:
+        out.addcmul_((own * other).sqrt_(), view.hellinger[:, None], value=-1.0)
+    if view.logp is not None:
+        inside = (targets >= 0) & (targets < out.shape[-1])
+        onehot = view.logp.masked_fill(~inside, 0.0)[:, None]
+        out.scatter_add_(-1, torch.where(inside, targets, 0)[:, None], onehot)
+
+
+def gradients(state: _State, targets, found: Statistics, slopes: Slopes, outs, *, options: HeadOptions) -> None:
+    """RowKernels.gradients."""
+    if options.softcap == 0.0:  # where z = factor * raw the factor needs no pass of its own
+        factor = options.logit_scale / options.temperature
+        slopes = Slopes(*(None if slope is None else slope * factor for slope in slopes))
+    scales = log_scales(state.sums, found)
+    dtype = state.e[0].dtype
+    shift = (scales[0] - scales[1]).to(dtype)[:, None]
+    for v, out in enumerate(outs):
+        if out is None:
+            continue
+        to_mean = None
+        if slopes.js is not None:
+            difference = state.difference + shift
+            to_mean = _to_mean(difference if v == 0 else difference.neg_())
+        view = _View(*(None if each is None else each.to(dtype) for each in _view(v, found, slopes, scales)))
+        _write_gradient(view, v, state, to_mean, targets, out)
+        if options.softcap > 0.0:
+            transform_backward(out, state.z[v], options, inplace=True)

@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
+from mmrpt_kernels.common.shards import gather
 from mmrpt_kernels.testing import assert_close_to_truth
 
 __all__ = ["SelfCheck", "SelfCheckError", "UnsupportedError", "check_parameters", "check_version"]
@@ -85,8 +87,13 @@ class SelfCheck:
         bias: torch.Tensor | None,
         options: HeadOptions,
         found: tuple[torch.Tensor, torch.Tensor | None],
+        *,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Check `found`: logps (N,) and entropy (N,) or None of hidden (N, H), weight (V, H), targets (N,), bias (V,).
+
+        group: weight and bias are this rank's words of a vocabulary that is cut over its ranks, which all check the
+        same rows: two collectives in each of two precisions.
 
         A batch without a finite row leaves the check to the next one. Raises SelfCheckError.
         """
@@ -94,12 +101,12 @@ class SelfCheck:
             return
         device = hidden.device.type
         rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.pending = not _check(hidden, weight, targets, bias, options, found, rounded)
+        self.pending = not _check(hidden, weight, targets, bias, options, found, rounded=rounded, group=group)
 
 
 @torch.no_grad()
 @without_autocast
-def _check(hidden, weight, targets, bias, options, found, rounded: torch.dtype | None) -> bool:
+def _check(hidden, weight, targets, bias, options, found, *, rounded: torch.dtype | None, group) -> bool:
     """Whether there was something to compare. `rounded`: the dtype that autocast casts the inputs to."""
     logps, entropy = found
     broken = int((logps > 0).sum()) + (0 if entropy is None else int((entropy < 0).sum()))
@@ -111,6 +118,7 @@ def _check(hidden, weight, targets, bias, options, found, rounded: torch.dtype |
     results = []
     for dtype in (torch.float64, common):
         logits = _logits(hidden[rows], weight, bias, rounded, dtype)
+        logits = logits if group is None else _all_words(logits, group)
         z = transform_logits(logits.to(statistics_dtype(logits)), options)
         results.append((*_definition(z, targets[rows]), z.abs().max()))
     (truth_logps, truth_entropy, size), (eager_logps, eager_entropy, _) = results
@@ -137,6 +145,13 @@ def _logits(rows, weight, bias, rounded: torch.dtype | None, dtype: torch.dtype)
 
     logits = torch.cat([cast(rows) @ cast(block).T for block in weight.split(CHECKED_WORDS)], -1)
     return logits if bias is None else logits + cast(bias)
+
+
+def _all_words(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """(n, V) from every rank's (n, V_r), in rank order; V_r may differ."""
+    counts = gather(torch.tensor([logits.shape[1]], device=logits.device), group).flatten().tolist()
+    padded = torch.nn.functional.pad(logits, (0, max(counts) - logits.shape[1])).contiguous()
+    return torch.cat([part[:, :count] for part, count in zip(gather(padded, group), counts, strict=True)], -1)
 
 
 def _definition(z: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,21 +1,25 @@
-"""verl's fused lm heads replaced by `linear_logprobs`, for its FSDP workers with `use_fused_kernels=True`.
+"""verl's fused lm heads replaced by `linear_logprobs`, for its workers with `use_fused_kernels=True`.
 
     MMRPT_VERL=1 python -m verl.trainer.main_ppo ...     # every worker: verl loads the entry point of this package
 
 or, in a process of your own, `enable_fused_head()`. Both of verl's heads are replaced, that of its backends "torch" and
-"liger" and that of its backend "triton": verl looks them up at each forward pass. Log-probabilities and entropies are
-float32 whatever the model's dtype, and the backward pass does no work for tokens without a gradient: prompts, padding,
-zero advantages. Megatron's vocabulary-parallel head is not served.
+"liger" and that of its backend "triton", which is also the vocabulary-parallel head of its Megatron workers. FSDP
+workers look them up at each forward pass; verl's Megatron modules hold the function, and are given ours.
+Log-probabilities and entropies are float32 whatever the model's dtype, and the backward pass does no work for tokens
+without a gradient: prompts, padding, zero advantages.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.common.sharding import divide_gradient
 from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
 from mmrpt_kernels.logprobs import linear_logprobs
 
@@ -28,6 +32,8 @@ PARAMETERS = {
         "ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group",
     ),
 }  # fmt: skip
+# Modules that import linear_cross_entropy by name, and so hold what it was when they were imported.
+HOLDERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 # (owner, attribute, what stood there before) of each head that was replaced, the latest last.
 _replaced: list[tuple[object, str, Callable]] = []
 
@@ -53,12 +59,10 @@ def enable_fused_head(*, self_check: bool = True, backend: str | None = None) ->
     for name, function in heads.items():
         check_parameters(function, PARAMETERS[name], f"verl {version}: {name}")
     forward, cross_entropy = _make_heads(SelfCheck(self_check), backend)
-    for owner, attribute, ours in (
-        (torch_functional.FusedLinearForPPO, "forward", forward),
-        (kernel, "linear_cross_entropy", cross_entropy),
-    ):
-        _replaced.append((owner, attribute, getattr(owner, attribute)))
-        setattr(owner, attribute, ours)
+    _replace(torch_functional.FusedLinearForPPO, "forward", forward)
+    for holder in _holders(kernel.linear_cross_entropy):
+        _replace(holder, "linear_cross_entropy", cross_entropy)
+    _replace(kernel, "linear_cross_entropy", cross_entropy)
 
 
 def disable_fused_head() -> None:
@@ -77,22 +81,34 @@ def fused_head(*, self_check: bool = True, backend: str | None = None) -> Iterat
         _restore(depth)
 
 
+def _holders(function: Callable) -> list[object]:
+    """The HOLDERS that are imported already and hold `function`."""
+    modules = (sys.modules.get(name) for name in HOLDERS)
+    return [module for module in modules if getattr(module, "linear_cross_entropy", None) is function]
+
+
+def _replace(owner: object, attribute: str, ours: Callable) -> None:
+    _replaced.append((owner, attribute, getattr(owner, attribute)))
+    setattr(owner, attribute, ours)
+
+
 def _restore(depth: int) -> None:
     """Undo the latest replacements until `depth` of them are left."""
     while len(_replaced) > depth:
         owner, attribute, before = _replaced.pop()
+        for holder in _holders(getattr(owner, attribute)):  # imported since
+            setattr(holder, attribute, before)
         setattr(owner, attribute, before)
 
 
 def _make_heads(check: SelfCheck, backend: str | None) -> tuple[Callable, Callable]:
     """Ours under the names and parameters of FusedLinearForPPO.forward and linear_cross_entropy."""
 
-    def serve(hidden, weight, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-        """logps (N,), entropy (N,) of hidden (N, H), targets (N,)."""
-        found = linear_logprobs(
-            hidden, weight, targets, temperature=temperature, ignore_index=-1, return_entropy=True, backend=backend
-        )
-        check(hidden, weight, targets, None, HeadOptions(float(temperature)), found)
+    def serve(hidden, weight, targets, temperature, group=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """logps (N,), entropy (N,) of hidden (N, H), targets (N,); group: weight (V_r, H) is this rank's words."""
+        options = {"temperature": temperature, "ignore_index": -1, "return_entropy": True, "backend": backend}
+        found = linear_logprobs(hidden, weight, targets, vocab_group=group, **options)
+        check(hidden, weight, targets, None, HeadOptions(float(temperature)), found, group=group)
         return found.logps, found.entropy
 
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
@@ -102,13 +118,19 @@ def _make_heads(check: SelfCheck, backend: str | None) -> tuple[Callable, Callab
         return logps.view(input_ids.shape), entropy.view(input_ids.shape)
 
     def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
-        """logprobs (N,) and entropy (N,), float32 and flat whatever the shape of hidden (..., H) and labels (...)."""
-        if reduction.lower() != "none" or dist_process_group is not None:
+        """logprobs (N,) and entropy (N,), float32 and flat whatever the shape of hidden (..., H) and labels (...).
+
+        With a process group weight (V_r, H) is this rank's words, and d hidden is this rank's part of a sum over ranks,
+        as verl's kernel leaves it: Megatron's gather_from_sequence_parallel_region adds the parts up.
+        """
+        if reduction.lower() != "none":
             raise UnsupportedError(
-                f"linear_cross_entropy: got reduction={reduction!r} and a process group "
-                f"{'' if dist_process_group is not None else 'of None'}, expected 'none' and None: heads sharded over "
-                "the vocabulary (Megatron) are not served; train without the adapter"
+                f"linear_cross_entropy: got reduction={reduction!r}, expected 'none': verl's own calls reduce the "
+                "log-probabilities themselves; train without the adapter"
             )
-        return serve(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1).long(), temperature)
+        flat, group = hidden.reshape(-1, hidden.shape[-1]), dist_process_group
+        if group is not None:
+            flat = divide_gradient(flat, dist.get_world_size(group))
+        return serve(flat, weight, labels.reshape(-1).long(), temperature, group)
 
     return forward, linear_cross_entropy

@@ -11,12 +11,12 @@ import torch
 from mmrpt_kernels.common.extension import extension
 from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.logprobs.rows import (
-    MOST_ABOVE,
     Exponentials,
     Partials,
     RowKernels,
     Slopes,
     Softmax,
+    most_above,
     register_rows,
 )
 
@@ -108,7 +108,7 @@ def row_exponentials(
         out.stride(0),
         str(out.dtype).removeprefix("torch."),
         want_entropy,
-        MOST_ABOVE,
+        most_above(want_entropy),
         options,
     )
     return Exponentials(*sums.unbind()), out

@@ -12,7 +12,6 @@ import torch
 from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
 from mmrpt_kernels.logprobs.rows import (
     FAR_BELOW,
-    MOST_ABOVE,
     Exponentials,
     Partials,
     RowKernels,
@@ -139,8 +138,7 @@ def block_exponentials(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three sums of some rows, each (n, 1); raw (n, V) becomes their matrix."""
     z, word = transform_logits(raw, options, inplace=True), targets[:, None]
-    own, top = z.gather(-1, word), z.amax(-1, keepdim=True)
-    base = torch.where(top - own > MOST_ABOVE, top, own)
+    own, base = z.gather(-1, word), z.amax(-1, keepdim=True)
     bend = None
     if options.softcap > 0.0:
         bend = (z * (options.temperature / options.softcap)).square_().neg_().add_(1.0)

@@ -26,7 +26,6 @@ import torch
 
 __all__ = [
     "FAR_BELOW",
-    "MOST_ABOVE",
     "Exponentials",
     "Partials",
     "RowKernels",
@@ -34,14 +33,11 @@ __all__ = [
     "Softmax",
     "finish",
     "finish_exponentials",
+    "most_above",
     "register_rows",
     "row_kernels",
 ]
 
-# The target's z is the base of exponentials as long as no word lies further above it: it is known before the sweep. A
-# bfloat16 or float32 exponential could be 88 above; at 16 the exponents keep an absolute precision of 2e-6, and targets
-# of probability under 1e-7 are hardly ever sampled.
-MOST_ABOVE = 16.0
 # A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there keeps 0 * -inf out.
 FAR_BELOW = -1e4
 
@@ -74,11 +70,11 @@ class Softmax(NamedTuple):
 class Exponentials(NamedTuple):
     """Sums of every row over the words that are not its target; (n,) each, float32 (float64 for float64 logits).
 
-    base = z of the target, or max z where that is more than MOST_ABOVE higher. A row with NaN or +inf in it, or with
-    nothing but -inf, has a rest or a shift of NaN.
+    base: max z, or the target's z where that is at most `most_above` lower. A row with NaN or +inf in it, or with
+    nothing but -inf, has a rest or a shift of NaN, or finds no other word (rest 0) and a shift of -inf.
     """
 
-    shift: torch.Tensor  # z of the target - base <= 0; 0 in most rows
+    shift: torch.Tensor  # z of the target - base <= 0
     rest: torch.Tensor  # sum exp(z - base)
     dots: torch.Tensor  # sum (z - base) exp(z - base); all 0 where no entropy is wanted
 
@@ -123,6 +119,16 @@ def finish(partials: Partials, vocab: int, want_entropy: bool) -> tuple[torch.Te
     if want_entropy:
         entropy = log_total.sub_(partials.dots / partials.total).clamp_(0.0, math.log(vocab))
     return logps, entropy, Softmax(partials.top, partials.total, entropy)
+
+
+def most_above(want_entropy: bool) -> float:
+    """How far words may lie above the target and still leave its z, known before the sweep, for the base.
+
+    A bfloat16 or float32 exponential could be 88 above. At 16 the exponents keep an absolute precision of 2e-6, and
+    targets of probability under 1e-7 are hardly ever sampled; an entropy, where logarithms of that size cancel, wants
+    less of it.
+    """
+    return 4.0 if want_entropy else 16.0
 
 
 def finish_exponentials(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels import linear_token_divergence
+from mmrpt_kernels.divergence import stream
 from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
@@ -203,6 +204,20 @@ class TestPortable:
         for name, value in zip(rest, partial, strict=True):
             torch.testing.assert_close(value, full[name])
 
+    @pytest.mark.parametrize("learns", [True, False])
+    def test_the_same_head_twice(self, learns, seed):
+        """One matrix in memory as both heads is one product; its gradients are still two."""
+        made = head_inputs(PLAIN, dtype=torch.float64, seed=seed)
+        results = []
+        for head_q in (lambda w: w.view_as(w), lambda w: w.clone()):
+            wrt = leaves(dict(made))
+            weight_q = head_q(wrt["weight"].detach()).requires_grad_(learns)
+            out = call(wrt | {"targets": made["targets"], "bias": None}, PLAIN, weight_q=weight_q)
+            sources = [*wrt.values(), *([weight_q] if learns else [])]
+            results.append([*out, *torch.autograd.grad(mixed_sum(out, seed), sources)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
     def test_detaching_the_whole_second_view(self, seed):
         made = head_inputs(PLAIN, dtype=torch.float64, seed=seed)
         wrt = leaves(made)
@@ -212,6 +227,41 @@ class TestPortable:
         logp = F.log_softmax(made["hidden"] @ wrt["weight"].T, -1)
         (truth,) = torch.autograd.grad((logp.exp() * (logp - logq)).sum(), wrt["weight"])
         torch.testing.assert_close(actual, truth)
+
+    @pytest.mark.parametrize("read", [*TokenDivergence._fields, "logps_p and entropy_q", "divergence twice"])
+    def test_what_no_loss_reads_changes_nothing(self, read, seed):
+        """A gradient of some outputs alone: the others' are missing, not zero."""
+        results = []
+        for backend in ("portable", "reference"):
+            wrt = leaves(made := head_inputs(SMALL, dtype=torch.float64, seed=seed))
+            kind = ("kl", "js", "kl") if read == "divergence twice" else KINDS
+            out = call(made, SMALL, kind=kind, backend=backend)
+            parts = [getattr(out, field) for field in out._fields if field in read.split()]
+            results.append(torch.autograd.grad(mixed_sum(parts, seed), list(wrt.values()), allow_unused=True))
+        for name, a, b in zip(wrt, *results, strict=True):
+            b = torch.zeros_like(a) if b is None else b
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+    @pytest.mark.parametrize("case", [SMALL, PLAIN], ids=lambda case: case.name)
+    def test_the_cache_does_not_decide(self, case, monkeypatch, seed):
+        """Row kernels that take a chunk a row at a time, and whole."""
+        whole = run(case, "portable", torch.float64, seed)
+        monkeypatch.setattr(stream, "BLOCK_BYTES", 1)
+        for name, value in run(case, "portable", torch.float64, seed).items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+
+    @pytest.mark.parametrize("wide", ["hidden", "hidden_q", "weight", "bias"])
+    def test_one_wide_tensor(self, wide, seed):
+        """Views of two dtypes are projected apart; everything is as wide as its widest part."""
+        results = []
+        for backend in ("portable", "reference"):
+            made = head_inputs(SMALL, seed=seed)
+            wrt = leaves(made | {wide: made[wide].double()})
+            out = call(wrt | {"targets": made["targets"]}, SMALL, backend=backend)
+            results.append([*out, *torch.autograd.grad(mixed_sum(out, seed), list(wrt.values()))])
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def eager_run(case, dtype, seed):

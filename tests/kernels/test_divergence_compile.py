@@ -38,11 +38,15 @@ def launches(
     chunk = (empty(ROWS, vocab), empty(ROWS, vocab), empty(ROWS, of=torch.int64) if targets else None)
     options = HeadOptions(0.9, softcap, 1.0)
     with recorded_launches(forward, backward, arch=arch) as specs:
-        found = forward.statistics(*chunk, kinds, options)
+        forward.row_sums(*chunk, kinds, options)
+        rows, means = empty(ROWS, forward.FIELDS.value), None
+        if {"js", "hellinger"} & set(kinds):
+            means = forward.mean_sums(*chunk[:2], rows, kinds, options)
         outs = tuple(empty(ROWS, vocab, of=dtype) if want else None for want in wanted)
-        backward.gradient(*chunk, kinds, options, found, empty(ROWS, backward.GRADIENTS.value), outs)
+        grads = empty(ROWS, backward.GRADIENTS.value)
+        backward.gradient(*chunk, kinds, options, rows=rows, means=means, grads=grads, outs=outs)
     second = {"_means"} if {"js", "hellinger"} & set(kinds) else set()
-    assert {spec.kernel for spec in specs} == {"_sums", "_finish", "_gradient"} | second
+    assert {spec.kernel for spec in specs} == {"_sums", "_join", "_gradient"} | second
     return specs
 
 
@@ -52,7 +56,7 @@ def check(specs: list[KernelSpec]) -> None:
     for one in compiled:
         spec = one.spec
         aligned = spec.signature.get("stride_p", "").endswith(":16")  # else a row begins anywhere: loads of 4 bytes
-        if aligned and spec.kernel != "_finish":
+        if aligned and spec.kernel != "_join":
             assert one.registers <= MOST_REGISTERS, f"{spec.title}: {one.registers} registers"
             wide = "ld.global.v4.b32" in one.ptx
             assert wide, f"{spec.title}: no 16-byte loads"

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.divergence import stream, triton
+from mmrpt_kernels.divergence import rows, stream, triton
 from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
 from mmrpt_kernels.divergence.triton import words
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
@@ -33,6 +33,7 @@ on_devices = pytest.mark.parametrize("device", EVERYWHERE)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered",
     "ignore:divide by zero encountered",
+    "ignore:overflow encountered",
     "ignore:All-NaN slice",
     "ignore:Conversion of an array",
 )
@@ -135,15 +136,33 @@ def chunk_of_logits(device, *, rows=5, vocab=301, size=3.0):
     return raw_p.to(device), raw_q.to(device), targets.to(device)
 
 
-def kernels(dtype=torch.float32) -> stream.RowKernels:
-    """The pair, for views of `dtype`."""
+def kernels(dtype=torch.float32) -> rows.RowKernels:
+    """The kernels, for views of `dtype`."""
     hidden, weight = torch.zeros(1, 1, dtype=dtype), torch.zeros(2, 1, dtype=dtype)
     return triton.row_kernels(stream.Problem(hidden, hidden, weight, None, None, None, HeadOptions(), KINDS, None))
 
 
-def row_grads(rows, device, value=1.0) -> stream.RowValues:
-    vectors = (torch.full((rows,), value, device=device) for _ in range(4))
-    return stream.RowValues(torch.full((rows, len(KINDS)), value, device=device), *vectors)
+def values(raw_p, raw_q, targets, kinds) -> rows.RowValues:
+    """What rows of logits come to, float32 as the operator gives it."""
+    found, _ = rows.statistics(kernels(), (raw_p, raw_q), targets, rows.Wanted(kinds), raw_p.shape[-1])
+    made = rows.values(found, kinds, targets is not None)
+    return rows.RowValues(*(None if part is None else part.float() for part in made))
+
+
+def gradients(raw_p, raw_q, targets, grads: rows.RowValues, *, dtype=torch.float32, want_q=True):
+    """d loss / d raw of both views in `dtype`, for all kinds."""
+    raw = (raw_p, raw_q)
+    wanted = rows.Wanted(KINDS, learns=True)
+    found, state = rows.statistics(kernels(dtype), raw, targets, wanted, raw_p.shape[-1])
+    outs = tuple(torch.empty_like(one, dtype=dtype) for one in raw)
+    outs = outs if want_q else (outs[0], None)
+    kernels(dtype).gradients(state, targets, found, rows.slopes(grads, found, targets, KINDS), outs)
+    return outs
+
+
+def row_grads(count, device, value=1.0) -> rows.RowValues:
+    vectors = (torch.full((count,), value, device=device) for _ in range(4))
+    return rows.RowValues(torch.full((count, len(KINDS)), value, device=device), *vectors)
 
 
 class TestRows:
@@ -154,7 +173,7 @@ class TestRows:
         """One sweep for KL takes differences of logits before it sums: better than the sum of p (log p - log q)."""
         raw_p, _, targets = chunk_of_logits(device, vocab=1009)
         raw_q = raw_p + 1e-3 * torch.randn(raw_p.shape, generator=torch.Generator().manual_seed(1)).to(device)
-        found = kernels().values(raw_p.clone(), raw_q.clone(), targets, KINDS).divergence.cpu().double()
+        found = values(raw_p.clone(), raw_q.clone(), targets, KINDS).divergence.cpu().double()
         lp, lq = (torch.log_softmax(raw.cpu().double(), -1) for raw in (raw_p, raw_q))
         roots = (0.5 * lp).exp() - (0.5 * lq).exp()
         mean = ((lp.exp() + lq.exp()) / 2).log()
@@ -167,13 +186,11 @@ class TestRows:
     @on_devices
     def test_a_row_does_not_depend_on_its_chunk(self, device):
         raw_p, raw_q, targets = chunk_of_logits(device)
-        whole = kernels().values(raw_p, raw_q, targets, KINDS)
-        part = kernels().values(raw_p[2:4], raw_q[2:4], targets[2:4], KINDS)
+        whole = values(raw_p, raw_q, targets, KINDS)
+        part = values(raw_p[2:4], raw_q[2:4], targets[2:4], KINDS)
         assert all(torch.equal(a[2:4], b) for a, b in zip(whole, part, strict=True))
-        d_whole = kernels().gradients(raw_p.clone(), raw_q.clone(), targets, KINDS, row_grads(5, device), (True, True))
-        d_part = kernels().gradients(
-            raw_p[2:4].clone(), raw_q[2:4].clone(), targets[2:4], KINDS, row_grads(2, device), (True, True)
-        )
+        d_whole = gradients(raw_p, raw_q, targets, row_grads(5, device))
+        d_part = gradients(raw_p[2:4], raw_q[2:4], targets[2:4], row_grads(2, device))
         assert all(torch.equal(a[2:4], b) for a, b in zip(d_whole, d_part, strict=True))
 
     @on_devices
@@ -181,8 +198,8 @@ class TestRows:
         raw_p, raw_q, targets = chunk_of_logits(device, vocab=127)
         wide = torch.full((5, 300), float("nan"), device=device)
         wide[:, 50:177] = raw_p
-        strided = kernels().values(wide[:, 50:177], raw_q, targets, KINDS)
-        for a, b in zip(strided, kernels().values(raw_p, raw_q, targets, KINDS), strict=True):
+        strided = values(wide[:, 50:177], raw_q, targets, KINDS)
+        for a, b in zip(strided, values(raw_p, raw_q, targets, KINDS), strict=True):
             assert torch.equal(a, b)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -193,7 +210,7 @@ class TestRows:
         grads = row_grads(5, device)
         for part in grads:
             part[1] = part[3] = 0.0
-        for gradient in kernels().gradients(raw_p, raw_q, targets, KINDS, grads, (True, True)):
+        for gradient in gradients(raw_p, raw_q, targets, grads):
             assert (gradient[[1, 3]] == 0).all()
             assert gradient[[0, 2, 4]].isfinite().all() and (gradient[[0, 2, 4]] != 0).any(-1).all()
 
@@ -203,17 +220,17 @@ class TestRows:
         raw_q[2] = float("nan")
         grads = row_grads(5, device, 0.0)
         grads.entropy_p[2] = 1.0
-        d_p, d_q = kernels().gradients(raw_p, raw_q, targets, KINDS, grads, (True, True))
+        d_p, d_q = gradients(raw_p, raw_q, targets, grads)
         assert (d_p[2] != 0).any() and (d_q == 0).all()
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @on_devices
     def test_a_bad_row_leaves_the_others_alone(self, value, device):
         raw_p, raw_q, targets = chunk_of_logits(device)
-        clean = kernels().values(raw_p, raw_q, targets, KINDS)
+        clean = values(raw_p, raw_q, targets, KINDS)
         raw_p[4, 260] = value
         good = torch.arange(5, device=device) != 4
-        for name, a, b in zip(clean._fields, kernels().values(raw_p, raw_q, targets, KINDS), clean, strict=True):
+        for name, a, b in zip(clean._fields, values(raw_p, raw_q, targets, KINDS), clean, strict=True):
             assert torch.equal(a[good], b[good]), name
             if name in ("divergence", "logps_p", "entropy_p"):
                 assert a[4].isnan().all(), f"{name}: {a[4]}"
@@ -221,23 +238,28 @@ class TestRows:
     @on_devices
     def test_gradients_come_in_the_dtype_of_the_products(self, device):
         raw_p, raw_q, targets = chunk_of_logits(device)
-        wide = kernels().gradients(raw_p.clone(), raw_q.clone(), targets, KINDS, row_grads(5, device), (True, True))
-        half = kernels(torch.bfloat16).gradients(raw_p, raw_q, targets, KINDS, row_grads(5, device), (True, False))
-        assert half[1] is None and half[0].dtype == torch.bfloat16
+        wide = gradients(raw_p, raw_q, targets, row_grads(5, device))
+        half = gradients(raw_p, raw_q, targets, row_grads(5, device), dtype=torch.bfloat16, want_q=False)
+        assert kernels(torch.bfloat16).dtypes == (torch.bfloat16,) * 2
+        assert kernels(torch.float16).dtypes == (torch.float32,) * 2
         torch.testing.assert_close(half[0], wide[0].bfloat16(), rtol=2**-7, atol=0.0)  # numpy may truncate
 
     @on_devices
-    def test_in_place_where_nothing_is_narrowed(self, device):
+    def test_over_the_logits_themselves(self, device):
         raw_p, raw_q, targets = chunk_of_logits(device)
-        d_p, d_q = kernels().gradients(raw_p, raw_q, targets, KINDS, row_grads(5, device), (True, True))
-        assert d_p.data_ptr() == raw_p.data_ptr() and d_q.data_ptr() == raw_q.data_ptr()
+        apart = gradients(raw_p, raw_q, targets, row_grads(5, device))
+        found, state = rows.statistics(kernels(), (raw_p, raw_q), targets, rows.Wanted(KINDS, learns=True), 301)
+        kernels().gradients(
+            state, targets, found, rows.slopes(row_grads(5, device), found, targets, KINDS), (raw_p, raw_q)
+        )
+        assert torch.equal(raw_p, apart[0]) and torch.equal(raw_q, apart[1])
 
     @on_devices
     def test_a_target_outside_the_vocabulary_is_seen(self, device):
         """The door cannot look at targets on a GPU without waiting for it."""
         raw_p, raw_q, targets = chunk_of_logits(device)
         targets[0], targets[1] = 301, -100
-        found = kernels().values(raw_p, raw_q, targets, ("k3",))
+        found = values(raw_p, raw_q, targets, ("k3",))
         for part in (found.logps_p, found.logps_q, found.divergence[:, 0]):
             assert part[0].isnan() and part[1] == 0 and part[2:].isfinite().all()
 
@@ -274,7 +296,7 @@ class TestLaws:
     @on_devices
     def test_a_uniform_row_has_no_more_than_all_entropy(self, device):
         zeros = torch.zeros(2, 293, device=device)
-        found = kernels().values(zeros, zeros.clone(), None, ("kl",))
+        found = values(zeros, zeros.clone(), None, ("kl",))
         assert (found.entropy_p <= math.log(293)).all()
         torch.testing.assert_close(found.entropy_p.cpu(), torch.full((2,), math.log(293)))
 

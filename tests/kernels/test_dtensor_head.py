@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
-from mmrpt_kernels.logprobs import shards
+from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence, linear_token_loss
+from mmrpt_kernels.common import shards
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -45,7 +45,19 @@ def by_policy_loss(hidden, weight, bias, targets, **how):
     return linear_policy_loss(*shaped, response_mask=ones.bool(), bias=bias, **how).loss
 
 
-LOSSES = {"logprobs": by_logprobs, "token_loss": by_token_loss, "policy_loss": by_policy_loss}
+def by_divergence(hidden, weight, bias, targets, **how):
+    """The same view twice, by two heads that are one tensor: half of cross-entropy each."""
+    given = {"weight_q": weight, "targets": targets, "bias": bias, "kind": ("js", "kl")}
+    out = linear_token_divergence(hidden, hidden, weight, **given, **how)
+    return -0.5 * (out.logps_p + out.logps_q).mean() + out.divergence.sum()
+
+
+LOSSES = {
+    "logprobs": by_logprobs,
+    "token_loss": by_token_loss,
+    "policy_loss": by_policy_loss,
+    "divergence": by_divergence,
+}
 
 
 class Model(nn.Module):
@@ -136,11 +148,11 @@ def tensor_parallel(mesh_name: str, placed, loss, meshes: dict, group: bool = Fa
     hidden.requires_grad_()
     weight, bias = (distribute_tensor(t, mesh, placed()).requires_grad_() for t in (weight, bias))
     how = {"vocab_group": mesh.get_group(mesh.ndim - 1)} if group else {}
-    merges, merge = [], shards.Shard.merge
-    shards.Shard.merge = lambda self, partials: (merges.append(1), merge(self, partials))[1]
+    merges, gather = [], shards.Shard.gather
+    shards.Shard.gather = lambda self, own: (merges.append(1), gather(self, own))[1]
     value = loss(hidden, weight, bias, batch(0), **how)
     value.backward()
-    shards.Shard.merge = merge
+    shards.Shard.gather = gather
     for tensor in (weight, bias):
         assert tensor.grad.placements == tensor.placements
     found = {"loss": value.detach(), "hidden": hidden.grad, "merges": torch.tensor(len(merges))}
@@ -206,7 +218,13 @@ def refusals(meshes: dict) -> dict[str, str]:
     spread = distribute_tensor(weight, mesh, cut())
     replicated = distribute_tensor(weight, mesh, whole())
     alone = meshes["dp_tp"].get_group(0)
+
+    def two_heads(weight, weight_q):
+        return lambda: linear_token_divergence(hidden, hidden, weight, weight_q=weight_q)
+
     return {
+        "weight_q: got a head cut over the vocabulary": message_of(two_heads(weight, spread)),
+        "(mesh ('tp',), placements (Replicate(),))": message_of(two_heads(spread, replicated)),
         "hidden: got a DTensor": message_of(
             lambda: by_logprobs(distribute_tensor(hidden, mesh, whole()), weight, bias, batch(0))
         ),

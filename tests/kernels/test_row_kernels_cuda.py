@@ -19,7 +19,7 @@ from mmrpt_kernels import backends, linear_logprobs, linear_policy_loss, linear_
 from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.common.head import HeadOptions, transform_logits
 from mmrpt_kernels.logprobs.cuda import row_exponentials, row_gradient, row_statistics
-from mmrpt_kernels.logprobs.rows import MOST_ABOVE, Exponentials, Partials, Softmax, finish
+from mmrpt_kernels.logprobs.rows import Exponentials, Partials, Softmax, finish, most_above
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,7 +257,7 @@ def near_and_far(rows: int, vocab: int, device: str) -> tuple[torch.Tensor, torc
     """Logits and targets; in every second row the target is too far below the others to be their base."""
     raw, targets = strided(rows, vocab, 2.0, device), torch.randint(vocab, (rows,), device=device)
     far = torch.arange(1, rows, 2, device=device)
-    raw[far, targets[far]] -= 2 * MOST_ABOVE
+    raw[far, targets[far]] -= 2 * most_above(False)
     return raw, targets
 
 
@@ -275,7 +275,7 @@ def test_exponentials_over_the_logits_and_beside_them_are_the_same(options, devi
     assert_same_bits((apart[0], beside.to(torch.bfloat16)), half, "rounded once, from float32")
     z = transform_logits(raw, options)
     gap = z.amax(1) - z.gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(apart[0].shift, torch.where(gap > MOST_ABOVE, -gap, 0.0))
+    torch.testing.assert_close(apart[0].shift, torch.where(gap > most_above(True), -gap, 0.0))
     assert options.softcap > 0.0 or apart[0].shift.count_nonzero() >= 3
     over = row_exponentials(raw, targets, options, True)
     assert over[1] is raw
@@ -314,7 +314,7 @@ def test_exponentials_of_a_long_row_are_good_to_a_millionth(device, seed):
     raw, targets = strided(2, 151_936, 3.0, device), torch.tensor([5, 151_935], device=device)
     sums, matrix = row_exponentials(raw, targets, PLAIN, True, torch.empty(2, 151_936, device=device))
     own, top = raw.gather(1, targets[:, None]), raw.amax(1, keepdim=True)
-    shifted = raw.double() - torch.where(top - own > MOST_ABOVE, top, own).double()
+    shifted = raw.double() - torch.where(top - own > most_above(True), top, own).double()
     exps = shifted.exp().scatter(1, targets[:, None], 0.0)
     torch.testing.assert_close(sums.rest.double(), exps.sum(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(sums.dots.double(), (shifted * exps).sum(1), rtol=1e-6, atol=1e-6 * exps.sum(1).max())
@@ -329,7 +329,7 @@ def test_exponentials_of_no_word_touch_nobody(device, seed):
     assert sums.rest[[0, 2]].isnan().all() and (matrix[[0, 2]] == 0).all() and (around[[0, 4]] == 7).all()
     assert sums.rest[1] > 0 and (sums.dots[1] != 0)
     bare, _ = row_exponentials(raw, targets, PLAIN, False, around[1:4])
-    assert torch.equal(bare.rest[1], sums.rest[1]) and bare.dots[1] == 0
+    assert bare.rest[1] > 0 and bare.dots[1] == 0
 
 
 def test_exponentials_refuse_a_short_range(device):

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.backends import TABLE
-from mmrpt_kernels.common import head
-from mmrpt_kernels.logprobs import operator, shards
+from mmrpt_kernels.common import head, shards
+from mmrpt_kernels.logprobs import operator
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 from mmrpt_kernels.testing.interpreter import mend_interpreter
 

@@ -1,87 +1,58 @@
-"""The row arithmetic of linear_token_divergence as Triton kernels: float32 logits of both views in, values or gradients
+"""The row arithmetic of linear_token_divergence as Triton kernels: float32 logits of both views in, sums or gradients
 out.
 
 Gradients come in the dtype of the products that follow (`products_dtype`)."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
 
 from mmrpt_kernels.common.head import HeadOptions, products_dtype
-from mmrpt_kernels.divergence.stream import Problem, RowKernels, RowValues, k3, k3_slope, sum_by_kind
+from mmrpt_kernels.divergence.rows import RowKernels, Slopes, Statistics, Sums, Wanted
+from mmrpt_kernels.divergence.stream import Problem
 from mmrpt_kernels.divergence.triton.backward import gradient
-from mmrpt_kernels.divergence.triton.forward import (
-    ENTROPY_P,
-    ENTROPY_Q,
-    HELLINGER,
-    KL,
-    LOGP_P,
-    LOGP_Q,
-    MEAN_P,
-    MEAN_Q,
-    REVERSE_KL,
-    Statistics,
-    statistics,
-)
+from mmrpt_kernels.divergence.triton.forward import mean_sums, row_sums
 
 __all__ = ["row_kernels"]
 
+# The kernels want to see the raw logits of both views again.
+State = tuple[torch.Tensor, torch.Tensor]
+
 
 def row_kernels(problem: Problem) -> RowKernels:
-    """The pair for one call."""
+    """The kernels for one call."""
     pairs = ((problem.hidden_p, problem.weight), (problem.hidden_q, problem.head_q()))
-    dtypes = tuple(products_dtype(hidden, weight) for hidden, weight in pairs)
-    settings = {"options": problem.options}
-    return RowKernels(partial(values, **settings), partial(gradients, **settings, dtypes=dtypes))
+    made = (partial(one, options=problem.options) for one in (sums, means, gradients))
+    return RowKernels(*made, tuple(products_dtype(hidden, weight) for hidden, weight in pairs))
 
 
-def _column(kind: str, found: Statistics) -> torch.Tensor:
-    """One divergence (n,) of a chunk."""
-    rows, means = found
-    if kind == "k3":
-        return k3(rows[:, LOGP_P.value], rows[:, LOGP_Q.value])
-    if kind == "js":
-        return (means[:, MEAN_P.value] + means[:, MEAN_Q.value]).mul_(0.5).clamp_(0.0, math.log(2.0))
-    if kind == "hellinger":
-        return means[:, HELLINGER.value].clamp(0.0, 1.0)
-    return rows[:, KL.value if kind == "kl" else REVERSE_KL.value]
-
-
-def values(raw_p, raw_q, targets, kinds, *, options: HeadOptions) -> RowValues:
-    """RowKernels.values."""
+def sums(raw_p, raw_q, targets, wanted: Wanted, *, options: HeadOptions) -> tuple[Sums, State]:
+    """RowKernels.sums."""
     with torch.cuda.device_of(raw_p):
-        found = statistics(raw_p, raw_q, targets, kinds, options)
-    logps = (None, None) if targets is None else (found.rows[:, LOGP_P.value], found.rows[:, LOGP_Q.value])
-    entropies = (found.rows[:, ENTROPY_P.value], found.rows[:, ENTROPY_Q.value])
-    return RowValues(torch.stack([_column(kind, found) for kind in kinds], -1), *logps, *entropies)
+        return row_sums(raw_p, raw_q, targets, wanted.kinds, options), (raw_p, raw_q)
 
 
-def _row_gradients(grads: RowValues, found: Statistics, targets, kinds) -> torch.Tensor:
-    """What the kernel reads of each row, (n, 8) float32: see backward.py."""
-    g = sum_by_kind(grads.divergence, kinds)
-    zero = torch.zeros_like(grads.entropy_p)
-    g_p = g_q = zero
-    if targets is not None:
-        g_p, g_q = grads.logps_p, grads.logps_q
-        if "k3" in g:
-            slope = k3_slope(found.rows[:, LOGP_P.value], found.rows[:, LOGP_Q.value]).mul_(g["k3"])
-            slope.masked_fill_(g["k3"] == 0, 0.0)  # not NaN from a row that asks for nothing
-            g_p, g_q = g_p - slope, g_q + slope
-        g_p, g_q = g_p.masked_fill(targets < 0, 0.0), g_q.masked_fill(targets < 0, 0.0)
-    divergences = (g.get(kind, zero) for kind in ("kl", "reverse_kl", "js", "hellinger"))
-    return torch.stack((*divergences, g_p, g_q, grads.entropy_p, grads.entropy_q), -1)
+def _rows(found: Statistics) -> torch.Tensor:
+    """What kernels read of whole rows, (n, FIELDS)."""
+    views = (found.top, found.log_total)
+    return torch.stack([*(each[v] for v in (0, 1) for each in views), *found.entropy, *found.kl], -1).float()
 
 
-def gradients(raw_p, raw_q, targets, kinds, grads: RowValues, wanted, *, options: HeadOptions, dtypes):
-    """RowKernels.gradients, in the views' `dtypes`; over the logits where these are float32."""
-    with torch.cuda.device_of(raw_p):
-        found = statistics(raw_p, raw_q, targets, kinds, options)
-        outs = tuple(
-            (raw if dtype == raw.dtype else torch.empty_like(raw, dtype=dtype)) if want else None
-            for raw, dtype, want in zip((raw_p, raw_q), dtypes, wanted, strict=True)
-        )
-        gradient(raw_p, raw_q, targets, kinds, options, found, _row_gradients(grads, found, targets, kinds), outs)
-    return outs
+def means(state: State, found: Statistics, kinds: tuple[str, ...], *, options: HeadOptions) -> torch.Tensor:
+    """RowKernels.means."""
+    with torch.cuda.device_of(state[0]):
+        return mean_sums(*state, _rows(found), kinds, options).t().contiguous()
+
+
+def gradients(state: State, targets, found: Statistics, slopes: Slopes, outs, *, options: HeadOptions) -> None:
+    """RowKernels.gradients, in the views' dtypes."""
+    zero = torch.zeros_like(found.top[0])
+    singles = [zero if slope is None else slope for slope in slopes[:4]]
+    pairs = [(zero, zero) if pair is None else pair.unbind() for pair in (slopes.logps, slopes.entropy)]
+    grads = torch.stack([*singles, *pairs[0], *pairs[1]], -1).float()
+    kinds = tuple(kind for kind in ("kl", "reverse_kl", "js", "hellinger") if getattr(slopes, kind) is not None)
+    row_means = None if found.means is None else found.means.t().float().contiguous()
+    with torch.cuda.device_of(state[0]):
+        gradient(*state, targets, kinds, options, rows=_rows(found), means=row_means, grads=grads, outs=outs)

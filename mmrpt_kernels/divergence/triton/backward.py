@@ -30,7 +30,6 @@ from mmrpt_kernels.divergence.triton.forward import (
     REVERSE_KL,
     TOP_P,
     TOP_Q,
-    Statistics,
 )
 from mmrpt_kernels.divergence.triton.words import load_words, mean_logs, tiles
 
@@ -166,14 +165,18 @@ def gradient(
     targets: torch.Tensor | None,
     kinds: tuple[str, ...],
     options: HeadOptions,
-    found: Statistics,
+    *,
+    rows: torch.Tensor,
+    means: torch.Tensor | None,
     grads: torch.Tensor,
     outs: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> None:
     """Write d loss / d raw of each view to `outs`, (n, V) of any float dtype or None; raw itself will do.
 
     Args:
-        raw_p, raw_q: (n, V) float32, last dimension contiguous, as `statistics` read them.
+        raw_p, raw_q: (n, V) float32, last dimension contiguous, as `row_sums` read them.
+        rows, means: (n, FIELDS) and (n, MEANS) float32 of whole rows; means None without js and hellinger.
+        targets: (n,) int64; one outside [0, V) is none of these words.
         grads: (n, GRADIENTS) float32; the k3's are in those of the log-probabilities, 0 in rows without a target.
             Rows of zeros get zeros, whatever their logits are.
     """
@@ -185,8 +188,8 @@ def gradient(
     _gradient[(count, triton.cdiv(vocab, tile["SPAN"]))](
         raw_p,
         raw_q,
-        found.rows,
-        found.means,
+        rows,
+        means,
         grads,
         targets,
         out_p,

@@ -1,33 +1,24 @@
-"""What both views' rows of logits come to: softmax sums, entropies, the targets' log-probabilities, divergences.
+"""What both views' rows of logits come to: softmax sums, sums that entropies and divergences are made of.
 
 One sweep over the logits gives all but two kinds: with x = z - max z, e = exp(x) and S = sum e per view,
 
-    KL(p || q) = sum e_p (z_p - z_q) / S_p - (max z_p - max z_q) - log(S_p / S_q)       entropy = log S - sum e x / S
+    KL(p || q) = sum e_p (x_p - x_q) / S_p - log(S_p / S_q)       entropy = log S - sum e x / S
 
 Every lane keeps the sums of its own words under its own running maximum, so that no thread waits for another; lanes
-merge at the end of a program, programs of a row in `_finish`. Jensen-Shannon and
-Hellinger need both views' S word by word: a second sweep, which adds what is zero where the views are equal rather than
-taking a sum from 1. Everything is float32, and exactly 0 for equal views.
+merge at the end of a program, programs of a row in `_join`. Jensen-Shannon and Hellinger need both views' S word by
+word: a second sweep, which adds what is zero where the views are equal rather than taking a sum from 1. Everything is
+float32, and exactly 0 for equal views.
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from mmrpt_kernels.common.head import HeadOptions, bend_factors
-from mmrpt_kernels.divergence.triton.words import (
-    LOWEST,
-    clamped,
-    load_words,
-    mean_logs,
-    tiles,
-    transformed,
-)
+from mmrpt_kernels.divergence.rows import Sums
+from mmrpt_kernels.divergence.triton.words import LOWEST, load_words, mean_logs, tiles, transformed
 
 __all__ = [
     "ENTROPY_P",
@@ -35,8 +26,6 @@ __all__ = [
     "FIELDS",
     "HELLINGER",
     "KL",
-    "LOGP_P",
-    "LOGP_Q",
     "LOG_P",
     "LOG_Q",
     "MEANS",
@@ -45,15 +34,14 @@ __all__ = [
     "REVERSE_KL",
     "TOP_P",
     "TOP_Q",
-    "Statistics",
-    "statistics",
+    "mean_sums",
+    "row_sums",
 ]
 
-# A row's fields: max z, log S of each view, entropies, divergences, the targets' log-probabilities.
+# What kernels read of whole rows: max z, log S of each view; for the gradient also entropies and divergences.
 TOP_P, LOG_P, TOP_Q, LOG_Q = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 ENTROPY_P, ENTROPY_Q, KL, REVERSE_KL = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-LOGP_P, LOGP_Q = tl.constexpr(8), tl.constexpr(9)
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(8)
 # Fields of the second sweep: KL(p || m), KL(q || m), squared Hellinger distance.
 MEAN_P, MEAN_Q, HELLINGER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MEANS = tl.constexpr(3)
@@ -61,13 +49,6 @@ MEANS = tl.constexpr(3)
 SUMS = tl.constexpr(4)
 # Words that a lane takes at a time under one maximum: 16 bytes, what a thread loads at once.
 GROUP = tl.constexpr(4)
-
-
-class Statistics(NamedTuple):
-    """A chunk's rows."""
-
-    rows: torch.Tensor  # (n, FIELDS) float32
-    means: torch.Tensor | None  # (n, MEANS) float32; None where neither js nor hellinger is wanted
 
 
 @triton.jit
@@ -160,56 +141,47 @@ def _load_sums(partials, part, parts):
 
 
 @triton.jit
-def _log_prob(raw, target, vocab, top, log_total, inner, outer, CAPPED: tl.constexpr):
-    """The target's log-probability, <= 0: both of its parts are; 0 for a negative target, NaN for one that is no word
-    (the host cannot look at targets on a GPU without waiting for it)."""
-    value = tl.load(raw + target, mask=(target >= 0) & (target < vocab), other=float("nan"))
+def _store_row(out, rows, raw, target, vocab, top, total, dots, cross, gap, inner, outer, CAPPED: tl.constexpr):
+    """One view's `Sums` of a row, to out (5, 2, rows) at the row and view; gap: max z less the other view's."""
+    value = tl.load(raw + target, mask=(target >= 0) & (target < vocab), other=0.0)
     z, _ = transformed(value, inner, outer, CAPPED)
-    return tl.where(target < 0, 0.0, clamped((z - top) - log_total, float("-inf"), 0.0))
+    tl.store(out, top)
+    tl.store(out + 2 * rows, total)
+    tl.store(out + 4 * rows, dots)
+    tl.store(out + 6 * rows, cross - gap * total)
+    tl.store(out + 8 * rows, tl.where((target >= 0) & (target < vocab), z, float("-inf")))
 
 
 @triton.jit
-def _finish(
+def _join(
     partials,
     raw_p,
     raw_q,
     targets,
-    rows,
+    out,
     stride_p,
     stride_q,
     vocab,
     parts,
-    log_vocab,
     inner,
     outer,
     CAPPED: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Program (row,): partials (n, 2, SUMS, parts) to rows (n, FIELDS); targets (n,) int64."""
-    row = tl.program_id(0).to(tl.int64)
+    """Program (row,): partials (n, 2, SUMS, parts) to out (5, 2, n); targets (n,) int64."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     partials += row * (2 * SUMS) * parts
-    rows += row * FIELDS
     part = tl.arange(0, PARTS)
     top_p, total_p, dots_p, cross_p = _merge(*_load_sums(partials, part, parts))
     top_q, total_q, dots_q, cross_q = _merge(*_load_sums(partials + SUMS * parts, part, parts))
-    log_p, log_q = tl.log(total_p), tl.log(total_q)
-    # One logarithm of the quotient: the difference of two would round at their size, not at its own.
-    shift = (top_p - top_q) + tl.log(total_p / total_q)
-    tl.store(rows + TOP_P, top_p)
-    tl.store(rows + LOG_P, log_p)
-    tl.store(rows + TOP_Q, top_q)
-    tl.store(rows + LOG_Q, log_q)
-    tl.store(rows + ENTROPY_P, clamped(log_p - dots_p / total_p, 0.0, log_vocab))
-    tl.store(rows + ENTROPY_Q, clamped(log_q - dots_q / total_q, 0.0, log_vocab))
-    tl.store(rows + KL, clamped(cross_p / total_p - shift, 0.0, float("inf")))
-    tl.store(rows + REVERSE_KL, clamped(cross_q / total_q + shift, 0.0, float("inf")))
+    target = row * 0 - 1
     if HAS_TARGETS:
         target = tl.load(targets + row)
-        logp_p = _log_prob(raw_p + row * stride_p, target, vocab, top_p, log_p, inner, outer, CAPPED)
-        logp_q = _log_prob(raw_q + row * stride_q, target, vocab, top_q, log_q, inner, outer, CAPPED)
-        tl.store(rows + LOGP_P, logp_p)
-        tl.store(rows + LOGP_Q, logp_q)
+    at_p, at_q = raw_p + row * stride_p, raw_q + row * stride_q
+    gap = top_p - top_q
+    _store_row(out + row, rows, at_p, target, vocab, top_p, total_p, dots_p, cross_p, gap, inner, outer, CAPPED)
+    _store_row(out + rows + row, rows, at_q, target, vocab, top_q, total_q, dots_q, cross_q, -gap, inner, outer, CAPPED)
 
 
 @triton.jit
@@ -259,28 +231,36 @@ def _means(
     tl.store(partials + HELLINGER * parts, 0.5 * tl.sum(hellinger, 0))
 
 
-def statistics(
+def row_sums(
     raw_p: torch.Tensor,
     raw_q: torch.Tensor,
     targets: torch.Tensor | None,
     kinds: tuple[str, ...],
     options: HeadOptions,
-) -> Statistics:
-    """Fields of n rows from raw logits (n, V) float32, last dimension contiguous; targets (n,) int64 or None."""
+) -> Sums:
+    """Of n rows of raw logits (n, V) float32, last dimension contiguous; targets (n,) int64 or None."""
     count, vocab = raw_p.shape
     tile = tiles()
     parts = triton.cdiv(vocab, tile["SPAN"])
-    rows = raw_p.new_empty(count, FIELDS.value)
     strides, scalars = (raw_p.stride(0), raw_q.stride(0)), (*bend_factors(options), options.softcap > 0.0)
     sums = raw_p.new_empty(count, 2, SUMS.value, parts)
     flags = ("kl" in kinds, "reverse_kl" in kinds)
-    grid = (count, parts)
-    _sums[grid](raw_p, raw_q, sums, *strides, vocab, parts, *scalars, *flags, **tile)
+    _sums[(count, parts)](raw_p, raw_q, sums, *strides, vocab, parts, *scalars, *flags, **tile)
+    joined = raw_p.new_empty(5, 2, count)
     lone = {"HAS_TARGETS": targets is not None, "PARTS": triton.next_power_of_2(parts), "num_warps": 1}
-    _finish[(count,)](sums, raw_p, raw_q, targets, rows, *strides, vocab, parts, math.log(vocab), *scalars, **lone)
-    flags = ("js" in kinds, "hellinger" in kinds)
-    if not any(flags):
-        return Statistics(rows, None)
+    _join[(count,)](sums, raw_p, raw_q, targets, joined, *strides, vocab, parts, *scalars, **lone)
+    return Sums(*joined)
+
+
+def mean_sums(
+    raw_p: torch.Tensor, raw_q: torch.Tensor, rows: torch.Tensor, kinds: tuple[str, ...], options: HeadOptions
+) -> torch.Tensor:
+    """The second sweep, (n, MEANS), of raw logits as `row_sums` reads them; rows (n, FIELDS) float32 of whole rows."""
+    count, vocab = raw_p.shape
+    tile = tiles()
+    parts = triton.cdiv(vocab, tile["SPAN"])
+    strides, scalars = (raw_p.stride(0), raw_q.stride(0)), (*bend_factors(options), options.softcap > 0.0)
     means = raw_p.new_empty(count, MEANS.value, parts)
-    _means[grid](raw_p, raw_q, rows, means, *strides, vocab, parts, *scalars, *flags, **tile)
-    return Statistics(rows, means.sum(-1))
+    flags = ("js" in kinds, "hellinger" in kinds)
+    _means[(count, parts)](raw_p, raw_q, rows, means, *strides, vocab, parts, *scalars, *flags, **tile)
+    return means.sum(-1)

@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: the head's transform, log-probabilities, and what a row's parts merge to."""
+"""Device helpers that the kernels share: the head's transform, and logarithms of what two views have in common."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from mmrpt_kernels.common.tanh import tanh
 
-__all__ = ["LOWEST", "clamped", "load_words", "mean_logs", "tiles", "transformed"]
+__all__ = ["LOWEST", "load_words", "mean_logs", "tiles", "transformed"]
 
 # Words that a program takes at a time, and in all; fixed, so that a row's sums are the same in every batch and chunk.
 # 152k words are 19 programs a row: a chunk of a few rows still fills a GPU. Chosen by compiling
@@ -40,13 +40,6 @@ def load_words(row, word, vocab, inner, outer, CAPPED: tl.constexpr):
     """(z, d z / d raw) of some words of one row; z = -inf beyond the vocabulary, which has probability 0."""
     z, slope = transformed(tl.load(row + word, mask=word < vocab, other=0.0), inner, outer, CAPPED)
     return tl.where(word < vocab, z, float("-inf")), slope
-
-
-@triton.jit
-def clamped(x, low, high):
-    """x in [low, high]; NaN stays."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
 
 
 @triton.jit

@@ -13,12 +13,12 @@ import triton.language as tl
 from mmrpt_kernels.common.head import HeadOptions, bend_factors
 from mmrpt_kernels.common.tanh import tanh
 from mmrpt_kernels.logprobs.rows import (
-    MOST_ABOVE,
     Exponentials,
     Partials,
     RowKernels,
     Slopes,
     Softmax,
+    most_above,
 )
 
 __all__ = ["ROW_KERNELS"]
@@ -379,7 +379,7 @@ def row_exponentials(
                 vocab,
                 raw.stride(0),
                 matrix.stride(0),
-                most_above=MOST_ABOVE,
+                most_above=most_above(want_entropy),
                 **_scalars(options),
                 ENTROPY=want_entropy,
                 OVER=into is None,
