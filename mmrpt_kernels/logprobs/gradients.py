@@ -20,9 +20,9 @@ from mmrpt_kernels.common.head import (
     project_backward_weight,
     statistics_dtype,
 )
+from mmrpt_kernels.common.shards import Shard
 from mmrpt_kernels.logprobs import columns
 from mmrpt_kernels.logprobs.rows import Slopes
-from mmrpt_kernels.logprobs.shards import Shard
 
 __all__ = ["Gradients", "Head", "unit_slopes"]
 

@@ -10,10 +10,10 @@ import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
+from mmrpt_kernels.common.shards import find_shard
 from mmrpt_kernels.logprobs.gradients import Gradients, Head
 from mmrpt_kernels.logprobs.places import choose, put
 from mmrpt_kernels.logprobs.rows import row_kernels
-from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import check_targets, visit
 
 __all__ = ["linear_logprobs", "linear_logprobs_backward"]

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.common import shards
+from mmrpt_kernels.common.shards import Shard
 from mmrpt_kernels.logprobs.rows import FAR_BELOW, Partials
 
-__all__ = ["Shard", "find_shard"]
+__all__ = ["merge"]
 
 
-class Shard(shards.Shard):
-    """One rank's part of the vocabulary, for rows that come to `Partials`."""
-
-    def merge(self, partials: Partials) -> Partials:
-        """Partials of whole rows from every rank's; one collective of 4 n numbers, the same bits on all ranks."""
-        tops, totals, dots, chosen = self.gather(torch.stack(partials)).unbind(1)
-        top = tops.amax(0)
-        # How far a part's maximum lies below the row's; a part of -inf alone is as far as can be.
-        shifts = (tops - top.clamp_min(torch.finfo(top.dtype).min)).clamp_min_(FAR_BELOW)
-        scales = shifts.exp()
-        dots = (dots + shifts * totals).mul_(scales).sum(0)
-        return Partials(top, (totals * scales).sum(0), dots, chosen.amax(0))
-
-
-def find_shard(*call) -> Shard:
-    """This rank's part; arguments and errors as `common.shards.find_shard`."""
-    return Shard(*shards.find_shard(*call))
+def merge(partials: Partials, shard: Shard) -> Partials:
+    """Partials of whole rows from every rank's; one collective of 4 n numbers, the same bits on all ranks."""
+    tops, totals, dots, chosen = shard.gather(torch.stack(partials)).unbind(1)
+    top = tops.amax(0)
+    # How far a part's maximum lies below the row's; a part of -inf alone is as far as can be.
+    shifts = (tops - top.clamp_min(torch.finfo(top.dtype).min)).clamp_min_(FAR_BELOW)
+    scales = shifts.exp()
+    dots = (dots + shifts * totals).mul_(scales).sum(0)
+    return Partials(top, (totals * scales).sum(0), dots, chosen.amax(0))

@@ -18,6 +18,7 @@ from mmrpt_kernels.common.head import chunk_rows, even_rows, products_dtype, pro
 from mmrpt_kernels.logprobs.gradients import Gradients, Head, unit_slopes
 from mmrpt_kernels.logprobs.places import Places
 from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials
+from mmrpt_kernels.logprobs.shards import merge
 
 __all__ = ["Coefficients", "check_targets", "visit"]
 
@@ -112,7 +113,7 @@ def read_twice(
     raw = project(hidden_rows, head.weight, head.bias)
     partials, state = kernels.statistics(raw, targets, head.options, want_entropy, keep_logits)
     if head.shard is not None:
-        partials = head.shard.merge(partials)
+        partials = merge(partials, head.shard)
     logps, entropy, softmax = finish(partials, head.vocab, want_entropy)
 
     def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -12,9 +12,9 @@ import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
+from mmrpt_kernels.common.shards import find_shard
 from mmrpt_kernels.logprobs.gradients import Head
 from mmrpt_kernels.logprobs.places import choose, split
-from mmrpt_kernels.logprobs.shards import find_shard
 from mmrpt_kernels.logprobs.stream import check_targets
 from mmrpt_kernels.policy_loss.hand_out import dtypes_of, hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
