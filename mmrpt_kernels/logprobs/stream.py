@@ -116,7 +116,7 @@ def read_twice(
     logps, entropy, softmax = finish(partials, head.vocab, want_entropy)
 
     def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor | None]:
-        slopes, factor = unit_slopes(slopes, head.vocab) if units else (slopes, None)
+        slopes, factor = unit_slopes(slopes, head.vocab, head.options) if units else (slopes, None)
         return kernels.gradient(state, targets, head.options, softmax, slopes, into), factor
 
     return logps, entropy, grade
