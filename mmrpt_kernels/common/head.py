@@ -23,6 +23,7 @@ from mmrpt_kernels.common import checks
 
 __all__ = [
     "HeadOptions",
+    "as_wide",
     "check_head",
     "bend_factors",
     "chunk_rows",
@@ -109,6 +110,12 @@ def statistics_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 when any tensor is float64, else float32: the dtype of statistics and of gradient accumulators."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def as_wide(hidden: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    """hidden in float64 where another tensor of the head is: else products of two halves would round what is float64.
+    Differentiable."""
+    return hidden.double() if statistics_dtype(hidden, *others) == torch.float64 else hidden
 
 
 def chunk_rows(num_rows: int, vocab: int, chunk_size: int | None, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
-from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.common.head import HeadOptions, as_wide, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
 from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
 from mmrpt_kernels.logprobs.columns import skip_threshold
@@ -124,7 +124,7 @@ def linear_logprobs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
     checks.check_reverse_mode("linear_logprobs", hidden, weight, bias)
-    flat, shape = hidden.reshape(-1, hidden.shape[-1]), targets.shape
+    flat, shape = as_wide(hidden, weight, bias).reshape(-1, hidden.shape[-1]), targets.shape
     skipped = skip_threshold(skip_below, hidden, weight, compact)
     how = (chunk_size, most_places(compact, targets.numel()), load_rows(name), skipped, group_name(vocab_group))
     logps, entropy = operator.linear_logprobs(

@@ -175,16 +175,17 @@ class Gradients:
         )
 
 
-def unit_slopes(slopes: Slopes, vocab: int) -> tuple[Slopes, torch.Tensor]:
+def unit_slopes(slopes: Slopes, vocab: int, options: HeadOptions) -> tuple[Slopes, torch.Tensor]:
     """slopes of rows as multiples of a factor (n,), such that the rows' gradients fit float16; 0 stays 0.
 
-    A word's gradient is at most |d_logps| + |d_entropy| (log V + 1/e), as p_j |log p_j| <= 1/e and entropy <= log V.
+    A word's d z is at most |d_logps| + |d_entropy| (log V + 1/e), as p_j |log p_j| <= 1/e and entropy <= log V; its
+    d raw at most logit_scale / temperature times that.
     """
     d_logps, d_entropy = slopes
     size = d_logps.abs()
     if d_entropy is not None:
         size = size + d_entropy.abs() * (math.log(vocab) + math.exp(-1.0))
-    factor = size / HALF_UNIT
+    factor = size * (abs(options.logit_scale) / options.temperature / HALF_UNIT)
     units = tuple(None if t is None else torch.where(t == 0, 0.0, t / factor) for t in slopes)
     return units, factor
 

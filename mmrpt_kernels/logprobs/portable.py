@@ -150,7 +150,7 @@ def block_exponentials(
     exps.scatter_(-1, word, -rest)
     if bend is not None:
         exps.mul_(bend)
-    broken = rest.isfinite().logical_not_()
+    broken = rest.isfinite().logical_not_().logical_or_((own - base).isnan())  # a lone word has a rest of 0
     if broken.device.type != "cpu" or bool(broken.any()):
         exps.masked_fill_(broken, 0.0)
     return own - base, rest, dots

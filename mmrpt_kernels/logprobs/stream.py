@@ -117,7 +117,7 @@ def read_twice(
     logps, entropy, softmax = finish(partials, head.vocab, want_entropy)
 
     def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor | None]:
-        slopes, factor = unit_slopes(slopes, head.vocab) if units else (slopes, None)
+        slopes, factor = unit_slopes(slopes, head.vocab, head.options) if units else (slopes, None)
         return kernels.gradient(state, targets, head.options, softmax, slopes, into), factor
 
     return logps, entropy, grade
@@ -212,8 +212,11 @@ def reader(
     units = scales and rounded == torch.float16 and (kernels.rounds or hidden.is_cuda)
     into = None
     if gradients is not None and kernels.rounds and rounded != dtype:
-        vocab = head.weight.shape[0]  # tensor cores want rows that start at multiples of 16 bytes
-        into = hidden.new_empty(most_rows, vocab + -vocab % 16, dtype=rounded)[:, :vocab]
+        vocab = head.weight.shape[0]
+        # Tensor cores want rows that start at multiples of 16 bytes. A CPU's bfloat16 product (AMX, torch 2.13) reads
+        # what lies behind a row, and a NaN there reaches its result.
+        behind = -vocab % 16 if hidden.is_cuda else 0
+        into = hidden.new_empty(most_rows, vocab + behind, dtype=rounded)[:, :vocab]
     if scales and not (units or entropy_learns or head.shard is not None):
         return partial(read_once, kernels, head, want_entropy, may_wait=may_wait), into
     keep_logits = gradients is not None and (entropy_learns or head.options.softcap > 0.0)

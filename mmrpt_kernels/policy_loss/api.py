@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast
-from mmrpt_kernels.common.head import HeadOptions, check_head, statistics_dtype
+from mmrpt_kernels.common.head import HeadOptions, as_wide, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, local_head
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
 from mmrpt_kernels.logprobs.columns import skip_threshold
@@ -168,6 +168,7 @@ def linear_policy_loss(
     )
     name = select_backend("policy_loss", hidden, weight, bias, backend, vocab_group)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    hidden = as_wide(hidden, weight, bias)
     if name == "reference":
         loss, logps, entropy = reference.linear_policy_loss(
             hidden, weight, targets, bias, head, tokens, options, aggregation, normalizer, return_statistics
@@ -270,6 +271,7 @@ def linear_token_loss(
         head = {"bias": bias, "vocab_group": vocab_group, **options._asdict(), **how}
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
     flat, weight, bias = cast_for_autocast(flat, weight, bias)
+    flat = as_wide(flat, weight, bias)
     checked = Checked(token_loss, use_entropy)
     arguments = (flat, weight, ids, bias, options)
     if name == "reference":

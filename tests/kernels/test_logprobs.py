@@ -176,6 +176,16 @@ class TestPortable:
             with pytest.raises(ValueError, match=f"compact: got fewer places .*{wanted} tokens count"):
                 call(made, case, compact=wanted - 1)
 
+    def test_a_float64_bias_makes_gradients_float64(self, seed):
+        """Of a bfloat16 head, whose products may otherwise be rounded."""
+        made = make(PLAIN, seed, torch.bfloat16)
+        made["bias"] = torch.randn(101, dtype=torch.float64).requires_grad_()
+        found, expected = (
+            torch.autograd.grad(call(made, PLAIN, backend=name).logps.sum(), made["bias"])
+            for name in ("portable", "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
     def test_without_compaction_all_rows_may_be_ignored(self, seed):
         made = make(PLAIN, seed)
         made["targets"] = torch.full_like(made["targets"], -100)

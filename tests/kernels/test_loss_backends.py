@@ -152,6 +152,12 @@ def test_policy_loss(options, dtype, seed):
     assert_by_the_rule(learn, PLAIN, seed, dtype, **options)
 
 
+def test_float16_gradients_fit_at_low_temperatures(seed):
+    """d z / d raw = logit_scale / temperature counts in what a word's gradient can come to."""
+    case = PLAIN._replace(temperature=0.2, logit_scale=3.0, bias=True)
+    assert_by_the_rule(score, case, seed, torch.float16)
+
+
 @pytest.mark.parametrize("backend", ("portable", "triton"))
 @pytest.mark.parametrize("entropy_coef", (0.0, 0.05))
 def test_float16_gradients_outlive_a_small_loss(backend, entropy_coef, seed):

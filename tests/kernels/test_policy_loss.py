@@ -288,6 +288,23 @@ class TestPortable:
         made["response_mask"] = torch.zeros_like(made["response_mask"])
         assert_same(run(made, compact=False), run(made), rtol=0, atol=0)
 
+    @pytest.mark.parametrize("vocab", (1, 2))
+    @pytest.mark.parametrize("softcap", (0.0, 5.0))
+    def test_a_broken_row_without_gradient_spreads_nothing(self, vocab, softcap, seed):
+        hidden, weight = torch.randn(3, 4), torch.randn(vocab, 4, requires_grad=True)
+        hidden[1] = torch.nan
+        hidden.requires_grad_()
+        kept, advantages = torch.tensor([[True, False, True]]), torch.ones(1)
+        whole = torch.ones_like(kept)
+        out = linear_policy_loss(
+            *(hidden[None], weight, torch.zeros(1, 3, dtype=torch.int64), advantages),
+            response_mask=whole,
+            perception_mask=kept,
+            softcap=softcap,
+            compact=False,
+        )
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.loss, (hidden, weight)))
+
     @pytest.mark.parametrize("level", ("token", "sequence"))
     def test_a_token_that_the_old_policy_ruled_out(self, level, seed):
         made = make(BATCH, seed, batch=4)

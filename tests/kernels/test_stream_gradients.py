@@ -49,13 +49,13 @@ def test_unit_slopes_fit_float16_and_keep_zeros(seed):
     """Slopes of any size become multiples of a factor: the largest gradients are in float16's range."""
     slopes = (torch.randn(50) * 10.0 ** torch.randint(-30, 30, (50,)), torch.randn(50))
     slopes[0][3] = slopes[1][3] = slopes[1][7] = 0.0
-    units, factor = unit_slopes(slopes, 151_936)
+    units, factor = unit_slopes(slopes, 151_936, HeadOptions())
     for unit, slope in zip(units, slopes, strict=True):
         torch.testing.assert_close(unit * factor, slope)
         assert (unit[slope == 0] == 0).all() and (unit.abs() <= HALF_UNIT).all()
     largest = units[0].abs() + units[1].abs() * 12.3  # of p_j (log p_j + entropy), entropy up to log 151,936
     assert (largest <= 1.01 * HALF_UNIT).all() and torch.finfo(torch.float16).max > HALF_UNIT
-    alone, factor = unit_slopes((slopes[0], None), 151_936)
+    alone, factor = unit_slopes((slopes[0], None), 151_936, HeadOptions())
     assert alone[1] is None and (alone[0].abs()[slopes[0] != 0] == HALF_UNIT).all() and factor[3] == 0
 
 
