@@ -48,6 +48,10 @@ MAX_CHUNK_ROWS = 256
 # Vocabulary rows of a half-precision weight that are widened to float32 at a time.
 WIDEN_ROWS = 8192
 
+# Where a CPU's bfloat16 product sums over another number of words, it reads on behind a row (torch 2.13 with AMX): a NaN
+# in the next row, or in memory beyond, reaches this one's result.
+AMX_DEPTH = 32
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -236,7 +240,8 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 def project_backward_hidden(grad_raw: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """d loss / d hidden (n, H) = grad_raw (n, V) @ weight (V, H), in the statistics dtype. Outside autograd."""
     dtype = statistics_dtype(grad_raw)
-    if grad_raw.dtype == weight.dtype != dtype and multiplies_halves(weight.device, weight.dtype):
+    halves = grad_raw.dtype == weight.dtype != dtype and multiplies_halves(weight.device, weight.dtype)
+    if halves and (weight.is_cuda or weight.shape[0] % AMX_DEPTH == 0):
         return _product(grad_raw, weight, dtype)
     out = grad_raw.new_zeros(grad_raw.shape[0], weight.shape[1], dtype=dtype)
     for start, stop, block in _vocab_blocks(weight, dtype):

@@ -138,6 +138,23 @@ class TestHead:
         head.project_backward_weight(grad, hidden, into.fill_(torch.nan), fresh=True, factor=factor)
         torch.testing.assert_close(into.double(), 0.125 * (g.T @ h), **tolerance)
 
+    @pytest.mark.parametrize("vocab", (33, 1009, 1024))
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+    def test_products_keep_nan_in_its_row(self, dtype, vocab, seed):
+        """Of the gradient's rows, and of what lies around matrices that are parts of larger ones."""
+        held = torch.full((12, vocab + 3), torch.nan).to(dtype)
+        grad, hidden, weight = held[1:10, :vocab], torch.randn(9, 64).to(dtype), torch.randn(vocab, 64).to(dtype)
+        grad.copy_(torch.randn(9, vocab))
+        clean = head.project_backward_hidden(grad, weight)
+        into = torch.zeros(vocab, 64)
+        head.project_backward_weight(grad, hidden, into)
+        assert clean.isfinite().all() and into.isfinite().all()
+        grad[4] = torch.nan
+        found = head.project_backward_hidden(grad, weight)
+        assert found[4].isnan().all()
+        others = torch.arange(9) != 4
+        torch.testing.assert_close(found[others], clean[others])
+
 
 class TestAutocast:
     def test_casts_as_linear_does_and_leaves_float64_alone(self):
