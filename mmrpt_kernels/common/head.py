@@ -48,7 +48,7 @@ MAX_CHUNK_ROWS = 256
 # Vocabulary rows of a half-precision weight that are widened to float32 at a time.
 WIDEN_ROWS = 8192
 
-# Where a CPU's bfloat16 product sums over another number of words, it reads on behind a row (torch 2.13 with AMX): a NaN
+# Where a CPU's bfloat16 product sums over another number of words, it reads behind a row (torch 2.13 with AMX): a NaN
 # in the next row, or in memory beyond, reaches this one's result.
 AMX_DEPTH = 32
 
