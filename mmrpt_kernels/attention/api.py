@@ -11,7 +11,14 @@ from mmrpt_kernels import backends
 from mmrpt_kernels.attention import portable, reference, vendor
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.common.autocast import cast_for_autocast
-from mmrpt_kernels.common.checks import check, check_dtype, check_range, check_same_device, check_shape
+from mmrpt_kernels.common.checks import (
+    check,
+    check_dtype,
+    check_range,
+    check_reverse_mode,
+    check_same_device,
+    check_shape,
+)
 from mmrpt_kernels.common.packing import read_segments
 
 __all__ = ["AttentionWithMass", "attention_with_visual_mass", "masked_attention_with_visual_mass", "visual_mass"]
@@ -180,6 +187,8 @@ def visual_mass(
     options = _options(q.shape[-1], causal, window_size, softmax_scale, softcap)
     traits = _traits(q, k, k, options, packed, key_padding_mask is not None)
     chosen = backends.select("visual_mass", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
+    if chosen != "reference":
+        check_reverse_mode("visual_mass", q, k, key_weights)
     mass = IMPLEMENTATIONS[chosen].mass_from_lse(
         q,
         k,
@@ -197,6 +206,8 @@ def visual_mass(
 def _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backend) -> AttentionWithMass:
     """Dispatch of checked arguments."""
     chosen = backends.select("attention", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
+    if chosen != "reference":
+        check_reverse_mode("attention_with_visual_mass", q, k, v, key_weights)
     weights = key_weights if key_weights.dim() == q.dim() - 1 else key_weights[..., None]
     if chosen == "sdpa+mass":
         out, lse = vendor.attention(q, k, v, options)

@@ -233,3 +233,16 @@ def test_bad_lse_and_masks_are_refused_at_the_door(seed):
         masked_attention_with_visual_mass(q, k, v, weights, torch.ones(ROWS, KEYS).bool())
     with pytest.raises(ValueError, match="attn_mask: got dtype torch.float32"):
         masked_attention_with_visual_mass(q, k, v, weights, torch.zeros(2, 1, ROWS, KEYS))
+
+
+def test_forward_mode_raises_where_it_would_be_dropped():
+    q, weights = torch.randn(1, 8, 2, 16), torch.arange(8).expand(1, 8) < 4
+    lse = attention_with_visual_mass(q, q, q, weights).lse
+    calls = (
+        lambda x, backend: attention_with_visual_mass(x, q, q, weights, backend=backend).mass,
+        lambda x, backend: visual_mass(x, q, lse, weights, backend=backend),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
+            torch.func.jvp(lambda x: call(x, "portable"), (q,), (q,))  # noqa: B023
+        assert torch.func.jvp(lambda x: call(x, "reference"), (q,), (q,))[1].any()  # noqa: B023
