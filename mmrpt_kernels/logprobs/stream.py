@@ -70,6 +70,11 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
     return even_rows(num_rows, limit)
 
 
+def logits_of(hidden_rows: torch.Tensor, head: Head, held: torch.Tensor | None) -> torch.Tensor:
+    """Raw logits (n, V), in memory that every chunk takes (held) or in fresh memory."""
+    return project(hidden_rows, head.weight, head.bias, out=None if held is None else held[: hidden_rows.shape[0]])
+
+
 def read_once(
     kernels: RowKernels,
     head: Head,
@@ -78,6 +83,7 @@ def read_once(
     targets: torch.Tensor,
     into: torch.Tensor | None,
     *,
+    held: torch.Tensor | None,
     may_wait: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
     """logps (n,), entropy (n,) or None and the gradient of a chunk, whose logits become exponentials in one sweep."""
@@ -85,7 +91,7 @@ def read_once(
     if kernels.product is not None and may_wait:
         made = kernels.product(hidden_rows, head.weight, head.bias, targets, head.options, want_entropy, into)
     if made is None:
-        raw = project(hidden_rows, head.weight, head.bias)
+        raw = logits_of(hidden_rows, head, held)
         made = kernels.exponentials(raw, targets, head.options, want_entropy, into)
     sums, matrix = made
     logps, entropy, total = finish_exponentials(sums, head.vocab, want_entropy)
@@ -106,11 +112,12 @@ def read_twice(
     targets: torch.Tensor,
     into: torch.Tensor | None,
     *,
+    held: torch.Tensor | None,
     keep_logits: bool,
     units: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
     """Likewise, in two sweeps of the logits; units: make the gradient in units of its own row (`unit_slopes`)."""
-    raw = project(hidden_rows, head.weight, head.bias)
+    raw = logits_of(hidden_rows, head, held)
     partials, state = kernels.statistics(raw, targets, head.options, want_entropy, keep_logits)
     if head.shard is not None:
         partials = merge(partials, head.shard)
@@ -217,7 +224,11 @@ def reader(
         # what lies behind a row, and a NaN there reaches its result.
         behind = -vocab % 16 if hidden.is_cuda else 0
         into = hidden.new_empty(most_rows, vocab + behind, dtype=rounded)[:, :vocab]
+    held = None  # elsewhere an allocator keeps what is freed; on a CPU fresh memory costs a visit of its own
+    if not hidden.is_cuda:
+        held = hidden.new_empty(most_rows, head.weight.shape[0], dtype=dtype)
     if scales and not (units or entropy_learns or head.shard is not None):
-        return partial(read_once, kernels, head, want_entropy, may_wait=may_wait), into
+        return partial(read_once, kernels, head, want_entropy, held=held, may_wait=may_wait), into
     keep_logits = gradients is not None and (entropy_learns or head.options.softcap > 0.0)
-    return partial(read_twice, kernels, head, want_entropy, keep_logits=keep_logits, units=units), into
+    how = {"held": held, "keep_logits": keep_logits, "units": units}
+    return partial(read_twice, kernels, head, want_entropy, **how), into
