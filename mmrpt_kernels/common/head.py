@@ -42,7 +42,7 @@ __all__ = [
 # at full speed on a CPU, short enough that the softmax passes over it stay near the cache.
 CHUNK_BYTES = 32 * 2**20
 MIN_CHUNK_ROWS = 16
-# Up to SHORT_CHUNK_ROWS rows may take all of that, and from there to MAX_CHUNK_ROWS a half of it: measured on two cores,
+# Up to SHORT_CHUNK_ROWS rows may take all of that, and from there to MAX_CHUNK_ROWS half of it: measured on two cores,
 # 1.5 times as fast at V = 1024, where every chunk's calls count, and no slower at 8192.
 SHORT_CHUNK_ROWS = 256
 MAX_CHUNK_ROWS = 1024
