@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import TABLE
 from mmrpt_kernels.common import head
 from mmrpt_kernels.divergence.api import KINDS
-from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
-from mmrpt_kernels.testing.interpreter import mend_interpreter
-from tests.kernels.test_vocab_sharding import TIMEOUT, WORLDS, D, Part, counted, graded, joined, message_of
+from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs
+from tests.kernels import test_vocab_sharding
+from tests.kernels.test_vocab_sharding import WORLDS, D, Part, graded, joined, message_of
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed, gloo"),
@@ -249,38 +248,7 @@ def opchecks(part: Part) -> None:
     torch.library.opcheck(operators.linear_token_divergence_backward.default, backward, test_utils=tests)
 
 
-def rank_main(rank: int, world: int, folder: str) -> None:
-    store = f"file://{folder}/store{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    torch.set_num_threads(1)
-    mend_interpreter()
-    part, calls, found = Part(world, rank), [], {}
-    counted(calls)
-    named = {name: functools.partial(case, part=part) for name, case in EXACT.items()}
-    for name, dtype, rows in LOW_PRECISION:
-        chosen = {"dtype": dtype, "part": part._replace(backend=rows)}
-        named[f"{name} {dtype} {rows}"] = functools.partial(ROUNDED[name], **chosen)
-    if world != WORLDS[0]:  # slow, and one count is enough
-        del named["compiled"]
-    for name, case in named.items():
-        twice = []
-        for _ in range(2 if name in EXACT and name != "compiled" else 1):
-            calls.clear()
-            with poisoned_memory():
-                twice.append({key: value.detach() for key, value in case().items()})
-        same = all(torch.equal(twice[0][key].nan_to_num(7.0), twice[-1][key].nan_to_num(7.0)) for key in twice[0])
-        found[name] = {"values": twice[0], "repeats": same, "collectives": list(calls)}
-    found["refusals"] = refusals(part)
-    opchecks(part)
-    torch.save(found, f"{folder}/{world}.{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@functools.cache
-def started(world: int, folder: Path) -> list[dict]:
-    mp.spawn(rank_main, args=(world, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{world}.{rank}.pt") for rank in range(world)]
+started = functools.partial(test_vocab_sharding.started, module=__name__)
 
 
 @pytest.fixture(params=WORLDS, ids="{}_processes".format)

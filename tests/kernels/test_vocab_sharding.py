@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import importlib
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -331,37 +332,40 @@ def counted(calls: list[str]) -> None:
         setattr(module, name, counting(name, getattr(module, name)))
 
 
-def rank_main(rank: int, world: int, folder: str) -> None:
+def rank_main(rank: int, world: int, folder: str, module: str) -> None:
+    """One process: the cases of a test module, each result with what it took, saved to the folder."""
+    cases = importlib.import_module(module)
     store = f"file://{folder}/store{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
     torch.set_num_threads(1)
     mend_interpreter()
     part, calls, found = Part(world, rank), [], {}
     counted(calls)
-    named = {name: functools.partial(case, part=part) for name, case in EXACT.items()}
-    for name, dtype, rows in LOW_PRECISION:
+    named = {name: functools.partial(case, part=part) for name, case in cases.EXACT.items()}
+    for name, dtype, rows in cases.LOW_PRECISION:
         chosen = {"dtype": dtype, "part": part._replace(backend=rows)}
-        named[f"{name} {dtype} {rows}"] = functools.partial(ROUNDED[name], **chosen)
+        named[f"{name} {dtype} {rows}"] = functools.partial(cases.ROUNDED[name], **chosen)
     if world != WORLDS[0]:  # slow, and one count is enough
         del named["compiled"]
     for name, case in named.items():
         twice = []
-        for _ in range(2 if name in EXACT and name != "compiled" else 1):
+        for _ in range(2 if name in cases.EXACT and name != "compiled" else 1):
             calls.clear()
             with poisoned_memory():
                 twice.append({key: value.detach() for key, value in case().items()})
         same = all(torch.equal(twice[0][key].nan_to_num(7.0), twice[-1][key].nan_to_num(7.0)) for key in twice[0])
         found[name] = {"values": twice[0], "repeats": same, "collectives": list(calls)}
-    found["refusals"] = refusals(part)
-    opchecks(part)
+    found["refusals"] = cases.refusals(part)
+    cases.opchecks(part)
     torch.save(found, f"{folder}/{world}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @functools.cache
-def started(world: int, folder: Path) -> list[dict]:
-    mp.spawn(rank_main, args=(world, str(folder)), nprocs=world)
+def started(world: int, folder: Path, module: str = __name__) -> list[dict]:
+    """What the ranks of `world` processes found for the cases of a test module; one start of processes each."""
+    mp.spawn(rank_main, args=(world, str(folder), module), nprocs=world)
     return [torch.load(folder / f"{world}.{rank}.pt") for rank in range(world)]
 
 
