@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks import harness
 from benchmarks.harness import Case, Contender
-from benchmarks.logprobs import compiled_per_shape, first_compiled, missing, no_compiler
+from benchmarks.logprobs import compiled_per_shape, first_compiled, missing, no_auto_chunker, no_compiler
 from mmrpt_kernels import TokenDivergence, linear_token_divergence
 from mmrpt_kernels.backends import TRITON_MISSING
 from mmrpt_kernels.common.head import statistics_dtype
@@ -215,11 +215,12 @@ def main(argv=None) -> int:
     def peer(name: str, fn: Divergence, skip: Any, compare: tuple[str, ...] | None = None) -> Contender:
         return Contender(name, forward_or_both(fn), peer=True, skip=skip, compare=compare)
 
+    chunks = compiled_per_shape(eager, auto_chunker=True)
     chunked = partial(liger_chunked, compiled=no_compiler(args.device) is None)
     contenders = [
         Contender("eager", forward_or_both(eager), baseline=True),
         peer("eager, compiled", compiled_per_shape(eager), compiled),
-        peer("eager, auto-chunked", compiled_per_shape(eager, auto_chunker=True), on_gpu or compiled),
+        peer("eager, auto-chunked", chunks, on_gpu or no_auto_chunker() or compiled),
         Contender("portable", forward_or_both(partial(ours, backend="portable"))),
         Contender("triton", forward_or_both(partial(ours, backend="triton")), skip=TRITON_MISSING or on_gpu),
         peer("TRL", trl, missing("trl.kernels.chunked_divergence"), ("divergence",)),

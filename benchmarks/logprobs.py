@@ -54,10 +54,18 @@ def no_compiler(device: torch.device) -> str | None:
 def compiled_per_shape(fn: Callable, *, auto_chunker: bool = False) -> Callable:
     """`fn` compiled anew for every case and gate: past the default limit of 8 it would run uncompiled in silence.
 
-    auto_chunker: Inductor cuts the head into chunks of rows by itself.
+    auto_chunker: Inductor cuts the head into chunks of rows by itself, where it can (`no_auto_chunker`).
     """
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(fn, dynamic=False, options={"auto_chunker.enable": True} if auto_chunker else None)
+    chunks = auto_chunker and no_auto_chunker() is None
+    return torch.compile(fn, dynamic=False, options={"auto_chunker.enable": True} if chunks else None)
+
+
+def no_auto_chunker() -> str | None:
+    """Why Inductor cannot cut the head into chunks, or None: an option it does not know raises where it is named."""
+    from torch._inductor import config
+
+    return None if hasattr(config, "auto_chunker") else f"torch {torch.__version__} has no auto-chunker"
 
 
 def ours_everywhere(op: str, device: torch.device) -> list[str]:
@@ -329,7 +337,7 @@ def main(argv=None) -> int:
         Contender("linear_token_loss", training_alone(partial(token_loss, None)), skip=scoring),
         *words_left_out("linear_token_loss", lambda share: training_alone(partial(token_loss, share))),
         Contender("eager, compiled", forward_or_both(compiled_per_shape(eager)), peer=True, skip=compiled),
-        Contender("eager, auto-chunked", chunked, peer=True, skip=on_gpu or compiled),
+        Contender("eager, auto-chunked", chunked, peer=True, skip=on_gpu or no_auto_chunker() or compiled),
         Contender("TRL", forward_or_both(trl), peer=True, skip=missing("trl.trainer.utils")),
         Contender("verl", forward_or_both(verl), peer=True, skip=on_gpu or missing("verl.utils.kernel")),
         cross_entropy("Liger CE", liger_ce, "liger_kernel.transformers"),

@@ -203,10 +203,10 @@ def project(
         out: (n, V) in the statistics dtype to write to, on a CPU, where fresh memory is slow; None: fresh memory.
     """
     dtype = statistics_dtype(hidden_rows, weight, bias)
-    rows = hidden_rows.to(dtype)
-    if rows.is_cuda and hidden_rows.dtype == weight.dtype and dtype == torch.float32 != weight.dtype:
+    if hidden_rows.is_cuda and hidden_rows.dtype == weight.dtype and dtype == torch.float32 != weight.dtype:
         logits = torch.mm(hidden_rows, weight.t(), out_dtype=dtype)  # tensor cores; half products are exact in float32
         return logits if bias is None else logits.add_(bias.to(dtype))
+    rows = hidden_rows.to(dtype)
     logits = rows.new_empty(rows.shape[0], weight.shape[0]) if out is None else out
     for start, stop, block in _vocab_blocks(weight, dtype):
         torch.mm(rows, block.t(), out=logits[:, start:stop])
@@ -281,9 +281,12 @@ def project_backward_weight(
             product = _product(grad_raw[:, words].t(), hidden_rows, into.dtype)
         else:
             product = grad_raw[:, words].to(into.dtype).t() @ hidden_rows.to(into.dtype)
-        if factor is not None:
-            product.mul_(factor)
-        into[words] = product if fresh else product.add_(into[words])
+        if factor is None:
+            into[words] = product if fresh else product.add_(into[words])
+        elif fresh:
+            torch.mul(product, factor, out=into[words])
+        else:
+            into[words].addcmul_(product, factor)
 
 
 @functools.cache

@@ -192,6 +192,7 @@ def visit(
                     idle = [t == 0 for t in slopes if t is not None]
                     hidden_rows.masked_fill_(torch.stack(idle).all(0)[:, None], 0.0)
                 matrix, scale = grade(slopes)
+                grade = None  # two sweeps' logits, which the products need no more
                 gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)
         grade = matrix = None  # the next chunk's logits take this one's memory
     return logps, entropy

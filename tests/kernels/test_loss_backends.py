@@ -251,6 +251,7 @@ def test_a_step_is_captured_in_a_cuda_graph(compact, seed):
         return out.loss.detach(), *torch.autograd.grad(out.loss, wrt)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # a mask not yet written would hold more than 22 tokens
     with torch.cuda.stream(side):
         for _ in range(3):
             step(compact)

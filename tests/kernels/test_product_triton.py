@@ -20,7 +20,10 @@ from tests.kernels.test_loss_backends import DEVICE, PLAIN, VARIANTS, assert_by_
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = (torch.bfloat16,) if DEVICE == "cuda" else (torch.float32, torch.bfloat16)
-SHAPES = ((1, 1, 1), (1, 8, 33), (5, 64, 128), (131, 72, 300), (128, 13, 1009), (129, 200, 257))  # rows, H, V
+# Rows, H, V. A GPU reads 16 bytes at a time: other rows go the ordinary way there.
+SHAPES = ((1, 1, 1), (1, 8, 33), (5, 64, 128), (131, 72, 300), (128, 13, 1009), (129, 200, 257))
+if DEVICE == "cuda":
+    SHAPES = tuple((rows, width + -width % 16, vocab) for rows, width, vocab in SHAPES)
 
 
 def inputs(rows: int, width: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -37,7 +40,8 @@ def both(hidden, weight, bias, targets, options: HeadOptions) -> list[dict[str, 
         into = None
         with poisoned_memory():
             if hidden.dtype != torch.float32:
-                into = torch.empty(len(targets), len(weight), dtype=hidden.dtype, device=DEVICE)
+                vocab = len(weight)  # rows at multiples of 16 words, as the stream has them on a GPU
+                into = torch.empty(len(targets), vocab + -vocab % 16, dtype=hidden.dtype, device=DEVICE)[:, :vocab]
             if fused:
                 made = kernels.product(hidden, weight, bias, targets, options, True, into)
             else:
@@ -61,12 +65,12 @@ def test_product_agrees_with_the_ordinary_way(shape, options, dtype, seed):
 
 def test_strides(seed):
     """Rows of a wider table, and a weight that is one; a transposed weight goes the ordinary way."""
-    hidden, weight, bias, targets = inputs(37, 64, 300, torch.float32)
-    wide = torch.full((37, 100), torch.nan, device=DEVICE)
-    wide[:, 5:69] = hidden
-    tall = torch.full((300, 90), torch.nan, device=DEVICE)
-    tall[:, 3:67] = weight
-    made = both(wide[:, 5:69], tall[:, 3:67], bias, targets, HeadOptions())[0]
+    hidden, weight, bias, targets = inputs(37, 64, 300, DTYPES[0])
+    wide = torch.full((37, 112), torch.nan, dtype=DTYPES[0], device=DEVICE)
+    wide[:, 16:80] = hidden
+    tall = torch.full((300, 96), torch.nan, dtype=DTYPES[0], device=DEVICE)
+    tall[:, 16:80] = weight
+    made = both(wide[:, 16:80], tall[:, 16:80], bias, targets, HeadOptions())[0]
     for name, value in both(hidden, weight, bias, targets, HeadOptions())[0].items():
         assert torch.equal(made[name], value)
     transposed = weight.t().contiguous().t()
@@ -75,18 +79,18 @@ def test_strides(seed):
 
 @pytest.mark.parametrize("trouble", ("far", "nan", "inf", "softcap", "dtypes"))
 def test_what_it_cannot_do_goes_the_ordinary_way(trouble, seed):
-    hidden, weight, bias, targets = inputs(9, 16, 200, torch.float32)
+    hidden, weight, bias, targets = inputs(9, 16, 200, DTYPES[0])
     options = HeadOptions(softcap=5.0) if trouble == "softcap" else HeadOptions()
     if trouble == "far":
         bias[targets[3]] -= 80.0
     elif trouble in ("nan", "inf"):
         hidden[4] = float(trouble)
     elif trouble == "dtypes":
-        weight = weight.bfloat16()
+        weight = weight.half()
     arguments = (hidden, weight, bias, targets, options, True, None)
     assert row_kernels("triton-fused").product(*arguments) is None
     if DEVICE == "cuda":
-        return  # float32 is for the interpreter
+        return  # what follows compares in float32, which is for the interpreter
     calls = {name: linear_logprobs(
         hidden, weight, targets, bias=bias, softcap=options.softcap, return_entropy=True, backend=name
     ) for name in ("triton-fused", "reference")}  # fmt: skip
