@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from mmrpt_kernels import backends
 from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.logprobs import linear_logprobs, places
+from mmrpt_kernels.logprobs.api import load_rows
 from mmrpt_kernels.logprobs.gradients import Head
 from mmrpt_kernels.logprobs.places import COUNTED, split
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator
@@ -294,6 +295,7 @@ class NoWaiting(TorchDispatchMode):
 )
 def test_how_often_the_host_waits(options, compacted, monkeypatch, seed):
     """Once a call that counts its tokens, once more for sequence ratios; never where the caller knows, or takes all."""
+    load_rows("triton")
     monkeypatch.setattr(operator, "check_targets", lambda *_: None)  # looks at values on a CPU alone
     splits = []
     monkeypatch.setattr(operator, "split", lambda *how: splits.append(how[2] == COUNTED) or split(*how))
