@@ -117,8 +117,9 @@ def run_tests(results: Path, limit: float, *, sanitizer: bool = False) -> Part:
     # A file that cannot be imported here fails the part, but not the tests of the others.
     command.append("--continue-on-collection-errors")
     if importlib.util.find_spec("xdist") is not None:
-        # Triton compiles on the CPU: several workers share the waiting. More would crowd the GPU's memory.
-        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+        # Triton compiles on the CPU: several workers share the waiting, the long files too. More would crowd the GPU's
+        # memory.
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     log = results / f"gpu-{name}.log"
     code, output, seconds = run(command, limit, log)
     lines = output.strip().splitlines() or ["no output"]
