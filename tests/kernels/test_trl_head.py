@@ -150,9 +150,9 @@ def rows_visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of logits that linear_logprobs makes, one entry a chunk."""
     visited: list[int] = []
 
-    def counting(rows, weight, bias):
+    def counting(rows, weight, bias, **memory):
         visited.append(rows.shape[0])
-        return project(rows, weight, bias)
+        return project(rows, weight, bias, **memory)
 
     project = stream.project
     monkeypatch.setattr(stream, "project", counting)
