@@ -13,7 +13,7 @@ from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.common.shards import find_shard
 from mmrpt_kernels.logprobs.gradients import Gradients, Head
 from mmrpt_kernels.logprobs.places import choose, put
-from mmrpt_kernels.logprobs.rows import row_kernels
+from mmrpt_kernels.logprobs.rows import has_slope, row_kernels
 from mmrpt_kernels.logprobs.stream import check_targets, visit
 
 __all__ = ["linear_logprobs", "linear_logprobs_backward"]
@@ -93,8 +93,7 @@ def linear_logprobs_backward(
 
     Without an autograd formula of its own: a second derivative raises instead of being silently zero.
     """
-    active = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
-    active = active & (targets != ignore_index)
+    active = has_slope((d_logps, d_entropy)) & (targets != ignore_index)
     alike = (chunk_size, most, skip_below, need, d_entropy is not None, scalars)
     shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, active, alike)
     head = Head(weight, bias, HeadOptions(*scalars), shard)

@@ -56,25 +56,25 @@ def split(first: torch.Tensor, second: torch.Tensor, most: int) -> tuple[Places,
 
     Raises ValueError (on a GPU a device-side assertion) where the first has more than `most`.
     """
+    if most >= first.shape[0]:  # all of them, in their own order: nothing to sort, and room enough
+        rows = torch.arange(first.shape[0], device=first.device)
+        return Places(rows, first | second), Places(rows[:0], first[:0])
     order = torch.where(first, 0, torch.where(second, 1, 2)).to(torch.int8).argsort(stable=True)
     if most == COUNTED:
         here, there = torch.stack([first.sum(), second.sum()]).tolist()
         return Places(order[:here], None), Places(order[here : here + there], None)
-    if most >= first.shape[0]:
-        order = torch.arange(first.shape[0], device=first.device)
     _check_room(first, most)
     counts = (first | second)[order]
     return Places(order[:most], counts[:most]), Places(order[most:], counts[most:])
 
 
 def _check_room(mask: torch.Tensor, most: int) -> None:
-    if most >= mask.shape[0]:
-        return
     problem = "compact: got fewer places than there are tokens that count; give an upper bound, or True to count them"
+    count = mask.sum()
     if mask.device.type == "cpu":
-        checks.check(int(mask.sum()) <= most, f"{problem} (got {most}, {int(mask.sum())} tokens count)")
+        checks.check(int(count) <= most, f"{problem} (got {most}, {int(count)} tokens count)")
     else:
-        torch._assert_async(mask.sum() <= most, problem)
+        torch._assert_async(count <= most, problem)
 
 
 def put(into: torch.Tensor, places: Places, values: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ __all__ = [
     "Softmax",
     "finish",
     "finish_exponentials",
+    "has_slope",
     "most_above",
     "register_rows",
     "row_kernels",
@@ -121,6 +122,12 @@ def finish(partials: Partials, vocab: int, want_entropy: bool) -> tuple[torch.Te
     return logps, entropy, Softmax(partials.top, partials.total, entropy)
 
 
+def has_slope(slopes: Slopes) -> torch.Tensor:
+    """(n,) bool: rows with a coefficient other than exactly zero."""
+    d_logps, d_entropy = slopes
+    return d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
+
+
 def most_above(want_entropy: bool) -> float:
     """How far words may lie above the target and still leave its z, known before the sweep, for the base.
 
@@ -139,10 +146,11 @@ def finish_exponentials(
     logp = shift - log1p(rest + expm1(shift)): -log1p(rest) in most rows, exact for the surest of words.
     """
     log_total = (sums.rest + sums.shift.expm1()).log1p_()
-    total = sums.rest + sums.shift.exp()
+    own = sums.shift.exp()
+    total = sums.rest + own
     entropy = None
     if want_entropy:
-        dots = sums.dots + sums.shift.clamp_min(FAR_BELOW) * sums.shift.exp()
+        dots = sums.dots + sums.shift.clamp_min(FAR_BELOW) * own
         entropy = (log_total - dots / total).clamp_(0.0, math.log(vocab))
     return (sums.shift - log_total).clamp_max_(0.0), entropy, total
 

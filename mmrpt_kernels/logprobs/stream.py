@@ -17,7 +17,7 @@ import torch
 from mmrpt_kernels.common.head import chunk_rows, even_rows, products_dtype, project, statistics_dtype
 from mmrpt_kernels.logprobs.gradients import Gradients, Head, unit_slopes
 from mmrpt_kernels.logprobs.places import Places
-from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials
+from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials, has_slope
 from mmrpt_kernels.logprobs.shards import merge
 
 __all__ = ["Coefficients", "check_targets", "visit"]
@@ -189,8 +189,7 @@ def visit(
                 if some is not None:
                     slopes = tuple(None if t is None else torch.where(some, t, 0.0) for t in slopes)
                     # Of a token that only statistics look at neither: 0 * NaN again.
-                    idle = [t == 0 for t in slopes if t is not None]
-                    hidden_rows.masked_fill_(torch.stack(idle).all(0)[:, None], 0.0)
+                    hidden_rows.masked_fill_(~has_slope(slopes)[:, None], 0.0)
                 matrix, scale = grade(slopes)
                 grade = None  # two sweeps' logits, which the products need no more
                 gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)

@@ -9,7 +9,7 @@ import torch
 from mmrpt_kernels.common.head import statistics_dtype
 from mmrpt_kernels.logprobs.gradients import Gradients, Head
 from mmrpt_kernels.logprobs.places import Places, put
-from mmrpt_kernels.logprobs.rows import Slopes, row_kernels
+from mmrpt_kernels.logprobs.rows import Slopes, has_slope, row_kernels
 from mmrpt_kernels.logprobs.stream import visit
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import differentiate, sequence_log_ratio, token_losses
@@ -134,10 +134,9 @@ def learn_by_sequence(
     d_logps, d_entropy = slopes
     if d_logps is None:  # no gradient is wanted
         return
-    moving = d_logps != 0 if d_entropy is None else (d_logps != 0) | (d_entropy != 0)
     by_token = [None if t is None else put(torch.zeros_like(stream.losses), places, t) for t in slopes]
 
     def known(_logps, _entropy, taken):
         return tuple(None if t is None else t[taken] for t in by_token)
 
-    stream.visit(places.narrowed(moving), d_entropy is not None, known, store=False)
+    stream.visit(places.narrowed(has_slope(slopes)), d_entropy is not None, known, store=False)
