@@ -122,7 +122,7 @@ assert "mmrpt" not in sys.modules, "operators must not know the method"
     assert done.returncode == 0, done.stderr
 
 
-# ---- the extension (its row kernels: tests/kernels/test_row_kernels_cuda.py) ----
+# ---- the extension (its row kernels: tests/kernels/lm_head/test_row_kernels_cuda.py) ----
 
 
 def build_copy(folder: Path, mode: str, more: dict[str, str] | None = None, **variables: str):

@@ -1,7 +1,7 @@
 """Launch settings of the attention kernels: tables by architecture, dtype and head size.
 
 Where they come from: each row was chosen by compiling tiles ahead of time for its architecture and taking a large one
-whose registers do not spill and whose shared memory fits (tests/kernels/test_attention_triton_compile.py checks it).
+whose registers do not spill and whose shared memory fits (tests/kernels/attention/test_attention_triton_compile.py).
 None has been timed on hardware yet.
 """
 
@@ -156,7 +156,7 @@ def rows_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) 
 
 
 # (bytes of an element, head size): a few rows over a long cache, the same on every architecture; rows: at most so many
-# heads and rows in a tile. Compiled without spills (tests/kernels/test_decode_triton.py), not timed on hardware yet.
+# heads and rows in a tile. Compiled without spills (tests/kernels/attention/test_decode_triton.py), not timed yet.
 DECODE = {
     (2, 64): (Settings(32, 64, 4, 3), Settings(32, 64, 4, 3)),
     (2, 128): (Settings(32, 64, 4, 3), Settings(16, 64, 4, 3)),

@@ -11,7 +11,7 @@ __all__ = ["LOWEST", "load_words", "mean_logs", "tiles", "transformed"]
 
 # Words that a program takes at a time, and in all; fixed, so that a row's sums are the same in every batch and chunk.
 # 152k words are 19 programs a row: a chunk of a few rows still fills a GPU. Chosen by compiling
-# (tests/kernels/test_divergence_compile.py), not yet timed.
+# (tests/kernels/divergence/test_divergence_compile.py), not yet timed.
 BLOCK = 1024
 SPAN = 8192
 WARPS = 4

@@ -21,7 +21,7 @@ from mmrpt_kernels.divergence import rows, stream, triton
 from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
 from mmrpt_kernels.divergence.triton import words
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
-from tests.kernels.test_divergence import PLAIN, SMALL, call, eager_run, leaves, mixed_sum, run
+from tests.kernels.divergence.test_divergence import PLAIN, SMALL, call, eager_run, leaves, mixed_sum, run
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 EVERYWHERE = [

@@ -26,7 +26,7 @@ from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton import attention, backward_keys, tiles
 from mmrpt_kernels.common.tanh import tanh
 from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
-from tests.kernels.test_attention import (
+from tests.kernels.attention.test_attention import (
     CASES,
     cumulative,
     grouped,

@@ -16,7 +16,7 @@ from mmrpt_kernels.logprobs.rows import finish_exponentials, row_kernels
 from mmrpt_kernels.logprobs.triton import product
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, poisoned_memory
 from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
-from tests.kernels.test_loss_backends import DEVICE, PLAIN, VARIANTS, assert_by_the_rule, learn, score
+from tests.kernels.lm_head.test_loss_backends import DEVICE, PLAIN, VARIANTS, assert_by_the_rule, learn, score
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = (torch.bfloat16,) if DEVICE == "cuda" else (torch.float32, torch.bfloat16)

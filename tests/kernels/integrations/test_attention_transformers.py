@@ -17,7 +17,7 @@ from mmrpt_kernels.integrations.transformers import (  # noqa: E402
     record_visual_mass,
     register_attention,
 )
-from tests.kernels.vlm_families import (  # noqa: E402
+from tests.kernels.integrations.vlm_families import (  # noqa: E402
     BUILDERS,
     IMAGE,
     LAST_IMAGE,

@@ -22,7 +22,7 @@ from mmrpt_kernels.logprobs.cuda import row_exponentials, row_gradient, row_stat
 from mmrpt_kernels.logprobs.rows import Exponentials, Partials, Softmax, finish, most_above
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HALVES = (torch.bfloat16, torch.float16)
 # Rows, words, size of the logits.
 SHAPES = {

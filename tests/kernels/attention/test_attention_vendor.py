@@ -9,7 +9,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmrpt_kernels import BackendError, use_backend
 from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, reference, vendor
 from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
-from tests.kernels.test_attention import CASES, cumulative, grouped, keywords_of, options_of, three_ways, with_gradients
+from tests.kernels.attention.test_attention import (
+    CASES,
+    cumulative,
+    grouped,
+    keywords_of,
+    options_of,
+    three_ways,
+    with_gradients,
+)
 
 SERVED = (
     *(

@@ -19,7 +19,7 @@ from mmrpt_kernels.attention.triton import attention, decode, fused
 from mmrpt_kernels.attention.triton.call import prepare
 from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
 from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
-from tests.kernels.test_attention import grouped, keywords_of, options_of, three_ways
+from tests.kernels.attention.test_attention import grouped, keywords_of, options_of, three_ways
 
 CASES = (
     AttentionCase("one_row", 2, 1, 300, 4, 2, 16),

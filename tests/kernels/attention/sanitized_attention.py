@@ -1,6 +1,6 @@
 """Every attention kernel once over small shapes with ragged edges, for compute-sanitizer to watch; needs a GPU.
 
-compute-sanitizer --tool memcheck python -m tests.kernels.sanitized_attention
+compute-sanitizer --tool memcheck python -m tests.kernels.attention.sanitized_attention
 """
 
 from __future__ import annotations

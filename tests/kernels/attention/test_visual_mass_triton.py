@@ -18,7 +18,7 @@ from mmrpt_kernels.attention.triton import kinds, rows, side, side_backward
 from mmrpt_kernels.attention.triton.mass import mass_from_lse
 from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
 from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
-from tests.kernels.test_attention import (
+from tests.kernels.attention.test_attention import (
     CASES,
     cumulative,
     grouped,

@@ -21,8 +21,8 @@ from mmrpt_kernels.backends import TABLE
 from mmrpt_kernels.common import head
 from mmrpt_kernels.divergence.api import KINDS
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs
-from tests.kernels import test_vocab_sharding
-from tests.kernels.test_vocab_sharding import TALL, WORLDS, D, Part, graded, joined, message_of
+from tests.kernels.lm_head import test_vocab_sharding
+from tests.kernels.lm_head.test_vocab_sharding import TALL, WORLDS, D, Part, graded, joined, message_of
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed, gloo"),

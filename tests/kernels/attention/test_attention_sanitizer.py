@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import sanitized_attention
+from tests.kernels.attention import sanitized_attention
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CLEAN, DIRTY = "every attention kernel ran", 9
 
 
@@ -30,7 +30,7 @@ def test_the_kernels_are_clean(tool):
         pytest.skip(f"compute-sanitizer is not on PATH: {tool} of the attention kernels was NOT done")
     # One allocation a tensor: in the caching allocator's large blocks a stray access would hit a neighbour unseen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    watched = [sys.executable, "-m", "tests.kernels.sanitized_attention"]
+    watched = [sys.executable, "-m", "tests.kernels.attention.sanitized_attention"]
     command = [program, "--tool", tool, "--error-exitcode", str(DIRTY), "--target-processes", "application-only"]
     run = subprocess.run([*command, *watched], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and CLEAN in run.stdout, (run.stdout + run.stderr)[-4000:]

@@ -24,7 +24,7 @@ from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError
 from mmrpt_kernels.logprobs import LogProbs, stream
 from mmrpt_kernels.testing import assert_close_to_truth
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PRESENT = importlib.util.find_spec("verl") is not None
 needs_verl = pytest.mark.skipif(not PRESENT, reason="verl is not installed: pip install 'mmrpt[verl]'")
 
