@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmrpt.config import OptimiserSettings
+from mmrpt.muon import Muon
 
 
 class Optimiser:
@@ -42,7 +43,7 @@ class Optimiser:
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=betas, foreach=True)]
         if muon:
-            self.parts.append(torch.optim.Muon(muon, lr=settings.lr, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(muon, lr=settings.lr))
 
     def step(self, step: int, steps: int) -> dict[str, float | bool]:
         """Clips, steps and clears the gradients. A gradient that is not finite is skipped and changes nothing."""

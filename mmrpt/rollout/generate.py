@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicCache
 
 from mmrpt.models import PixelBatch, Policy
 
+NUCLEUS_WORDS = 64  # a row's likeliest words that top-p looks through before it sorts the whole row
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -147,6 +149,19 @@ def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Te
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    ordered, index = probabilities.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
+    """(R, V): the likeliest ids of each row whose sum reaches `top_p`, with their probabilities; 0 elsewhere.
+
+    Rows are searched among their likeliest `NUCLEUS_WORDS` first: sorting whole rows took a third of sampling's time.
+    """
+    ordered, index = probabilities.topk(min(NUCLEUS_WORDS, probabilities.shape[-1]))
+    kept = torch.zeros_like(probabilities).scatter(-1, index, _cut(ordered, top_p))
+    longer = (ordered.sum(-1) < top_p).nonzero()[:, 0]
+    if longer.numel():
+        ordered, index = probabilities[longer].sort(-1, descending=True)
+        kept[longer] = torch.zeros_like(ordered).scatter(-1, index, _cut(ordered, top_p))
+    return kept
+
+
+def _cut(ordered: Tensor, top_p: float) -> Tensor:
+    """Falling probabilities (R, k), 0 from where those before them sum to `top_p`."""
+    return ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mmrpt.perception import response_slices
-from mmrpt.rollout.generate import _inverse_cdf, _nucleus, generate
+from mmrpt.rollout.generate import NUCLEUS_WORDS, _inverse_cdf, _nucleus, generate
 
 
 def prompts_and_pixels(policy, pairs, count=3):
@@ -88,6 +89,21 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     assert torch.equal(
         _nucleus(p, 0.0001) > 0, torch.tensor([[True, False, False, False], [False, False, False, True]])
     )
+
+
+@pytest.mark.parametrize("vocab", [5, NUCLEUS_WORDS, 300])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_nucleus_of_flat_and_peaked_rows(vocab, top_p):
+    sizes = torch.tensor([0.1, 1.0, 3.0, 30.0], dtype=torch.float64)[:, None]  # flat rows exceed the first search
+    p = (sizes * torch.randn(4, vocab, dtype=torch.float64)).softmax(-1)
+    found = _nucleus(p, top_p)
+    for row, kept in zip(p, found, strict=True):
+        chosen = kept > 0
+        assert torch.equal(kept[chosen], row[chosen])
+        assert chosen.sum() == vocab or row[chosen].min() >= row[~chosen].max()
+        # Rounding of the sums in float64 decides nothing here: no partial sum is that near to top_p.
+        assert row[chosen].sum() >= top_p - 1e-12
+        assert row[chosen].sum() - row[chosen].min() < top_p
 
 
 def test_draws_follow_the_weights_and_never_a_weight_of_zero():
