@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.cache_utils import DynamicCache
 
 from mmrpt.grouped import shared_mask, shared_positions, sharing_saves
+from mmrpt.patch_embedding import use_patch_projection
 from mmrpt.types import Batch
 from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
@@ -77,6 +78,7 @@ class Policy:
                 "The operators of mmrpt_kernels serve any model; the trainer shares image features within a group, "
                 "which needs to know where a family puts them."
             )
+        use_patch_projection(model)
         self.model = enable_visual_mass(model)  # plain SDPA wherever nothing is recorded
         self.tokenizer = tokenizer
         self.image_processor = image_processor

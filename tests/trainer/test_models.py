@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmrpt.models import Policy, mrope_positions
+from mmrpt.patch_embedding import PatchProjection, use_patch_projection
 
 
 def make_batch(policy, pairs, *, pad_left=False, shared=False):
@@ -53,6 +54,32 @@ def test_positions_equal_get_rope_index(policy, pairs, pad_left):
     found = mrope_positions(batch.input_ids, batch.attention_mask, grid, policy.image_token_id, 2)
     keep = batch.attention_mask.bool()
     assert torch.equal(found[:, keep], wanted[:, keep])
+
+
+def test_the_patch_embedding_is_the_convolution_it_replaces():
+    """Sums of 24 products in another order: within 24 eps of the sum of their sizes."""
+    tower = torch.nn.Module()
+    tower.patch_embed = torch.nn.Module()
+    tower.patch_embed.proj = convolution = torch.nn.Conv3d(3, 5, kernel_size=(2, 2, 2), stride=(2, 2, 2))
+    patches = torch.randn(7, 3, 2, 2, 2)
+    wanted = convolution(patches)
+    sizes = torch.nn.functional.conv3d(patches.abs(), convolution.weight.abs(), convolution.bias.abs(), stride=2)
+    gradients = torch.autograd.grad(wanted.square().sum(), [*tower.parameters()])
+    use_patch_projection(tower)
+    found = tower.patch_embed.proj(patches)
+    assert found.shape == wanted.shape and type(convolution) is PatchProjection
+    assert ((found - wanted).abs() <= 24 * torch.finfo(torch.float32).eps * sizes).all()
+    for a, b in zip(torch.autograd.grad(found.square().sum(), [*tower.parameters()]), gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_tiny_models_patches_are_projected_and_overlapping_ones_are_not(policy):
+    assert type(policy.model.model.visual.patch_embed.proj) is PatchProjection
+    tower = torch.nn.Module()
+    tower.patch_embed = torch.nn.Module()
+    tower.patch_embed.proj = torch.nn.Conv3d(3, 5, kernel_size=2, stride=1)
+    use_patch_projection(tower)
+    assert type(tower.patch_embed.proj) is torch.nn.Conv3d
 
 
 def test_shared_image_gradient_is_the_sum_over_rows(policy, pairs):
