@@ -131,8 +131,17 @@ def model_of(family: str) -> torch.nn.Module:
         pytest.skip(f"transformers {transformers.__version__} has no {BUILDERS[family][1]}")
     model = _built(family).eval()
     model.zero_grad()
-    model.gradient_checkpointing_disable()
+    switch_checkpointing(model, None)
     return enabled(model)
+
+
+def switch_checkpointing(model: torch.nn.Module, settings: dict | None) -> None:
+    """Gradient checkpointing on, with torch's settings, or off (None), under the name that transformers has for it."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if settings is None:
+        getattr(model, f"{kind}_checkpointing_disable")()
+    else:
+        getattr(model, f"{kind}_checkpointing_enable")(settings)
 
 
 def enabled(model: torch.nn.Module) -> torch.nn.Module:
