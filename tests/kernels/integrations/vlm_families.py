@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
 IMAGE, VOCAB, LENGTH, LAYERS = 3, 64, 14, 3
 FIRST_IMAGE, LAST_IMAGE = 4, 8  # image tokens stand at [4, 8) of a row without padding
-OLD = int(transformers.__version__.split(".")[0]) < 5
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -174,6 +174,6 @@ def inputs_of(family: str, padding: str = "none", extra: torch.Tensor | None = N
     made = {"input_ids": ids, "attention_mask": attended, **pixels(family, 2)}
     if family == "gemma3":
         made["token_type_ids"] = (ids == IMAGE).long()
-    elif family.startswith("qwen") and not OLD:
+    elif "mm_token_type_ids" in inspect.signature(getattr(transformers, BUILDERS[family][1]).forward).parameters:
         made["mm_token_type_ids"] = (ids == IMAGE).long()
     return made
