@@ -169,7 +169,7 @@ def test_differentiable_masses_have_eager_gradients(family):
         model(**inputs)
 
 
-GENERATION = {"do_sample": False, "max_new_tokens": 9, "min_new_tokens": 9, "suppress_tokens": [IMAGE]}
+GENERATION = {"do_sample": False, "max_new_tokens": 9, "min_new_tokens": 9, "suppress_tokens": [IMAGE, 4, 5, 6]}
 
 
 @families
