@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 
 import pytest
 import torch
 
+from mmrpt import models
 from mmrpt.models import Policy, mrope_positions
 from mmrpt.patch_embedding import PatchProjection, use_patch_projection
+from mmrpt.rollout import generate
+from tests.trainer.conftest import make_policy
 
 
 def make_batch(policy, pairs, *, pad_left=False, shared=False):
@@ -135,3 +140,54 @@ def test_bad_inputs_say_what_to_do(policy, tmp_path):
         policy.encode_prompt("a caption with <|image_pad|> in it", 4)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Policy.load(tmp_path)
+
+
+@pytest.fixture
+def deprecations():
+    """What transformers logs inside the test: it tells of some old names so, once a process."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    getattr(logging.Logger.warning_once, "cache_clear", lambda: None)()
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def test_our_calls_use_no_deprecated_name(pairs, tmp_path, deprecations):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        policy = make_policy()
+        policy.save(tmp_path / "model")
+        policy = Policy.load(tmp_path / "model")
+        policy.hidden(make_batch(policy, pairs)).sum().backward()
+        pixels = policy.pixels([pairs.image(pairs[0].id)])
+        generate(policy, [policy.encode_prompt("describe", 4)], pixels, [0], group_size=2, max_new_tokens=3)
+    assert not [message for message in deprecations if "deprecated" in message]
+
+
+def test_an_unknown_release_is_refused(policy, pairs, monkeypatch):
+    pixels = policy.pixels([pairs.image(pairs[0].id)])
+    model = policy.model.model
+    get = model.get_image_features
+    for result, message in (
+        (lambda *a: {"features": torch.zeros(4, 32)}, "returned a dict without pooler_output"),
+        (lambda *a: [torch.zeros(3, 32)], r"gave \(3, 32\): expected \(4, 32\)"),
+    ):
+        monkeypatch.setattr(model, "get_image_features", result)
+        with pytest.raises(ValueError, match=message):
+            policy.image_features(pixels.pixel_values, pixels.grid_thw)
+    monkeypatch.setattr(model, "get_image_features", get)
+    forward = policy.text_model.forward
+    for taken, message in (
+        (lambda input_ids, **kwargs: 0, "expected one of .* for its key-value cache"),
+        (lambda input_ids, cache, inputs_embeds, use_cache, **kwargs: 0, "takes no position_ids, attention_mask"),
+    ):
+        monkeypatch.setattr(policy.text_model, "forward", taken)
+        with pytest.raises(ValueError, match=message):
+            Policy(policy.model, policy.tokenizer, policy.image_processor)
+    monkeypatch.setattr(policy.text_model, "forward", forward)
+    with pytest.raises(ValueError, match="patch_size is None: expected 14"):
+        models.check_kept(object(), "patch_size", 14)
