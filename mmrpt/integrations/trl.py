@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
@@ -123,9 +124,10 @@ class PerceptionGRPOTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer reads tensors by the model's present names and passes over what is missing. transformers saves some
         # families (Qwen2.5-VL) under the names of their first release: no weight was loaded, with one warning, and
-        # training went on from the initial ones. `from_pretrained` knows both names. FSDP's own files and adapters
-        # are saved under present names.
-        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+        # training went on from the initial ones. `from_pretrained` knows both names. Adapters and FSDP's own files,
+        # which Trainer refuses where there is no FSDP, are saved under present names.
+        of_fsdp = self.is_fsdp_enabled or any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*"))
+        if of_fsdp or not isinstance(self.model, PreTrainedModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         _load_weights(self.model if model is None else model, resume_from_checkpoint)
 

@@ -2,7 +2,7 @@
 
     from mmrpt_kernels.integrations.trl import enable_fused_head
     enable_fused_head()                     # before training; disable_fused_head() undoes it
-    GRPOTrainer(...).train()
+    GRPOTrainer(...).train()                # FSDP2 with an untied head: first unshard_head(trainer.model)
 
 Same numbers, and a backward pass that does no work for tokens whose gradient is exactly zero: zero advantages and
 filtered tokens cost nothing there. TRL looks its head up at each call in one attribute of `trl.trainer.utils`; that

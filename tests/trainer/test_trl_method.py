@@ -305,6 +305,9 @@ def test_a_checkpoint_of_another_model_is_refused(looking_policy, dataset, tmp_p
     save_file({k: v for k, v in weights.items() if k != missing}, tmp_path / "checkpoint" / "model.safetensors")
     with pytest.raises(ValueError, match=r"does not hold the weights of this Qwen2_5_VL.*up_proj\.weight"):
         trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint" / "pytorch_model_fsdp.bin").touch()  # its optimiser's state could not be read either
+    with pytest.raises(ValueError, match="only supported when using PyTorch FSDP"):
+        trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
 
 
 def renamed(patch):

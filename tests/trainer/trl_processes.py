@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def refusal(folder: Path) -> str:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     fsdp_also_on_a_cpu()
     found: dict[Any, Any] = {}
     for (mode, head), (fsdp, tied) in CASES.items():
