@@ -18,8 +18,6 @@ if not torch.distributed.is_gloo_available():
 from tests.trainer import trl_processes  # noqa: E402
 from tests.trainer.trl_processes import CASES, STEPS, Fixed, make_trainer, new_policy, trained  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 EPS = torch.finfo(torch.float32).eps
 
