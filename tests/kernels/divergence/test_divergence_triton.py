@@ -7,7 +7,6 @@ ones. What the compiler makes of the kernels is in test_divergence_compile.py.
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -21,14 +20,9 @@ from mmrpt_kernels.divergence import rows, stream, triton
 from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
 from mmrpt_kernels.divergence.triton import words
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
+from tests.kernels.devices import INTERPRETING, by_case_and_device, on_devices
 from tests.kernels.divergence.test_divergence import PLAIN, SMALL, call, eager_run, leaves, mixed_sum, run
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-EVERYWHERE = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETING, reason="not interpreting")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-on_devices = pytest.mark.parametrize("device", EVERYWHERE)
 # numpy, which the interpreter runs on, says aloud what a word of probability zero is masked for.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered",
@@ -69,12 +63,6 @@ def large_tiles(monkeypatch):
     if INTERPRETING:
         monkeypatch.setattr(words, "BLOCK", 16_384)
         monkeypatch.setattr(words, "SPAN", 65_536)
-
-
-def by_case_and_device(chosen, gpu_chosen=()) -> pytest.MarkDecorator:
-    made = [pytest.param(case, device.values[0], marks=device.marks) for device in EVERYWHERE for case in chosen]
-    made += [pytest.param(case, "cuda", marks=pytest.mark.gpu) for case in gpu_chosen]
-    return pytest.mark.parametrize("case, device", made, ids=lambda x: getattr(x, "name", x))
 
 
 def meets_the_definition(case, device, dtype, seed):
