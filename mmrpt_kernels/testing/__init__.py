@@ -8,7 +8,7 @@ from mmrpt_kernels.testing.cases import (
     attention_inputs,
     head_inputs,
 )
-from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory, sum_cap
+from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory, sum_cap, sum_error
 from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head, kept_words
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "kept_words",
     "poisoned_memory",
     "sum_cap",
+    "sum_error",
 ]

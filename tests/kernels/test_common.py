@@ -209,13 +209,16 @@ class TestErrorRule:
         with pytest.raises(AssertionError, match="broken yardstick"):
             assert_close_to_truth(self.truth, self.truth.float() + 1, self.truth)
 
-    def test_a_long_sum_in_float32_is_no_broken_yardstick_but_one_in_bfloat16_is(self):
+    def test_a_sum_one_by_one_is_no_broken_yardstick_but_a_wrong_one_is(self):
         terms = torch.rand(151_936, generator=torch.Generator().manual_seed(0))
         truth, one_by_one = terms.double().sum()[None], functools.reduce(torch.add, terms.unbind())[None]
         assert_close_to_truth(terms.sum()[None], one_by_one, truth, eager_cap=sum_cap(len(terms)))
-        rounded = truth.to(torch.bfloat16).float()
         with pytest.raises(AssertionError, match="broken yardstick"):
-            assert_close_to_truth(terms.sum()[None], rounded, truth, eager_cap=sum_cap(len(terms)))
+            assert_close_to_truth(terms.sum()[None], one_by_one, truth)
+        for off, few in ((0.99, len(terms)), (truth.to(torch.bfloat16) / truth, 1024)):
+            with pytest.raises(AssertionError, match="broken yardstick"):
+                assert_close_to_truth(terms.sum()[None], (truth * off).float(), truth, eager_cap=sum_cap(few))
+        assert sum_cap(151_936, exponents=3.0, dtype=torch.bfloat16) == 64.0
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_refuses_special_values_in_other_places(self, value):
