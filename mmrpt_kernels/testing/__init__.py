@@ -8,7 +8,7 @@ from mmrpt_kernels.testing.cases import (
     attention_inputs,
     head_inputs,
 )
-from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory
+from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory, sum_cap, sum_error
 from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head, kept_words
 
 __all__ = [
@@ -25,4 +25,6 @@ __all__ = [
     "head_inputs",
     "kept_words",
     "poisoned_memory",
+    "sum_cap",
+    "sum_error",
 ]

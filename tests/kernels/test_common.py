@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from mmrpt_kernels.testing import (
     attention_inputs,
     head_inputs,
     poisoned_memory,
+    sum_cap,
 )
 
 OPTIONS = (HeadOptions(), HeadOptions(0.7), HeadOptions(1.3, 5.0, -1.7), HeadOptions(softcap=30.0))
@@ -192,9 +195,30 @@ class TestErrorRule:
         with pytest.raises(AssertionError, match="max error"):  # a bfloat16 error where float32 was asked for
             assert_close_to_truth(self.eager, self.truth.float(), self.truth)
 
+    def test_refuses_what_is_wrong_in_all_small_entries(self):
+        """Of one certain word and a thousand of 0.1 % each: bfloat16's eps of the first exceeds all the others."""
+        truth = torch.full((1001,), 1e-3, dtype=torch.float64)
+        truth[7] = 1.0
+        eager = truth.to(torch.bfloat16)
+        without = torch.where(truth == 1.0, truth, 0.0)
+        with pytest.raises(AssertionError, match="RMS error"):
+            assert_close_to_truth(without, eager, truth)
+        assert (without - truth).abs().max() < torch.finfo(torch.bfloat16).eps
+
     def test_refuses_a_broken_yardstick(self):
         with pytest.raises(AssertionError, match="broken yardstick"):
             assert_close_to_truth(self.truth, self.truth.float() + 1, self.truth)
+
+    def test_a_sum_one_by_one_is_no_broken_yardstick_but_a_wrong_one_is(self):
+        terms = torch.rand(151_936, generator=torch.Generator().manual_seed(0))
+        truth, one_by_one = terms.double().sum()[None], functools.reduce(torch.add, terms.unbind())[None]
+        assert_close_to_truth(terms.sum()[None], one_by_one, truth, eager_cap=sum_cap(len(terms)))
+        with pytest.raises(AssertionError, match="broken yardstick"):
+            assert_close_to_truth(terms.sum()[None], one_by_one, truth)
+        for off, few in ((0.99, len(terms)), (truth.to(torch.bfloat16) / truth, 1024)):
+            with pytest.raises(AssertionError, match="broken yardstick"):
+                assert_close_to_truth(terms.sum()[None], (truth * off).float(), truth, eager_cap=sum_cap(few))
+        assert sum_cap(151_936, exponents=3.0, dtype=torch.bfloat16) == 64.0
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_refuses_special_values_in_other_places(self, value):

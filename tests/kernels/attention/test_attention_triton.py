@@ -6,8 +6,6 @@ ones. What the compiler makes of the kernels is in test_attention_triton_compile
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -36,6 +34,7 @@ from tests.kernels.attention.test_attention import (
     three_ways,
     with_gradients,
 )
+from tests.kernels.devices import INTERPRETING, by_case_and_device, on, on_devices
 
 MORE_CASES = (
     AttentionCase("eleven_groups", 1, 19, 21, 4, 2, 8, groups=11),
@@ -51,12 +50,6 @@ GPU_CASES = (
     AttentionCase("odd_head_size", 1, 390, 777, 4, 4, 80, padding="right"),
     AttentionCase("long_not_causal", 1, 801, 1203, 7, 1, 64, causal=False, weights="float"),
 )
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-EVERYWHERE = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETING, reason="not interpreting")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-on_devices = pytest.mark.parametrize("device", EVERYWHERE)
 # The interpreter takes too long for these.
 TOO_LONG = ("many_blocks",)
 
@@ -64,22 +57,6 @@ TOO_LONG = ("many_blocks",)
 def cases(*names: str) -> list[AttentionCase]:
     every = [case for case in (*CASES, *MORE_CASES) if case.name not in TOO_LONG]
     return [case for case in every if case.name in names] if names else every
-
-
-def by_case_and_device(chosen, gpu_chosen=()) -> pytest.MarkDecorator:
-    made = [pytest.param(case, device.values[0], marks=device.marks) for device in EVERYWHERE for case in chosen]
-    made += [pytest.param(case, "cuda", marks=pytest.mark.gpu) for case in gpu_chosen]
-    return pytest.mark.parametrize("case, device", made, ids=lambda x: getattr(x, "name", x))
-
-
-def on(device: str, implementation):
-    """`implementation` run on `device`, its tensors taken from and brought back to the CPU."""
-
-    def moved(*tensors, **keywords):
-        keywords = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
-        return tuple(x.cpu() for x in implementation(*(x.to(device) for x in tensors), **keywords))
-
-    return moved
 
 
 def triton_attention(device: str, **keywords):

@@ -5,8 +5,6 @@ Without a GPU Triton's interpreter runs the kernels, and the compiler says what 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -28,6 +26,7 @@ from tests.kernels.attention.test_attention import (
     three_ways,
     with_gradients,
 )
+from tests.kernels.devices import by_case_and_device, on, on_devices
 
 GPU_CASES = (
     AttentionCase("long", 1, 1031, 1031, 4, 2, 128, groups=2),
@@ -35,31 +34,10 @@ GPU_CASES = (
     AttentionCase("wide_heads", 1, 515, 515, 2, 1, 256, softcap=20.0, score_size=4.0),
     AttentionCase("odd_head_size", 1, 390, 777, 4, 4, 80, padding="right"),
 )
-EVERYWHERE = [
-    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreting")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-on_devices = pytest.mark.parametrize("device", EVERYWHERE)
 
 
 def cases(*names: str) -> list:
     return [case for case in CASES if case.name in names] if names else [c for c in CASES if c.name != "many_blocks"]
-
-
-def by_case_and_device(chosen, gpu_chosen=()) -> pytest.MarkDecorator:
-    made = [pytest.param(case, device.values[0], marks=device.marks) for device in EVERYWHERE for case in chosen]
-    made += [pytest.param(case, "cuda", marks=pytest.mark.gpu) for case in gpu_chosen]
-    return pytest.mark.parametrize("case, device", made, ids=lambda x: getattr(x, "name", x))
-
-
-def on(device: str, implementation):
-    """`implementation` run on `device`, its tensors taken from and brought back to the CPU."""
-
-    def moved(*tensors, **keywords):
-        keywords = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
-        return implementation(*(x.to(device) for x in tensors), **keywords).cpu()
-
-    return moved
 
 
 def problem(case: AttentionCase, seed: int, dtype: torch.dtype = torch.float64):

@@ -20,7 +20,15 @@ from mmrpt_kernels.logprobs.places import COUNTED, split
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.visits import LossStream
-from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
+from mmrpt_kernels.testing import (
+    HEAD_CASES,
+    HeadCase,
+    assert_close_to_truth,
+    head_inputs,
+    poisoned_memory,
+    sum_cap,
+    sum_error,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
@@ -135,7 +143,9 @@ def assert_by_the_rule(run, case: HeadCase, seed: int, dtype: torch.dtype, backe
             truth[name],
             name=f"{case.name} {name} seed {seed}",
             dtype=value.dtype if of_input else torch.float32,
-            floor=(1.0 if name != "d_hidden" else size) if of_input else size,
+            floor=0.0 if of_input else size,
+            eager_cap=sum_cap(case.vocab, exponents=case.logit_size, dtype=value.dtype),
+            slack=sum_error(case.vocab, value.dtype) if name == "d_hidden" else 0.0,
         )
 
 
