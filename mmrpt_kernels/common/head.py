@@ -28,6 +28,7 @@ __all__ = [
     "bend_factors",
     "chunk_rows",
     "even_rows",
+    "gpu_chunk_rows",
     "multiplies_halves",
     "products_dtype",
     "project",
@@ -46,6 +47,8 @@ MIN_CHUNK_ROWS = 16
 # 1.5 times as fast at V = 1024, where every chunk's calls count, and no slower at 8192.
 SHORT_CHUNK_ROWS = 256
 MAX_CHUNK_ROWS = 1024
+# What a chunk may take of a GPU's memory. How many rows pay there, each caller says: a chunk reads the whole head.
+GPU_BYTES = 4 * 2**30
 # Words of a half-precision weight that are widened to float32 at a time: few stay in a CPU's cache until they are used.
 WIDEN_ROWS = 2048
 # Words whose products are made at a time where they cannot be added to an accumulator as they are made.
@@ -132,6 +135,11 @@ def chunk_rows(num_rows: int, vocab: int, chunk_size: int | None, dtype: torch.d
         fitting = CHUNK_BYTES // (vocab * itemsize)
         chunk_size = max(MIN_CHUNK_ROWS, min(fitting, SHORT_CHUNK_ROWS), min(fitting // 2, MAX_CHUNK_ROWS))
     return max(1, min(chunk_size, num_rows))
+
+
+def gpu_chunk_rows(vocab: int, most: int, bytes_a_logit: int) -> int:
+    """Rows of logits to hold at once on a GPU: `most`, or what fits GPU_BYTES."""
+    return max(1, min(most, GPU_BYTES // (bytes_a_logit * vocab)))
 
 
 def even_rows(num_rows: int, limit: int) -> int:

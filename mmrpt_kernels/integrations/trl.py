@@ -20,7 +20,14 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
-from mmrpt_kernels.common.head import HeadOptions, chunk_rows, project, statistics_dtype, transform_logits
+from mmrpt_kernels.common.head import (
+    HeadOptions,
+    chunk_rows,
+    gpu_chunk_rows,
+    project,
+    statistics_dtype,
+    transform_logits,
+)
 from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
 from mmrpt_kernels.logprobs import linear_logprobs
 
@@ -31,6 +38,10 @@ ATTRIBUTE = "_ChunkedLogProbFunction"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # A target of log-probability above this has more than half of the mass: no other word can be ahead of it.
 SURELY_FIRST = math.log(0.5) + 1e-3
+# On a GPU a visit's product of n rows does n FLOPs a byte of a bfloat16 head, and an H100 needs about 300. A logit is
+# held up to five times over where log(sum p^2) is asked for.
+GPU_ROWS = 1024
+GPU_MATRICES = 5
 # log-probs, entropy, log(sum p^2), mean logit, whether the target is the first of the largest logits; None: not asked
 Results = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -153,11 +164,17 @@ def _other_outputs(call: HeadCall, logps: torch.Tensor) -> dict[str, torch.Tenso
     rows = (~decided).nonzero().squeeze(-1)
     for name in wanted:
         found[name] = decided.clone() if name == "is_top1" else torch.zeros_like(logps)
-    step = chunk_rows(rows.numel(), weight.shape[0], None, torch.float32)
-    for chunk in rows.split(step):
+    for chunk in rows.split(_rows_per_chunk(rows.numel(), weight, statistics_dtype(hidden, weight, bias))):
         for name, values in _row_outputs(hidden[chunk], weight, bias, call.targets[chunk], options, wanted).items():
             found[name][chunk] = values
     return found
+
+
+def _rows_per_chunk(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> int:
+    """Rows of logits in `dtype` that a visit of weight (V, H) holds at once."""
+    if weight.device.type == "cpu":
+        return chunk_rows(num_rows, weight.shape[0], None, dtype)
+    return gpu_chunk_rows(weight.shape[0], GPU_ROWS, GPU_MATRICES * dtype.itemsize)
 
 
 @without_autocast

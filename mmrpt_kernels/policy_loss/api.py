@@ -110,8 +110,8 @@ def linear_policy_loss(
         surrogate: "clip", or "cispo" (arXiv 2506.13585), which takes no dual_clip; the ratio's level is ratio_level.
         aggregation: "token_mean" over response tokens, "sequence_mean" the mean over non-empty sequences of their token
             means, "sum".
-        normalizer: number or 0-d tensor that replaces the aggregation's own count (tokens, sequences, 1): across ranks
-            and micro-batches the caller's number.
+        normalizer: number or 0-d tensor, on the CPU or where hidden is, that replaces the aggregation's own count
+            (tokens, sequences, 1): across ranks and micro-batches the caller's number.
         temperature, softcap, logit_scale: of the logits, as in `linear_logprobs`.
         return_statistics: False: only tokens with a gradient are computed.
         chunk_size: rows of logits held at once; None: from a memory budget.
@@ -151,7 +151,7 @@ def linear_policy_loss(
     )
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
     check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
-    check_options(options, aggregation, normalizer, ref_logps)
+    check_options(options, aggregation, normalizer, ref_logps, hidden)
     dtype = statistics_dtype(hidden, weight, bias)
     tokens = gather_tokens(
         hidden,

@@ -172,7 +172,8 @@ def _backward(ctx, d_loss, *_constants):
     if d_loss is None:
         return none
     grads = zip(ctx.saved_tensors, ctx.need, ctx.dtypes, strict=True)
-    return *((grad * d_loss.to(grad.dtype)).to(dtype) if needed else None for grad, needed, dtype in grads), *none[3:]
+    factor = d_loss.reshape(1)  # not 0-d: see hand_out.as_factor
+    return *((grad * factor).to(dtype) if needed else None for grad, needed, dtype in grads), *none[3:]
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -749,6 +749,7 @@ class TestErrors:
             ({"normalizer": 0.0}, "normalizer: got 0.0"),
             ({"normalizer": float("inf")}, "normalizer: got inf"),
             ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
+            ({"normalizer": torch.ones((), device="meta")}, "normalizer: got device meta, expected cpu"),
             ({"temperature": -1.0}, "temperature: got -1.0"),
         ],
     )
