@@ -108,11 +108,14 @@ def _split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    parts, mass_parts, top_parts, total_parts, out, mass_out, lse_out, num_rows, heads, groups, splits,
+    parts, mass_parts, top_parts, total_parts, out, mass_out, lse_out, norm_out, num_rows, heads, groups, splits,
     out_b, out_t, out_h, mass_g,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BOOLEAN: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head from its splits. out (B, T, Hq, Dv), mass_out (B, Hq, T, groups), lse_out (B, Hq, T)."""
+    """One row of one head from its splits.
+
+    out (B, T, Hq, Dv), mass_out (B, Hq, T, groups), lse_out (B, Hq, T), norm_out (B, Hq, T, 2).
+    """
     place = tl.program_id(0).to(tl.int64)  # (B, Hq, T) row-major
     t = place % num_rows
     head = place // num_rows % heads
@@ -128,6 +131,8 @@ def _merge_kernel(
     dead = total == 0.0
     divisor = tl.where(dead, 1.0, total)
     tl.store(lse_out + place, tl.where(dead, float("-inf"), (highest + tl.log2(divisor)) * LN_2))
+    tl.store(norm_out + 2 * place, tl.where(dead, float("inf"), highest))
+    tl.store(norm_out + 2 * place + 1, tl.where(dead, 0.0, 1.0 / divisor))
     acc = tl.load(parts + at[:, None] * DIM_V + e[None, :], mask=there[:, None] & (e < DIM_V)[None, :], other=0.0)
     result = tl.sum(acc * factor[:, None], axis=0) / divisor  # (BLOCK_V,)
     out_at = out + batch * out_b + t * out_t + head * out_h + e
@@ -157,16 +162,17 @@ def _splits(programs: int, blocks: int, device: torch.device) -> tuple[int, int]
     return triton.cdiv(blocks, blocks_of_split), blocks_of_split
 
 
-def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32, for calls that `serves` admits."""
+def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, mass, lse and normalizers as `forward` returns them, for calls that `serves` admits."""
     q, k, v = problem.q, problem.k, problem.v
     (batch, num_rows, heads, _), (_, num_keys, heads_kv, _), dim_v = q.shape, k.shape, v.shape[3]
     groups, device = problem.weights.shape[2], q.device
     out = q.new_empty((batch, num_rows, heads, dim_v))
     mass = q.new_empty((batch, heads, num_rows, groups), dtype=torch.float32)
     lse = q.new_empty((batch, heads, num_rows), dtype=torch.float32)
+    norm = lse.new_empty((*lse.shape, 2))
     if lse.numel() == 0:
-        return out, mass, lse
+        return out, mass, lse, norm
     settings = decode_settings(architecture(device), q.dtype, max(problem.block_dims()), problem.rich)
     stacked = num_rows * problem.repeat
     block_m = min(settings.rows, max(16, triton.next_power_of_2(stacked)))
@@ -216,6 +222,7 @@ def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
                 out,
                 mass[..., part],
                 lse,
+                norm,
                 num_rows,
                 heads,
                 size,
@@ -228,4 +235,4 @@ def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
                 BOOLEAN=problem.boolean,
                 num_warps=4,
             )
-    return out, mass, lse
+    return out, mass, lse, norm

@@ -109,7 +109,7 @@ def _forward_blocks(
 
 @triton.jit
 def _forward(
-    q, k, v, weights, padding, mask, kinds, out, mass_out, lse_out, cu_q, cu_k, tile_sequence, tile_first,
+    q, k, v, weights, padding, mask, kinds, out, mass_out, lse_out, norm_out, cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s, mass_g,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, section, groups, left, right, scale, softcap,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -117,7 +117,10 @@ def _forward(
     PADDED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows of one head. out (B, T, Hq, Dv), mass_out (B, Hq, T, mass_g), lse_out (B, Hq, T)."""
+    """One program: BLOCK_M rows of one head.
+
+    out (B, T, Hq, Dv), mass_out (B, Hq, T, mass_g), lse_out (B, Hq, T), norm_out (B, Hq, T, 2): see `forward`.
+    """
     tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
     tile = num_tiles - 1 - tile  # under causality the last rows have the most keys
     batch = (head_all // heads).to(tl.int64)
@@ -184,28 +187,38 @@ def _forward(
     tl.store(out_ptrs, result, mask=(row < row_hi)[:, None] & (dim_v < DIM_V)[None, :])
     row_64 += (batch * heads + head) * num_rows
     tl.store(lse_out + row_64, lse, mask=row < row_hi)
+    tl.store(norm_out + 2 * row_64, tl.where(dead, float("inf"), top), mask=row < row_hi)
+    tl.store(norm_out + 2 * row_64 + 1, tl.where(dead, 0.0, 1.0 / divisor), mask=row < row_hi)
     group = tl.arange(0, GROUPS)[None, :]
     tl.store(mass_out + row_64[:, None] * mass_g + group, share, mask=(row < row_hi)[:, None] & (group < groups))
 
 
-def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32."""
+def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (B, T, Hq, Dv) as q; mass (B, Hq, T, G), lse (B, Hq, T) and the normalizers (B, Hq, T, 2) in float32.
+
+    Normalizers: the row's highest score m in units of log2, and 1 / sum exp2(x - m); (+inf, 0) in rows without keys.
+    The backward pass makes its probabilities of them. An lse of size 100 is rounded by 100 eps / 4, which would scale
+    all probabilities of the row; m is the very number that was subtracted, and the sum is good to eps.
+    """
     q, k, v = problem.q, problem.k, problem.v
     batch, num_rows, heads, _ = q.shape
     groups = problem.weights.shape[2]
-    # Rows of a packed tensor that no sequence owns are rows that attend to nothing, and no program visits them.
+    # Rows of a packed tensor that no sequence owns are rows that attend to nothing, and no program visits them, in the
+    # backward pass neither.
     idle = problem.packed or k.shape[1] == 0
     out = (q.new_zeros if idle else q.new_empty)((batch, num_rows, heads, v.shape[3]))
     mass = (q.new_zeros if idle else q.new_empty)((batch, heads, num_rows, groups), dtype=torch.float32)
     lse = q.new_full((batch, heads, num_rows), -torch.inf, dtype=torch.float32)
+    norm = (lse.new_zeros if idle else lse.new_empty)((*lse.shape, 2))
     if out.numel() + lse.numel() == 0 or k.numel() == 0:
-        return out, mass, lse
+        return out, mass, lse, norm
     settings = forward_settings(architecture(q.device), q.dtype, max(problem.block_dims()), problem.rich)
     kinds = classify(problem.weights, problem.padding, settings.keys).kinds
     tiles = tiling(problem, settings.rows, of_keys=False)
     shared = problem.arguments() | {
         "out": out,
         "lse_out": lse,
+        "norm_out": norm,
         **tiles,
         "num_heads": batch * heads,
         "section": problem.section(problem.repeat),
@@ -225,4 +238,4 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             "GROUPS": triton.next_power_of_2(part.stop - part.start),
         }
         launch(_forward, tiles["num_tiles"] * batch * heads, shared | own, settings)
-    return out, mass, lse
+    return out, mass, lse, norm

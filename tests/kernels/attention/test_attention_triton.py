@@ -280,6 +280,31 @@ def test_any_scale(scale, device, seed):
     three_ways(on(device, call(attention)), call(reference.attention), list(inputs.values()), seed, lse)
 
 
+@pytest.mark.skipif(not INTERPRETING, reason="a GPU's passes may use other instructions, whose sums differ by eps |s|")
+@pytest.mark.parametrize("size", [100.0, 1000.0])
+def test_a_row_that_looks_at_one_key_loses_nothing_to_the_size_of_its_score(size, seed):
+    """Its probability is 1 in the backward pass too. Made of an lse of size 100, or of a score summed in another order
+    than the forward pass did, it would be 1 +- 100 eps."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(1, 64, 1, 64, generator=generator)
+    seen = torch.randperm(64, generator=generator)
+    scale = size / keys.square().sum(-1).min().item()
+    scores = scale * torch.einsum("bthd,bshd->ts", keys[:, seen], keys)
+    lead = scores.gather(1, seen[:, None]) - scores.scatter(1, seen[:, None], -torch.inf)
+    assert lead.min() > 20.0, "other keys must have no probability to speak of"
+    values = torch.randn(1, 64, 1, 64, generator=generator).requires_grad_()
+    weights = torch.randn(1, 64, 1, generator=generator).requires_grad_()
+    out, mass, _ = attention(keys[:, seen], keys, values, weights, AttentionOptions(-1, -1, scale, 0.0))
+    dout, dmass = (torch.randn(x.shape, generator=generator) for x in (out, mass))
+    dv, dw = torch.autograd.grad([out, mass], [values, weights], [dout, dmass])
+    probs = torch.softmax(scores.double(), -1)
+    dv_truth = torch.einsum("ts,bthd->bshd", probs, dout.double())
+    dw_truth = torch.einsum("ts,bhtg->bsg", probs, dmass.double())
+    for found, truth in ((dv, dv_truth), (dw, dw_truth)):
+        # The probability, the product and 63 terms that are rounded away.
+        assert (found - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
 @on_devices
 def test_inputs_of_any_strides(device, seed):
     case = AttentionCase("strides", 2, 21, 33, 4, 2, 8, groups=2, weights="float")
