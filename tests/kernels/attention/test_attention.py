@@ -14,7 +14,7 @@ from mmrpt_kernels.attention import (
     reference,
     visual_mass,
 )
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.geometry import AttentionOptions, tiles
 from mmrpt_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
@@ -37,6 +37,7 @@ CASES = (
     AttentionCase("float_padding_decode", 3, 1, 40, 4, 2, 16, weights="float", padding="left"),
     AttentionCase("many_blocks", 1, 1031, 1031, 2, 1, 8, window_size=(300, 0)),
 )
+NO_BAND = AttentionOptions(-1, -1, 1.0, 0.0)
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -319,6 +320,15 @@ def test_any_mask_over_many_blocks(engine, seed):
     torch.testing.assert_close(found.out.double(), truth.out, rtol=1e-5, atol=1e-5)
     only_weighted = (mask.any(-1) & ~(mask & ~weights).any(-1)).expand_as(found.mass)
     assert only_weighted.any() and (found.mass[only_weighted] == 1.0).all()
+
+
+@pytest.mark.parametrize("device, fewest, most", [("cpu", 512, 512), ("cuda", 10, 40)])
+def test_tiles_are_of_the_device(device, fewest, most):
+    """Scores of 8,192 rows and keys in 28 heads: on a CPU tiles that stay in its cache, elsewhere not 6,000 launches."""
+    size = dense.block_size(0, 28 * 8192 * 4, torch.device(device))
+    assert fewest <= len(tiles(8192, 8192, NO_BAND, size, whole=False, explicit_mask=False)) <= most
+    assert dense.block_size(7, 28 * 8192 * 4, torch.device(device)) == 7
+    assert dense.block_size(0, 2**40, torch.device(device)) == dense.MIN_BLOCK_ROWS
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
