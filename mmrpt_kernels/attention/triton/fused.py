@@ -1,4 +1,7 @@
-"""The fused attention as custom operators."""
+"""The fused attention as custom operators.
+
+Triton launches on the current device, whatever device its arguments are on: the operators make it the tensors' own.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,9 @@ def _attention(
     """out, mass, lse and the normalizers (..., Hq, T, 2) of `forward`, for the backward pass alone."""
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    problem = prepare(q, k, v, key_weights, options, masks)
-    out, mass, *rest = decode(problem) if serves(problem) else forward(problem)
+    with torch.cuda.device_of(q):
+        problem = prepare(q, k, v, key_weights, options, masks)
+        out, mass, *rest = decode(problem) if serves(problem) else forward(problem)
     if key_weights.shape[-1] == 0:
         mass = mass.new_empty((*mass.shape[:-1], 0))
     made = (out, mass, *rest)
@@ -67,10 +71,11 @@ def _attention_backward(
     """dq, dk, dv, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    problem = prepare(q, k, v, key_weights, options, masks)
     packed, groups = cu_seqlens_q is not None, key_weights.shape[-1]
     dmass = None if groups == 0 else dmass
-    *made, dw = backward(problem, as_batch(packed, out, mass, normalizers), as_batch(packed, dout, dmass, dlse))
+    with torch.cuda.device_of(q):
+        problem = prepare(q, k, v, key_weights, options, masks)
+        *made, dw = backward(problem, as_batch(packed, out, mass, normalizers), as_batch(packed, dout, dmass, dlse))
     if packed:
         made = [x[0] for x in made]
     dw = q.new_empty(0) if dw is None else dw[..., :groups].reshape(key_weights.shape).to(key_weights.dtype)
