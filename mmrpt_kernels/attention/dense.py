@@ -11,8 +11,8 @@ from mmrpt_kernels.attention.geometry import AttentionOptions, Tile, attended_co
 
 __all__ = ["Masks", "attend", "attend_backward", "statistics_dtype"]
 
-# Scores or masks of one tile. On a CPU a few MiB per core keep the passes of the softmax in cache; elsewhere a tile is a
-# dozen launches, and a layer of 8,192 rows and 28 heads should be tens of tiles, not hundreds.
+# Scores or masks of one tile. On a CPU a few MiB per core keep the passes of the softmax in cache; elsewhere a tile is
+# a dozen launches, and a layer of 8,192 rows and 28 heads should be tens of tiles, not hundreds.
 TILE_BYTES, CPU_TILE_BYTES = 256 * 2**20, 8 * 2**20
 MIN_BLOCK_ROWS, CPU_MAX_BLOCK_ROWS = 16, 512
 

@@ -12,6 +12,7 @@ from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, keys_set
 from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
+    LENGTHS,
     band_allows,
     capped_scores,
     load_tile,
@@ -96,7 +97,7 @@ def _rows_of_head(
     return dk, dv, dw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
     q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dk_out, dv_out, dw_out,
     cu_q, cu_k, tile_sequence, tile_first,

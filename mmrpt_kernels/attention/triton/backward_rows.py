@@ -12,6 +12,7 @@ from mmrpt_kernels.attention.config import ROW_TERMS, rows_settings
 from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, strides, tiling
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
+    LENGTHS,
     band_allows,
     capped_scores,
     key_blocks_of_rows,
@@ -24,7 +25,7 @@ from mmrpt_kernels.attention.triton.tiles import (
 __all__ = ["backward_of_rows", "terms_of_rows"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _row_terms(
     q, out, dout, mass_in, dmass, norm_in, dlse, delta_out, dmass_out, num_rows, heads, groups,
     do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g, dl_b, dl_h, dl_t,
@@ -122,7 +123,7 @@ def _keys_of_row_block(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_rows(
     q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dq_out,
     cu_q, cu_k, tile_sequence, tile_first,

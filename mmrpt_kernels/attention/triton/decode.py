@@ -13,7 +13,7 @@ import triton.language as tl
 
 from mmrpt_kernels.attention.config import MAX_GROUPS, decode_settings
 from mmrpt_kernels.attention.triton.call import Problem, architecture
-from mmrpt_kernels.attention.triton.tiles import LN_2, capped_scores
+from mmrpt_kernels.attention.triton.tiles import LENGTHS, LN_2, capped_scores
 
 __all__ = ["MAX_ROWS", "decode", "serves"]
 
@@ -24,7 +24,7 @@ MAX_SPLITS = 64
 NO_DEVICE = 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _split_kernel(
     q, k, v, weights, padding, mask, parts, mass_parts, top_parts, total_parts,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
@@ -106,7 +106,7 @@ def _split_kernel(
     tl.store(total_parts + place, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
     parts, mass_parts, top_parts, total_parts, out, mass_out, lse_out, norm_out, num_rows, heads, groups, splits,
     out_b, out_t, out_h, mass_g,

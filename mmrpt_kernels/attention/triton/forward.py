@@ -18,6 +18,7 @@ from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, t
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
     FULL,
+    LENGTHS,
     LN_2,
     LOG2_E,
     MIXED,
@@ -107,7 +108,7 @@ def _forward_blocks(
     return acc, top, total, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     q, k, v, weights, padding, mask, kinds, out, mass_out, lse_out, norm_out, cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s, mass_g,

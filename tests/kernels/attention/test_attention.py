@@ -324,7 +324,7 @@ def test_any_mask_over_many_blocks(engine, seed):
 
 @pytest.mark.parametrize("device, fewest, most", [("cpu", 512, 512), ("cuda", 10, 40)])
 def test_tiles_are_of_the_device(device, fewest, most):
-    """Scores of 8,192 rows and keys in 28 heads: on a CPU tiles that stay in its cache, elsewhere not 6,000 launches."""
+    """Scores of 8,192 rows and keys in 28 heads: CPU tiles that stay in the cache, elsewhere not 6,000 launches."""
     size = dense.block_size(0, 28 * 8192 * 4, torch.device(device))
     assert fewest <= len(tiles(8192, 8192, NO_BAND, size, whole=False, explicit_mask=False)) <= most
     assert dense.block_size(7, 28 * 8192 * 4, torch.device(device)) == 7
