@@ -15,6 +15,8 @@ __all__ = [
     "ARCHITECTURES",
     "L2_BYTES",
     "MAX_GROUPS",
+    "MAX_GROUPS_ALONE",
+    "MAX_GROUPS_DECODE",
     "PROGRAMS_WANTED",
     "ROW_TERMS",
     "SIZES",
@@ -26,8 +28,9 @@ __all__ = [
     "rows_settings",
 ]
 
-# Groups of weights that one visit of the keys serves; each costs a float32 per row in registers.
-MAX_GROUPS = 4
+# Groups of weights that one visit of the keys serves; each costs a float32 per row in registers. More fit where no sum
+# of values stands beside them, or where a tile has few rows.
+MAX_GROUPS, MAX_GROUPS_ALONE, MAX_GROUPS_DECODE = 4, 8, 16
 # Keys and values of heads that run side by side. The L2 cache has 40 MB on A100, 50 on H100, 60 on H200.
 L2_BYTES = 32 * 2**20
 

@@ -204,6 +204,6 @@ def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, values, strict=True)}
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings) -> None:
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings, **options: Any) -> None:
     """Start `programs` programs of `kernel` on the current device, which is the tensors' own (fused.py)."""
-    kernel[(programs,)](**arguments, num_warps=settings.warps, num_stages=settings.stages)
+    kernel[(programs,)](**arguments, num_warps=settings.warps, num_stages=settings.stages, **options)

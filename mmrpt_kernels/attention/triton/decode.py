@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.config import MAX_GROUPS, decode_settings
+from mmrpt_kernels.attention.config import MAX_GROUPS_DECODE, decode_settings
 from mmrpt_kernels.attention.triton.call import Problem, architecture
 from mmrpt_kernels.attention.triton.tiles import LENGTHS, LN_2, capped_scores
 
@@ -192,9 +192,9 @@ def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     # Of wider float32 rows the parts that matrix units take would not fit the registers.
     arguments["SLICE_D"] = min(block_d, 64 if block_d <= 128 else 32) if q.dtype == torch.float32 else block_d
     launch = {"num_warps": settings.warps, "num_stages": settings.stages, "maxnreg": 255}
-    # More groups than fit the registers take a visit each MAX_GROUPS; out and lse come out the same every time.
-    for start in range(0, max(1, groups), MAX_GROUPS):
-        part = slice(start, min(start + MAX_GROUPS, groups))
+    # More groups than fit the registers take visits of their own; out and lse come out the same every time.
+    for start in range(0, max(1, groups), MAX_GROUPS_DECODE):
+        part = slice(start, min(start + MAX_GROUPS_DECODE, groups))
         size = part.stop - part.start
         mass_parts = q.new_empty((*rows, size), dtype=torch.float32)
         own = {

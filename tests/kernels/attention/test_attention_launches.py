@@ -13,7 +13,8 @@ from triton.runtime.interpreter import GridExecutor
 
 from mmrpt_kernels.attention import attention_with_visual_mass, visual_mass
 from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import attention, backward_keys, backward_rows, forward
+from mmrpt_kernels.attention.triton import attention, backward_keys, backward_rows, decode, forward
+from mmrpt_kernels.testing.aot import recorded_launches
 from tests.kernels.attention.test_attention import cumulative
 from tests.kernels.devices import INTERPRETING
 
@@ -72,6 +73,18 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(call, monkeypatch
     assert [name for name, place in launched if place != here] == []
 
 
+def test_out_and_lse_are_made_once_whatever_the_number_of_groups(seed):
+    """Twelve images: the visit of the keys that makes out takes four, one without values the others."""
+    q, k, v, _ = tensors(seed)
+    with recorded_launches(forward, arch=90) as specs:
+        attention(q, k, v, torch.ones(1, KEYS, 12, dtype=torch.bool), AttentionOptions(-1, 0, 0.3, 0.0))
+    visits = [(spec.constants["VALUES"], spec.constants["GROUPS"]) for spec in specs if spec.kernel == "_forward"]
+    assert visits == [(True, 4), (False, 8)]
+    with recorded_launches(decode, arch=90) as specs:
+        attention(q[:, -1:], k, v, torch.ones(1, KEYS, 12, dtype=torch.bool), AttentionOptions(-1, 0, 0.3, 0.0))
+    assert [spec.kernel for spec in specs] == ["_split_kernel", "_merge_kernel"]
+
+
 OUTPUTS = ("out", "mass_out", "lse_out", "norm_out", "dq_out", "dk_out", "dv_out", "dw_out")
 
 
@@ -80,11 +93,11 @@ def fence(monkeypatch) -> list[str]:
     written = []
 
     def fenced(launch):
-        def launched(kernel, programs, arguments, settings):
+        def launched(kernel, programs, arguments, settings, **options):
             own = {name: x for name, x in arguments.items() if name in OUTPUTS and x is not None}
             fences = {name: torch.cat([x.flatten(), x.new_full((4096,), 7.0)]) for name, x in own.items()}
             copies = {name: fences[name][: x.numel()].view(x.shape) for name, x in own.items()}
-            launch(kernel, programs, arguments | copies, settings)
+            launch(kernel, programs, arguments | copies, settings, **options)
             for name, x in own.items():
                 assert (fences[name][x.numel() :] == 7.0).all(), f"{kernel.__name__} wrote behind the end of {name}"
                 x.data.copy_(copies[name])

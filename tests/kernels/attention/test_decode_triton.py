@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import attention_with_visual_mass, reference
-from mmrpt_kernels.attention.config import MAX_GROUPS
+from mmrpt_kernels.attention.config import MAX_GROUPS_DECODE
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton import attention, decode, fused
 from mmrpt_kernels.attention.triton.call import prepare
@@ -27,7 +27,7 @@ CASES = (
     AttentionCase("window", 2, 5, 300, 4, 1, 16, window_size=(60, 0), weights="float", groups=2, padding="left"),
     AttentionCase("two_sided_window", 1, 7, 200, 2, 2, 8, causal=False, window_size=(20, 4)),
     AttentionCase("softcap", 1, 3, 200, 4, 4, 8, softcap=3.0, score_size=4.0),
-    AttentionCase("nine_groups", 1, 2, 140, 2, 2, 8, groups=9),
+    AttentionCase("eighteen_groups", 1, 2, 140, 2, 2, 8, groups=18),
     AttentionCase("a_cache_half_filled", 2, 1, 256, 2, 2, 8, padding="right"),
     AttentionCase("an_empty_sample", 2, 2, 130, 2, 2, 8, padding="one_row_empty"),
     AttentionCase("nothing_visual", 1, 1, 128, 2, 2, 8, weights="none_visual"),
@@ -246,7 +246,7 @@ def launches(arch: int, dim: int, dtype: torch.dtype, worst: bool, monkeypatch) 
 
     rows = 16 if worst else 1
     q, k = empty(2, rows, 28, dim), empty(2, 8192, 4, dim)
-    weights = empty(2, 8192, MAX_GROUPS, of=torch.float32) if worst else empty(2, 8192, 1, of=torch.bool)
+    weights = empty(2, 8192, MAX_GROUPS_DECODE, of=torch.float32) if worst else empty(2, 8192, 1, of=torch.bool)
     masks = (empty(2, 8192, of=torch.bool), empty(2, 1, rows, 8192, of=torch.bool)) if worst else (None, None)
     options = AttentionOptions(500 if worst else -1, 0, 0.1, 30.0 if worst else 0.0)
     monkeypatch.setattr(decode, "architecture", lambda device: arch)
