@@ -109,6 +109,32 @@ def three_ways(
         assert_close_to_truth(actual[name], eager[name], truth[name].double(), name=name, dtype=dtype, floor=floor)
 
 
+def half_precision(
+    implementation, definition, tensors: list[torch.Tensor], seed: int, lse: torch.Tensor, gradients: bool = True
+):
+    """The error rule for half-precision inputs: what returns in their dtype against eager's in it, and the float32
+    statistics against eager's in float32, whose scores err by eps of float32 times their size.
+
+    No floor for the former: what is subtracted is float32. Eager may err by 32 eps; 2 * 33 eps of bfloat16 is half of
+    the largest entry, so that zeros are refused whatever eager made.
+    """
+    dtype = tensors[0].dtype
+    call = with_gradients if gradients else lambda f, t, _: {f"result{i}": x for i, x in enumerate(f(*t))}
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    truth = call(lambda *t: definition(*t, dtype=torch.float64), wide, seed)
+    eager = call(lambda *t: definition(*t, dtype=dtype), tensors, seed)
+    in_float32 = call(lambda *t: definition(*t, dtype=torch.float32), tensors, seed)
+    actual = call(implementation, tensors, seed)
+    assert actual.keys() == truth.keys() and dtype in {x.dtype for x in actual.values()}
+    size = max([4.0, *lse[lse.isfinite()].abs().tolist()])
+    for name, found in actual.items():
+        true = truth[name].double()
+        if found.dtype == torch.float32:
+            assert_close_to_truth(found, in_float32[name], true, name=name, dtype=torch.float32, floor=size)
+        else:
+            assert_close_to_truth(found, eager[name], true, name=name, dtype=dtype, eager_cap=32.0)
+
+
 @by_name
 def test_portable_meets_the_definition(case, engine, seed):
     inputs = attention_inputs(case, dtype=torch.float64, seed=seed)

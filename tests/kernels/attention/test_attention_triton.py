@@ -23,11 +23,12 @@ from mmrpt_kernels.attention import (
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton import attention, backward_keys, tiles
 from mmrpt_kernels.common.tanh import tanh
-from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
+from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from tests.kernels.attention.test_attention import (
     CASES,
     cumulative,
     grouped,
+    half_precision,
     keywords_of,
     options_of,
     packed_batch,
@@ -114,34 +115,17 @@ def test_tiles_of_other_shapes(name, tile, monkeypatch, seed):
 def test_half_precision_errs_no_more_than_eager(case, device, dtype, seed):
     inputs = attention_inputs(case, dtype=dtype, seed=seed)
     padding, options = inputs.pop("key_padding_mask"), options_of(case)
-    tensors = list(inputs.values())
-    wide = [t.double() if t.is_floating_point() else t for t in tensors]
 
-    def definition(dtype):
-        return lambda q, k, v, w: reference.attention(
-            q, k, v, grouped(w, q), options, key_padding_mask=padding, dtype=dtype
-        )
+    def definition(q, k, v, w, dtype):
+        return reference.attention(q, k, v, grouped(w, q), options, key_padding_mask=padding, dtype=dtype)
 
     def implementation(q, k, v, w):
         return on(device, lambda q, k, v, w, **m: attention(q, k, v, grouped(w, q), options, **m))(
             q, k, v, w, key_padding_mask=padding
         )
 
-    truth = with_gradients(definition(torch.float64), wide, seed)
-    eager = with_gradients(definition(dtype), tensors, seed)
-    actual = with_gradients(implementation, tensors, seed)
-    assert actual["result0"].dtype == actual["gradient0"].dtype == dtype
-    assert actual["result1"].dtype == actual["result2"].dtype == torch.float32
-    lse = truth["result2"]
-    size = max(4.0, lse[lse.isfinite()].abs().max().item())
-    for name in truth:
-        floor = size if name.startswith("gradient") else 1.0
-        assert_close_to_truth(
-            actual[name], eager[name], truth[name].double(), name=name, dtype=dtype, floor=floor, eager_cap=256.0
-        )
-    # The statistics are float32: as good as float32 inputs would have them.
-    torch.testing.assert_close(actual["result1"].double(), truth["result1"].double(), rtol=2e-5, atol=5e-6)
-    torch.testing.assert_close(actual["result2"].double(), truth["result2"].double(), rtol=2e-5, atol=2e-5)
+    lse = definition(*inputs.values(), dtype=torch.float64)[2]
+    half_precision(implementation, definition, list(inputs.values()), seed, lse)
 
 
 @on_devices

@@ -14,12 +14,13 @@ from mmrpt_kernels.attention import reference, visual_mass
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton import kinds, rows, side, side_backward
 from mmrpt_kernels.attention.triton.mass import mass_from_lse
-from mmrpt_kernels.testing import AttentionCase, assert_close_to_truth, attention_inputs
+from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
 from tests.kernels.attention.test_attention import (
     CASES,
     cumulative,
     grouped,
+    half_precision,
     keywords_of,
     options_of,
     packed_batch,
@@ -70,29 +71,16 @@ def test_it_meets_the_definition(case, device, seed):
 def test_half_precision_errs_no_more_than_eager(case, device, dtype, seed):
     tensors, lse, masks = problem(case, seed, dtype)
     options = options_of(case)
-    wide = [t.double() if t.is_floating_point() else t for t in tensors]
 
-    def definition(dtype):
-        return lambda q, k, w: reference.mass_from_lse(q, k, lse, grouped(w, q), options, **masks, dtype=dtype)
+    def definition(q, k, w, dtype):
+        return reference.mass_from_lse(q, k, lse, grouped(w, q), options, **masks, dtype=dtype)
 
     def implementation(q, k, w):
         return on(device, lambda q, k, w, lse, **m: mass_from_lse(q, k, lse, grouped(w, q), options, **m))(
             q, k, w, lse, **masks
         )
 
-    truth, eager = (
-        with_gradients(definition(torch.float64), wide, seed),
-        with_gradients(definition(dtype), tensors, seed),
-    )
-    actual = with_gradients(implementation, tensors, seed)
-    assert actual["result0"].dtype == torch.float32 and actual["gradient0"].dtype == dtype
-    size = max(4.0, lse[lse.isfinite()].abs().max().item())
-    for name in truth:
-        assert_close_to_truth(
-            actual[name], eager[name], truth[name].double(), name=name, dtype=dtype, floor=size, eager_cap=256.0
-        )
-    # The statistics are float32: the mass itself is as good as float32 inputs would have it.
-    torch.testing.assert_close(actual["result0"].double(), truth["result0"].double(), rtol=2e-5, atol=5e-6)
+    half_precision(implementation, definition, tensors, seed, lse)
 
 
 @on_devices
