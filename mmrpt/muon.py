@@ -1,5 +1,5 @@
-"""Muon for CPUs: torch.optim.Muon multiplies in bfloat16, which a CPU without bfloat16 instructions does a hundred times
-slower than in float32."""
+"""Muon for CPUs: torch.optim.Muon multiplies in bfloat16, which a CPU without instructions for it does a hundred times
+slower than float32."""
 
 from __future__ import annotations
 
