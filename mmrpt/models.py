@@ -25,6 +25,7 @@ from mmrpt.grouped import shared_mask, shared_positions, sharing_saves
 from mmrpt.patch_embedding import use_patch_projection
 from mmrpt.types import Batch
 from mmrpt_kernels.integrations.caches import cache_keyword
+from mmrpt_kernels.integrations.packed_rows import PackedRows
 from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
 SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
@@ -290,10 +291,18 @@ class Policy:
             )
         return features
 
-    def hidden(self, batch: Batch, features: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
-        """(R, T, H) last hidden states. Differentiable in the model's parameters.
+    def hidden(
+        self,
+        batch: Batch,
+        features: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        *,
+        padded: bool = False,
+    ) -> Tensor:
+        """(R, T, H) last hidden states, 0 for padding. Differentiable in the model's parameters.
 
-        `features` (sum of image tokens, H) replaces the vision tower's output; a given `cache` is filled.
+        `features` (sum of image tokens, H) replaces the vision tower's output; a given `cache` is filled. Padding is
+        left out of all but attention, unless `padded`, as a recording of visual mass needs.
         Raises ValueError when image tokens and features do not match.
         """
         if features is None:
@@ -307,34 +316,45 @@ class Policy:
             self.image_token_id,
             self.merge_size,
         )
+        mask = self._attention_mask(batch)
         if batch.segments is not None:
-            mask: Tensor | None = shared_mask(batch.segments)
             positions = shared_positions(positions, batch.segments)
-        else:
-            # A batch without padding needs no mask at all, which lets attention take its causal fast path.
-            mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        keep = batch.attention_mask.bool()
+        left = mask is not None and mask.dim() == 2  # transformers reads a mask (R, T) by the shape of the inputs
+        if padded or left or cache is not None or bool(keep.all()):
+            return self._decode(embeds, positions, mask, cache)
+        rows = PackedRows(keep)
+        positions = positions[:, keep][:, None]
+        return rows.unpack(self._decode(rows.pack(embeds), positions, mask, packed_rows=rows))
+
+    def _decode(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None = None, **options: Any
+    ) -> Tensor:
         out = self.text_model(
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=mask,
             use_cache=cache is not None,
             **{self.cache_keyword: cache},
+            **options,
         )
         return out.last_hidden_state
+
+    @staticmethod
+    def _attention_mask(batch: Batch) -> Tensor | None:
+        """What attention needs besides being causal: a causal row never sees padding on its right."""
+        if batch.segments is not None:
+            return shared_mask(batch.segments)
+        right = bool((batch.attention_mask.diff(dim=-1) <= 0).all())
+        return None if right else batch.attention_mask
 
     def step(self, token_ids: Tensor, positions: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """(P, n, H): one decoding step of n tokens a row, which do not see each other, over the cache.
 
         `token_ids` and `positions` (P, n); `attention_mask` (P, 1, n, past + n) bool, True = may be attended.
         """
-        out = self.text_model(
-            inputs_embeds=self.model.get_input_embeddings()(token_ids),
-            position_ids=positions.expand(3, -1, -1),
-            attention_mask=attention_mask,
-            use_cache=True,
-            **{self.cache_keyword: cache},
-        )
-        return out.last_hidden_state
+        embeds = self.model.get_input_embeddings()(token_ids)
+        return self._decode(embeds, positions.expand(3, -1, -1), attention_mask, cache)
 
     def _keeps_size(self, image: Image.Image) -> bool:
         unit = self.merge_size * self.model.config.vision_config.patch_size

@@ -125,14 +125,23 @@ def _attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The registered attention: SDPA, and the mass in the second slot for layers that a recording wants.
 
-    query (B, Hq, T, D); key, value (B, Hkv, S, D); returns out (B, T, Hq, D), mass or None.
+    query (B, Hq, T, D); key, value (B, Hkv, S, D); returns out (B, T, Hq, D), mass or None. With `packed_rows` of
+    `PackedRows` the tensors hold the tokens of R rows as one, which attend under the mask of those rows.
     """
+    packed_rows = kwargs.pop("packed_rows", None)
+    if packed_rows is not None:
+        query, key, value = (packed_rows.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
     window = _WINDOW.get() if _num_recordings else None
     layer = None if window is None else window.layers.get(module)
     settings = {"softmax_scale": scaling, "softcap": softcap or 0.0, "is_causal": is_causal}
     tensors = (module, query, key, value, attention_mask)
     if layer is None:
-        return _plain(*tensors, dropout, settings, kwargs), None
+        out = _plain(*tensors, dropout, settings, kwargs)
+        return (out if packed_rows is None else packed_rows.pack(out)), None
+    check(
+        packed_rows is None,
+        "packed_rows: got packed rows in a recorded layer, expected padded ones; record a forward pass of padded rows",
+    )
     _check_unused(kwargs, _IN_THE_MASK, "it is not supported in recorded layers; leave this layer out of layers=")
     weights = window.weights_for(layer, query.shape[2], key)
     apart = dropout > 0.0 or (window.recomputes and torch.is_grad_enabled())

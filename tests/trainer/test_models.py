@@ -13,6 +13,7 @@ from mmrpt import models
 from mmrpt.models import Policy, mrope_positions
 from mmrpt.patch_embedding import PatchProjection, use_patch_projection
 from mmrpt.rollout import generate
+from mmrpt_kernels.integrations.transformers import record_visual_mass
 from tests.trainer.conftest import make_policy
 
 
@@ -59,6 +60,44 @@ def test_positions_equal_get_rope_index(policy, pairs, pad_left):
     found = mrope_positions(batch.input_ids, batch.attention_mask, grid, policy.image_token_id, 2)
     keep = batch.attention_mask.bool()
     assert torch.equal(found[:, keep], wanted[:, keep])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_padding_is_left_out_without_a_trace(policy, pairs, shared, checkpointing):
+    """Of padded rows and of rows that share a prompt: hidden states and gradients; only tokens enter the layers."""
+    pixels = policy.pixels([pairs.image(pairs[i].id) for i in range(2)])
+    prompts = [policy.encode_prompt("restore: a <mask> card" + " card" * (5 * i), 4) for i in range(2)]
+    batch = policy.group_batch(prompts, [[[50, 60], [70]], [[80], [90, 100]]], pixels, [0, 1], share=shared)
+    keep = batch.attention_mask.bool()
+    assert not keep.all() and (batch.segments is not None) == shared
+    if checkpointing:
+        policy.model.train()
+        policy.model.gradient_checkpointing_enable()
+    seen = []
+    policy.text_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
+    weights = [p for p in policy.text_model.layers.parameters()]
+    factors = torch.randn(*keep.shape, policy.head_weight.shape[1])
+    results = []
+    for padded in (False, True):
+        hidden = policy.hidden(batch, padded=padded)
+        results.append((hidden, torch.autograd.grad((hidden * factors)[keep].sum(), weights)))
+    (packed, gradients), (hidden, wanted) = results
+    assert seen[0] == (1, int(keep.sum())) and seen[-1] == keep.shape
+    torch.testing.assert_close(packed[keep], hidden[keep], rtol=1e-5, atol=1e-5)
+    assert not packed[~keep].any()
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_packed_rows_are_refused_in_a_recorded_layer(policy, pairs):
+    batch = make_batch(policy, pairs)
+    weights = batch.input_ids == policy.image_token_id
+    with (
+        pytest.raises(ValueError, match="packed_rows: got packed rows in a recorded layer"),
+        record_visual_mass(policy.text_model, key_weights=weights[:, : int(batch.attention_mask.sum())]),
+    ):
+        policy.hidden(batch)
 
 
 def test_the_patch_embedding_is_the_convolution_it_replaces():
