@@ -71,7 +71,9 @@ def linear_logprobs(
 
     Args:
         hidden: (..., H) half, bfloat16, float32 or float64.
-        weight: (V, H), the lm head. A DTensor is gathered, or used in parts (docs/sharded_head.md).
+        weight: (V, H), the lm head, best in hidden's dtype: of two dtypes all products are made in float32, exact but
+            without a GPU's tensor cores (there a warning says so once). A DTensor is gathered, or used in parts
+            (docs/sharded_head.md).
         targets: (...) int64; rows of `ignore_index` give logp 0, entropy 0, no gradient and no work.
         bias: (V,) or None.
         temperature: > 0, divides the logits.
