@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -199,6 +200,17 @@ def _vocab_blocks(weight: torch.Tensor, dtype: torch.dtype):
         yield start, stop, weight[start:stop] if held is None else held[: stop - start].copy_(weight[start:stop])
 
 
+@functools.cache
+def _warn_of_mixed_dtypes(hidden: torch.dtype, weight: torch.dtype) -> None:
+    """Once a process for a pair of dtypes."""
+    warnings.warn(
+        f"lm head: got hidden states in {hidden} with a weight in {weight}: their products are made in float32, exact "
+        "but without a GPU's tensor cores, several times as slow as in one half precision; convert one of the two, or "
+        "call under torch.autocast",
+        stacklevel=2,
+    )
+
+
 def project(
     hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -214,6 +226,8 @@ def project(
     if hidden_rows.is_cuda and hidden_rows.dtype == weight.dtype and dtype == torch.float32 != weight.dtype:
         logits = torch.mm(hidden_rows, weight.t(), out_dtype=dtype)  # tensor cores; half products are exact in float32
         return logits if bias is None else logits.add_(bias.to(dtype))
+    if hidden_rows.is_cuda and hidden_rows.dtype != weight.dtype and dtype == torch.float32:
+        _warn_of_mixed_dtypes(hidden_rows.dtype, weight.dtype)
     rows = hidden_rows.to(dtype)
     logits = rows.new_empty(rows.shape[0], weight.shape[0]) if out is None else out
     for start, stop, block in _vocab_blocks(weight, dtype):

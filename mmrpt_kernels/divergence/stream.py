@@ -202,7 +202,12 @@ def active_rows(grads: RowValues) -> torch.Tensor:
 
 
 def backward(
-    kernels: RowKernels, problem: Problem, grads: RowValues, active: torch.Tensor, needs: list[bool]
+    kernels: RowKernels,
+    problem: Problem,
+    grads: RowValues,
+    active: torch.Tensor,
+    needs: list[bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[torch.Tensor | None]:
     """Gradients of (hidden_p, hidden_q, weight, weight_q, bias), None where not needed: five booleans in that order.
 
@@ -211,9 +216,11 @@ def backward(
 
     Args:
         active: (n,) int64, the rows that have a gradient.
+        dtypes: of d hidden_p and d hidden_q; the others come in the statistics dtype.
     """
     dtype = problem.dtype()
-    hiddens = [h.new_zeros(h.shape) if need else None for h, need in zip(problem[:2], needs, strict=False)]
+    views = zip(problem[:2], dtypes, needs, strict=False)
+    hiddens = [h.new_zeros(h.shape, dtype=own) if need else None for h, own, need in views]
     heads = [_HeadGradient(w, dtype) if need else None for w, need in zip(problem[2:4], needs[2:4], strict=True)]
     bias = problem.bias.new_zeros(problem.bias.shape, dtype=dtype) if needs[4] else None
     out = _Gradients(*hiddens, *heads, bias)

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["as_factor", "dtypes_of", "hand_out"]
-
-
-def dtypes_of(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """Of the tensors whose gradients `hand_out` gives."""
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+__all__ = ["as_factor", "hand_out"]
 
 
 def as_factor(d_loss: torch.Tensor) -> torch.Tensor | float:
