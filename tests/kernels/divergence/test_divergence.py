@@ -19,6 +19,7 @@ from mmrpt_kernels.testing import (
     HeadCase,
     assert_close_to_truth,
     head_inputs,
+    on_a_grid,
     poisoned_memory,
     sum_cap,
     sum_error,
@@ -54,13 +55,6 @@ def mixed_sum(out, seed: int, keep: torch.Tensor | None = None) -> torch.Tensor:
             part, factors = part[keep], factors[keep]
         total = total + (part * factors).sum()
     return total
-
-
-def on_a_grid(tensor: torch.Tensor, size: float = 1.0) -> torch.Tensor:
-    """Multiples of a power of two, about size / 8. Products of a few bits have no rounding in whatever order they are
-    added, so equal rows have equal logits on every machine: BLAS promises that of no other numbers."""
-    step = 2.0 ** math.floor(math.log2(size / 8))
-    return (tensor / step).round() * step
 
 
 def equal_views(case, device="cpu", seed=0) -> dict:

@@ -20,8 +20,7 @@ from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import TABLE
 from mmrpt_kernels.common import head
 from mmrpt_kernels.divergence.api import KINDS
-from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs
-from tests.kernels.divergence.test_divergence import on_a_grid
+from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, on_a_grid
 from tests.kernels.lm_head import test_vocab_sharding
 from tests.kernels.lm_head.test_vocab_sharding import TALL, WORLDS, D, Part, graded, joined, message_of
 
