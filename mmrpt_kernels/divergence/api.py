@@ -86,6 +86,10 @@ def linear_token_divergence(
             by word, a second of 3 n. Backward besides: two for each hidden state that needs a gradient.
 
     Under autocast the inputs are cast inside, and their gradients come in their own dtypes, as in `linear_logprobs`.
+
+    Equal logits have a divergence of exactly 0. Equal hidden states have it where the head's product gives equal rows
+    equal bits, which BLAS does not promise: with logits (H + 1) eps sum |h w| apart, it is twice that at most.
+
     Gradients flow to hidden_p, hidden_q, weight, weight_q and bias from every output, once and in reverse (what asks
     for more raises). To hold the second view fixed pass hidden_q.detach() and weight_q=weight.detach(). Rows whose
     incoming gradients are all exactly zero cost no work in the backward pass and cannot spread NaN.

@@ -7,7 +7,7 @@ One sweep over the logits gives all but two kinds: with x = z - max z, e = exp(x
 Every lane keeps the sums of its own words under its own running maximum, so that no thread waits for another; lanes
 merge at the end of a program, programs of a row in `_join`. Jensen-Shannon and Hellinger need both views' S word by
 word: a second sweep, which adds what is zero where the views are equal rather than taking a sum from 1. Everything is
-float32, and exactly 0 for equal views.
+float32, and exactly 0 for equal logits.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from mmrpt_kernels.testing import (
     HeadCase,
     assert_close_to_truth,
     head_inputs,
+    on_a_grid,
     poisoned_memory,
     sum_cap,
     sum_error,
@@ -54,6 +55,14 @@ def mixed_sum(out, seed: int, keep: torch.Tensor | None = None) -> torch.Tensor:
             part, factors = part[keep], factors[keep]
         total = total + (part * factors).sum()
     return total
+
+
+def equal_views(case, device="cpu", seed=0) -> dict:
+    """A case's inputs on a grid, the second view a copy of the first."""
+    made = head_inputs(case, device=device, seed=seed)
+    sizes = {"hidden": 1.0, "weight": case.logit_size / math.sqrt(case.hidden), "bias": 1.0}
+    made |= {name: on_a_grid(made[name], size) for name, size in sizes.items() if made[name] is not None}
+    return made | {"hidden_q": made["hidden"].clone()}
 
 
 def run(case, backend, dtype, seed, kind=KINDS, upcast=False, device="cpu"):
@@ -381,13 +390,21 @@ class TestLaws:
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     def test_equal_views_have_no_divergence(self, backend, seed):
         for case in HEAD_CASES:
-            made = head_inputs(case, seed=seed)
-            out = call(made | {"hidden_q": made["hidden"]}, case, backend=backend)
+            out = call(equal_views(case, seed=seed), case, backend=backend)
             js = KINDS.index("js")
             if backend == "reference":  # log((p + p) / 2) and log p differ in their last bits
                 assert (out.divergence[:, js] <= 1e-6).all(), f"{case.name}, seed {seed}: {out.divergence[:, js]}"
                 out.divergence[:, js] = 0
             assert (out.divergence == 0).all(), f"{case.name}, seed {seed}: {out.divergence}"
+
+    @pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: case.name)
+    def test_equal_views_that_the_product_rounds_apart(self, case, seed):
+        """By twice the distance of two logits, each a sum of H products and a bias; exp in k3 rounds besides."""
+        made = head_inputs(case, seed=seed)
+        out = call(made | {"hidden_q": made["hidden"].clone()}, case)
+        size = made["hidden"].abs() @ made["weight"].abs().T + (0.0 if made["bias"] is None else made["bias"].abs())
+        apart = (case.hidden + 1) * size.amax(-1, keepdim=True) * case.logit_scale / case.temperature
+        assert (out.divergence <= (2.0 * apart + 2.0) * torch.finfo(torch.float32).eps).all(), f"seed {seed}"
 
     def test_disjoint_views_reach_the_upper_ends(self):
         weight = 200 * torch.eye(4)

@@ -29,7 +29,7 @@ from mmrpt_kernels.testing import (
     sum_error,
 )
 from tests.kernels.devices import INTERPRETING, by_case_and_device, on_devices
-from tests.kernels.divergence.test_divergence import PLAIN, SMALL, call, eager_run, leaves, mixed_sum, run
+from tests.kernels.divergence.test_divergence import PLAIN, SMALL, call, eager_run, equal_views, leaves, mixed_sum, run
 
 # numpy, which the interpreter runs on, says aloud what a word of probability zero is masked for.
 pytestmark = pytest.mark.filterwarnings(
@@ -263,8 +263,7 @@ class TestLaws:
     def test_equal_views_have_no_divergence(self, case, device, monkeypatch, seed):
         if case.vocab > 100_000:
             large_tiles(monkeypatch)
-        made = head_inputs(case, device=device, seed=seed)
-        out = call(made | {"hidden_q": made["hidden"]}, case, backend="triton")
+        out = call(equal_views(case, device, seed), case, backend="triton")
         assert (out.divergence == 0).all(), f"seed {seed}: {out.divergence}"
 
     @pytest.mark.parametrize("size", [1e-6, 1.0, 30.0, 1e4])
