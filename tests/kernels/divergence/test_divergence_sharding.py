@@ -235,7 +235,7 @@ def opchecks(part: Part) -> None:
     operators, tests = torch.ops.mmrpt_kernels, ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.linear_token_divergence.default, (*tensors, *settings), test_utils=tests)
     grads = (torch.ones(23, 3, dtype=D), None, torch.ones(23, dtype=D), None, torch.ones(23, dtype=D))
-    backward = (*grads, *tensors, *settings, [True, True, True, False, True])
+    backward = (*grads, *tensors, *settings, None, [True, True, True, False, True])
     torch.library.opcheck(operators.linear_token_divergence_backward.default, backward, test_utils=tests)
 
 
