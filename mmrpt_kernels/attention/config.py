@@ -56,51 +56,51 @@ class Settings(NamedTuple):
 INTERPRETER = Settings(32, 32, 4, 1)
 
 # What the backward pass needs of every row: rows alone, no products.
-ROW_TERMS = Settings(32, 0, 4, 1)
+ROW_TERMS = Settings(32, 0, 8, 1)
 
 # (architecture, bytes of an element, head size): (settings of a lean call, settings of a rich one); see `Problem.rich`.
 # The forward pass.
 FORWARD = {
     (80, 2, 64): (Settings(128, 64, 8, 3), Settings(64, 32, 8, 2)),
     (80, 2, 128): (Settings(128, 32, 8, 3), Settings(64, 32, 8, 2)),
-    (80, 2, 256): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 2)),
+    (80, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
     (80, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (80, 4, 128): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (80, 4, 128): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 1)),
     (80, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (90, 2, 64): (Settings(128, 128, 8, 3), Settings(128, 64, 8, 2)),
     (90, 2, 128): (Settings(128, 128, 8, 2), Settings(128, 64, 8, 2)),
-    (90, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
+    (90, 2, 256): (Settings(64, 64, 8, 2), Settings(64, 32, 8, 2)),
     (90, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (90, 4, 128): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (90, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 32, 8, 1)),
-    (100, 2, 64): (Settings(128, 128, 8, 3), Settings(64, 64, 8, 2)),
-    (100, 2, 128): (Settings(128, 128, 8, 2), Settings(64, 64, 8, 2)),
+    (90, 4, 128): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 256): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 2)),
+    (100, 2, 64): (Settings(128, 128, 8, 2), Settings(64, 64, 8, 2)),
+    (100, 2, 128): (Settings(128, 64, 8, 3), Settings(64, 64, 8, 2)),
     (100, 2, 256): (Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
     (100, 4, 64): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (100, 4, 128): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 32, 8, 1)),
+    (100, 4, 128): (Settings(16, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 4, 256): (Settings(32, 16, 8, 1), Settings(16, 32, 8, 2)),
 }
 
 # The backward pass over a block of keys: dk, dv, dw.
 KEYS = {
-    (80, 2, 64): (Settings(32, 64, 8, 2), Settings(32, 32, 8, 1)),
+    (80, 2, 64): (Settings(32, 64, 8, 1), Settings(32, 32, 8, 1)),
     (80, 2, 128): (Settings(64, 64, 8, 2), Settings(32, 32, 8, 1)),
     (80, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
-    (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
-    (80, 4, 128): (Settings(16, 16, 8, 1, 16), Settings(16, 16, 8, 1, 16)),
-    (80, 4, 256): (Settings(32, 16, 8, 1), Settings(16, 16, 8, 1)),
-    (90, 2, 64): (Settings(64, 128, 8, 2), Settings(32, 64, 8, 1)),
+    (80, 4, 64): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
+    (80, 4, 128): (Settings(16, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (80, 4, 256): (Settings(16, 16, 8, 1, 32), Settings(16, 16, 8, 1)),
+    (90, 2, 64): (Settings(64, 64, 8, 2), Settings(32, 64, 8, 1)),
     (90, 2, 128): (Settings(32, 64, 8, 2), Settings(16, 64, 8, 2)),
     (90, 2, 256): (Settings(16, 64, 8, 2), Settings(16, 32, 8, 1)),
-    (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
+    (90, 4, 64): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (90, 4, 128): (Settings(16, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
     (90, 4, 256): (Settings(32, 16, 8, 1), Settings(16, 16, 8, 1)),
-    (100, 2, 64): (Settings(64, 64, 8, 2), Settings(32, 64, 8, 1)),
-    (100, 2, 128): (Settings(32, 64, 8, 2), Settings(32, 64, 8, 1)),
+    (100, 2, 64): (Settings(64, 64, 8, 1), Settings(32, 64, 8, 1)),
+    (100, 2, 128): (Settings(64, 64, 8, 1), Settings(32, 64, 8, 1)),
     (100, 2, 256): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 16, 8, 1)),
+    (100, 4, 64): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
     (100, 4, 128): (Settings(16, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
-    (100, 4, 256): (Settings(32, 16, 8, 1), Settings(16, 16, 8, 1)),
+    (100, 4, 256): (Settings(32, 32, 8, 1), Settings(16, 16, 8, 1)),
 }
 
 # The backward pass over a block of rows: dq.
@@ -108,21 +108,21 @@ ROWS = {
     (80, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
     (80, 2, 128): (Settings(128, 32, 8, 2), Settings(64, 64, 8, 2)),
     (80, 2, 256): (Settings(64, 32, 8, 1), Settings(32, 32, 8, 2)),
-    (80, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
-    (80, 4, 128): (Settings(32, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
+    (80, 4, 64): (Settings(32, 16, 8, 2), Settings(16, 32, 8, 1)),
+    (80, 4, 128): (Settings(32, 32, 8, 1, 16), Settings(16, 32, 8, 1, 32)),
     (80, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 32)),
     (90, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
     (90, 2, 128): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
     (90, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (90, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (90, 4, 64): (Settings(32, 16, 8, 2), Settings(16, 32, 8, 1)),
     (90, 4, 128): (Settings(32, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
     (90, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 32)),
     (100, 2, 64): (Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
     (100, 2, 128): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
-    (100, 2, 256): (Settings(64, 32, 8, 2), Settings(32, 32, 8, 2)),
-    (100, 4, 64): (Settings(32, 32, 8, 2), Settings(16, 32, 8, 1)),
+    (100, 2, 256): (Settings(64, 32, 8, 1), Settings(32, 32, 8, 2)),
+    (100, 4, 64): (Settings(32, 16, 8, 2), Settings(16, 32, 8, 1)),
     (100, 4, 128): (Settings(32, 32, 8, 1, 32), Settings(16, 32, 8, 1, 32)),
-    (100, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 32)),
+    (100, 4, 256): (Settings(32, 32, 8, 1, 32), Settings(32, 32, 8, 1, 16)),
 }
 
 

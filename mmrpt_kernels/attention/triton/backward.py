@@ -35,8 +35,8 @@ def backward(
     """
     q, k, v, groups = problem.q, problem.k, problem.v, problem.weights.shape[2]
     dout, dmass, dlse = gradients
-    # Packed rows and keys that no sequence owns are visited by no program.
-    idle = problem.packed or q.numel() == 0 or k.numel() == 0
+    # Packed rows and keys that no sequence owns are visited by no program; at padded keys nothing is written.
+    idle = problem.packed or problem.padding is not None or q.numel() == 0 or k.numel() == 0
     fresh = torch.zeros_like if idle else torch.empty_like
     dq, dk = (fresh(x, memory_format=torch.contiguous_format) for x in (q, k))
     dv = (torch.zeros_like if dout is None else fresh)(v, memory_format=torch.contiguous_format)

@@ -57,8 +57,9 @@ def _rows_of_head(
         share = tl.load((norm_base + 2 * start) + (2 * place + 1), mask=live, other=0.0)  # (BLOCK_M,)
         delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
         q_at = (q_base + start * q_t) + place * q_t
-        if q_tile.dtype == tl.float32:
-            # Summed as the forward pass does: another order moves a score s by eps |s|, and exp2 of it as much.
+        if SLICE_D == 0 and BLOCK_D <= 64 and q_tile.dtype == tl.float32:
+            # Multiplied as in the forward pass: k . q may be summed in another order than q . k, which moves a score s
+            # by eps |s|, and exp2 of it as much. Turned tiles of wider heads would not fit the registers.
             products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             products = products_of(q_at, k_at, live, keep, q_tile, k_tile, products, DIM, SLICE_D, PRECISION)
             products = tl.trans(products)
@@ -131,10 +132,9 @@ def _backward_keys(
         key_first = tl.load(tile_first + tile)
     shift = key_hi - row_hi
     key = key_first + tl.arange(0, BLOCK_N)
-    own = (key >= key_lo) & (key < key_hi)
-    keep = own
+    keep = (key >= key_lo) & (key < key_hi)
     if PADDED:
-        keep = keep & (tl.load(padding + batch * pad_b + key * pad_s, mask=own, other=0) != 0)
+        keep = keep & (tl.load(padding + batch * pad_b + key * pad_s, mask=keep, other=0) != 0)
     # Addresses as one 64-bit base and 32-bit offsets: tensors of 64-bit addresses cost twice the registers.
     place = tl.arange(0, BLOCK_N)
     start = key_first.to(tl.int64)
@@ -176,24 +176,20 @@ def _backward_keys(
             LEFT, RIGHT, MASKED, CAPPED, PRECISION,
         )  # fmt: skip
 
-    # Keys beyond the sequence are another program's; padded ones collected nonsense and get 0.
-    if PADDED:
-        dk = tl.where(keep[:, None], dk, 0.0)
-        dv = tl.where(keep[:, None], dv, 0.0)
-        dw = tl.where(keep[:, None], dw, 0.0)
+    # Keys beyond the sequence are another program's; padded ones collected nonsense, and the outputs hold 0 for them.
     first_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + start) * heads_kv + head_kv
     dk = (dk * scale).to(dk_out.dtype.element_ty)
     dk_ptrs = (dk_out + first_out * DIM) + (place[:, None] * (heads_kv * DIM) + dim[None, :])
-    tl.store(dk_ptrs, dk, mask=own[:, None] & (dim < DIM)[None, :])
+    tl.store(dk_ptrs, dk, mask=keep[:, None] & (dim < DIM)[None, :])
     if HAS_DOUT:
         dv = dv.to(dv_out.dtype.element_ty)
         dv_ptrs = (dv_out + first_out * DIM_V) + (place[:, None] * (heads_kv * DIM_V) + dim_v[None, :])
-        tl.store(dv_ptrs, dv, mask=own[:, None] & (dim_v < DIM_V)[None, :])
+        tl.store(dv_ptrs, dv, mask=keep[:, None] & (dim_v < DIM_V)[None, :])
     if DW_GROUPS > 0:
         group = dw_first + tl.arange(0, DW_GROUPS)[None, :]
         first_out = ((batch * heads_kv + head_kv) * splits + split) * num_keys + start
         tl.store(
-            (dw_out + first_out * groups) + (place[:, None] * groups + group), dw, mask=own[:, None] & (group < groups)
+            (dw_out + first_out * groups) + (place[:, None] * groups + group), dw, mask=keep[:, None] & (group < groups)
         )
 
 

@@ -23,6 +23,9 @@ __all__ = [
 ]
 
 
+WIDEST = 2**30  # a wider window says nothing more, and a position less it may overflow
+
+
 class Problem(NamedTuple):
     """A call after the checks, always with a batch dimension: packed inputs are a batch of one."""
 
@@ -68,7 +71,6 @@ class Problem(NamedTuple):
         """The arguments that every kernel of the fused attention takes, blocks apart."""
         q, k, v, w = self.q, self.k, self.v, self.weights
         left, right, scale, softcap = self.options
-        reach = q.shape[1] + k.shape[1]  # a wider window says nothing more, and may overflow
         block_d, block_v = self.block_dims()
         made = {"q": q, "k": k, "v": v, "weights": w, "padding": self.padding, "mask": self.mask}
         for name, tensor, axes in (("q", q, "bth"), ("k", k, "bsh"), ("v", v, "bsh"), ("w", w, "bsg")):
@@ -86,8 +88,8 @@ class Problem(NamedTuple):
             "num_keys": k.shape[1],
             "heads": q.shape[2],
             "repeat": self.repeat,
-            "left": min(left, reach),
-            "right": min(right, reach),
+            "left": min(left, WIDEST),
+            "right": min(right, WIDEST),
             "scale": scale,
             "softcap": softcap,
             "DIM": q.shape[3],

@@ -41,7 +41,7 @@ def side_backward_settings(architecture: int, dtype: torch.dtype, dim: int) -> t
     if architecture == 0:
         return Tiles(32, 16, 8, 4, 1), Tiles(16, 32, 0, 4, 1)
     if dtype == torch.float32:
-        tiles = Tiles(16, 16, 32, 8, 1) if dim > 64 else Tiles(32, 32, 0, 8, 1)
+        tiles = Tiles(16, 16, 16 if architecture < 90 else 32, 8, 1) if dim > 64 else Tiles(32, 32, 0, 8, 1)
         return tiles, tiles
     if architecture < 90:
         return Tiles(32, 64, 0, 8, 2), Tiles(32, 64, 0, 8, 1)

@@ -42,7 +42,7 @@ MIXED = tl.constexpr(2)
 # 16 is what wide loads follow from, and for most models they are, at any length.
 LENGTHS = (
     "num_rows", "num_keys", "num_blocks", "num_tiles", "num_heads", "num_sequences", "section", "splits", "tiles",
-    "first_block", "blocks_of_split", "left", "right", "dw_first", "w_b", "pad_b", "dm_b", "dm_h", "dl_b", "dl_h",
+    "first_block", "blocks_of_split", "dw_first", "w_b", "pad_b", "dm_b", "dm_h", "dl_b", "dl_h",
     "stride_lb", "stride_lh", "stride_wb", "stride_pb", "stride_mb", "stride_mh", "stride_eb", "stride_eh",
 )  # fmt: skip
 LOG2_E = tl.constexpr(1.4426950408889634)
