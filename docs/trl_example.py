@@ -1,5 +1,7 @@
 """Masked reinforcement by TRL's GRPOTrainer on the drawn world, on a CPU: python docs/trl_example.py [folder]
 
+On several processes: python -m torch.distributed.run --standalone --nproc_per_node 2 docs/trl_example.py [folder]
+
 A tiny Qwen2.5-VL learns the form of an answer for some supervised steps, then GRPO with perception trains it to restore
 hidden words. With a model of your own: `AutoProcessor` and `from_pretrained` instead of the first half.
 """
@@ -68,10 +70,6 @@ def main(argv: list[str] | None = None) -> PerceptionGRPOTrainer:
     policy = build_tiny_vlm(small, [example.caption for example in some] + ["user assistant restore:"], images=images)
     warm_up(policy, pairs, args.warmup)
 
-    # A run of mmrpt.train writes this file from attention; here the truth says which words need the image.
-    masks = [mask for i in range(len(pairs)) for mask in truth_masks(pairs[i], mask=PROMPTS.mask)]
-    write_jsonl(f"{args.folder}/masked.jsonl", [mask.to_json() for mask in masks])
-
     settings = GRPOConfig(
         output_dir=args.folder,
         max_steps=args.steps,
@@ -88,6 +86,12 @@ def main(argv: list[str] | None = None) -> PerceptionGRPOTrainer:
         bf16=False,
         use_cpu=True,
     )
+    # A run of mmrpt.train writes this file from attention; here the truth says which words need the image.
+    with settings.main_process_first(local=False):  # the others wait, then read it
+        if settings.process_index == 0:
+            masks = [mask for i in range(len(pairs)) for mask in truth_masks(pairs[i], mask=PROMPTS.mask)]
+            write_jsonl(f"{args.folder}/masked.jsonl", [mask.to_json() for mask in masks])
+
     with fused_head():
         trainer = PerceptionGRPOTrainer(
             policy.model,

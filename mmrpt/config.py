@@ -11,6 +11,7 @@ import os
 import string
 from collections.abc import Sequence
 from dataclasses import field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +20,13 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from mmrpt.overrides import SettingsError, given_settings, merged
 from mmrpt.world.tiny_vlm import TinyVLMConfig
 from mmrpt.world.world import WorldConfig
 
 CHAT_MARK = "<|"  # what Qwen's markers begin with
 SIGHT_STEPS = 200  # that the tiny model gets by default
 _STRICT = ConfigDict(extra="forbid", validate_default=False)
-
-
-class SettingsError(ValueError):
-    """A setting that cannot work: the message says which, what was expected and how to mend it."""
 
 
 def check_device(device: str) -> None:
@@ -45,6 +43,12 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_at_least(settings: Any, group: str, least: Literal[0, 1], *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value >= least, f"{group}{name} is {value}: expected {'at least 1' if least else '0 or more'}.")
+
+
 @checked(frozen=True, config=_STRICT)
 class DataSettings:
     """Where pairs come from. `pairs` None: the drawn world; else a path that `mmrpt.data.open_pairs` reads."""
@@ -55,7 +59,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _require(self.size >= 1, f"data.size is {self.size}: expected at least 1 pair.")
-        _require(self.held_out >= 0, f"data.held_out is {self.held_out}: expected 0 or more.")
+        _require_at_least(self, "data.", 0, "held_out")
 
 
 @checked(frozen=True, config=_STRICT)
@@ -120,8 +124,7 @@ class OptimiserSettings:
         _require(self.lr > 0, f"lr is {self.lr}: expected a positive number.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: expected 0 to below 1.")
-        for name in ("muon_scale", "vision_scale", "vision_start", "weight_decay", "warmup_steps"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: expected 0 or more.")
+        _require_at_least(self, "", 0, "muon_scale", "vision_scale", "vision_start", "weight_decay", "warmup_steps")
         _require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}: expected a positive number.")
         _require(0 <= self.final_fraction <= 1, f"final_fraction is {self.final_fraction}: expected 0 to 1.")
 
@@ -137,7 +140,7 @@ class SightSettings:
 
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps >= 0, f"sight.steps is {self.steps}: expected 0 or more, or null.")
-        _require(self.batch_size >= 1, f"sight.batch_size is {self.batch_size}: expected at least 1.")
+        _require_at_least(self, "sight.", 1, "batch_size")
 
 
 @checked(frozen=True, config=_STRICT)
@@ -158,10 +161,8 @@ class WarmupSettings:
     )
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"warmup.steps is {self.steps}: expected 0 or more.")
-        _require(self.batch_size >= 1, f"warmup.batch_size is {self.batch_size}: expected at least 1.")
-        _require(self.sentence_batch_size >= 1, "warmup.sentence_batch_size must be at least 1.")
-        _require(self.sentence_steps >= 0, "warmup.sentence_steps must be 0 or more.")
+        _require_at_least(self, "warmup.", 0, "steps", "sentence_steps")
+        _require_at_least(self, "warmup.", 1, "batch_size", "sentence_batch_size")
         _require(
             0 <= self.restore_fraction < 1,
             f"warmup.restore_fraction is {self.restore_fraction}: expected at least 0 and below 1.",
@@ -186,15 +187,12 @@ class MaskingSettings:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.pairs >= 1, f"masking.pairs is {self.pairs}: expected at least 1.")
+        _require_at_least(self, "masking.", 1, "pairs", "batch_size", "spans_per_caption", "max_span_words")
         _require(
             0 <= self.first_layer < self.last_layer <= 1,
             f"masking layers run from {self.first_layer} to {self.last_layer}: expected 0 <= first < last <= 1.",
         )
         _require(0 < self.quantile < 1, f"masking.quantile is {self.quantile}: expected between 0 and 1.")
-        _require(self.batch_size >= 1, f"masking.batch_size is {self.batch_size}: expected at least 1.")
-        _require(self.spans_per_caption >= 1, "masking.spans_per_caption must be at least 1.")
-        _require(self.max_span_words >= 1, "masking.max_span_words must be at least 1.")
 
 
 @checked(frozen=True, config=_STRICT)
@@ -206,12 +204,11 @@ class RolloutSettings:
     top_p: float = 0.98
 
     def __post_init__(self) -> None:
-        _require(self.prompts >= 1, f"rollout.prompts is {self.prompts}: expected at least 1.")
+        _require_at_least(self, "rollout.", 1, "prompts", "max_new_tokens")
         _require(
             self.group_size >= 2,
             f"rollout.group_size is {self.group_size}: a group of one has no relative advantage; use 2 or more.",
         )
-        _require(self.max_new_tokens >= 1, "rollout.max_new_tokens must be at least 1.")
         _require(self.temperature > 0, f"rollout.temperature is {self.temperature}: expected above 0.")
         _require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}: expected above 0 and at most 1.")
 
@@ -273,11 +270,8 @@ class RLSettings:
     )
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"rl.steps is {self.steps}: expected 0 or more.")
-        _require(self.groups_per_step >= 1, "rl.groups_per_step must be at least 1.")
-        _require(self.max_rounds >= 1, "rl.max_rounds must be at least 1.")
-        _require(self.micro_batch >= 1, "rl.micro_batch must be at least 1.")
-        _require(self.caption_weight >= 0, f"rl.caption_weight is {self.caption_weight}: expected 0 or more.")
+        _require_at_least(self, "rl.", 0, "steps", "caption_weight")
+        _require_at_least(self, "rl.", 1, "groups_per_step", "max_rounds", "micro_batch")
         _require(0 < self.clip_low < 1, f"rl.clip_low is {self.clip_low}: expected between 0 and 1.")
         _require(self.clip_high > 0, f"rl.clip_high is {self.clip_high}: expected above 0.")
         _require(
@@ -300,7 +294,7 @@ class ControlSettings:
     restore_fraction: float = 0.7
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"control.batch_size is {self.batch_size}: expected at least 1.")
+        _require_at_least(self, "control.", 1, "batch_size")
         _require(0 <= self.restore_fraction <= 1, "control.restore_fraction: expected 0 to 1.")
 
 
@@ -311,7 +305,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         _require(self.samples >= 2, f"evaluation.samples is {self.samples}: expected at least 2, to swap their images.")
-        _require(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}: expected at least 1.")
+        _require_at_least(self, "evaluation.", 1, "batch_size")
 
 
 def demo_world() -> WorldConfig:
@@ -346,7 +340,7 @@ class Settings:
             bool(self.name.strip(".")) and Path(self.name).name == self.name,  # "..": not a folder of its own
             f"name is {self.name!r}: it names a folder inside output; use letters, digits, '-' and '_'.",
         )
-        _require(self.checkpoint_every >= 1, "checkpoint_every must be at least 1 step.")
+        _require_at_least(self, "", 1, "checkpoint_every")
         _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: expected at least 1.")
 
     @property
@@ -362,23 +356,15 @@ class Settings:
 
 
 def load_settings(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Defaults, then the YAML file, then `a.b.c=value` overrides (values are read as YAML). Raises SettingsError."""
-    tree: dict[str, Any] = {}
-    if file is not None:
-        try:
-            tree = yaml.safe_load(Path(file).read_text()) or {}
-        except OSError as error:
-            raise SettingsError(f"cannot read the settings file {file}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{file} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise SettingsError(f"{file} holds a {type(tree).__name__}, expected a mapping of settings.")
-    for override in overrides:
-        _apply(tree, override)
+    """Defaults, then the YAML file, then `a.b.c=value` overrides (values are read as YAML). Raises SettingsError.
+
+    Each changes what it names and nothing beside it; a list such as `world.card_weights` is given whole.
+    """
+    given = given_settings(file, overrides)
     try:
-        return TypeAdapter(Settings).validate_python(tree)
+        return TypeAdapter(Settings).validate_python(merged(dataclasses.asdict(Settings()), given))
     except ValidationError as error:
-        raise SettingsError(_explain(error)) from error
+        raise SettingsError(_explain(error, given)) from error
 
 
 def save_settings(settings: Settings, file: str | Path) -> None:
@@ -389,28 +375,16 @@ def save_settings(settings: Settings, file: str | Path) -> None:
     os.replace(part, file)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, found, value = override.partition("=")
-    path = key.strip().lstrip("-").split(".")
-    if not found or not all(path):
-        raise SettingsError(f"override {override!r}: expected key=value, for example rl.steps=50.")
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise SettingsError(f"override {override!r}: {name!r} holds a plain value, not a group of settings.")
-    try:
-        tree[path[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"override {override!r}: the value is not valid YAML ({error}).") from error
-
-
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, given: dict[str, Any]) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "unexpected_keyword_argument":
             lines.append(f"unknown setting {where!r}: check its spelling against `python -m mmrpt.train --show`.")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message} (got {item['input']!r})" if where else message)
+            continue
+        got = item["input"]
+        if isinstance(got, dict):  # of a group, what was given: its defaults are not at fault
+            got = reduce(lambda tree, name: tree.get(name, {}), item["loc"], given)
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {message} (got {got!r})" if where else message)
     return "bad settings:\n  " + "\n  ".join(lines)

@@ -7,6 +7,7 @@ before every forward pass.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,10 +22,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.cache_utils import DynamicCache
 
 from mmrpt.grouped import shared_mask, shared_positions, sharing_saves
+from mmrpt.patch_embedding import use_patch_projection
 from mmrpt.types import Batch
+from mmrpt_kernels.integrations.caches import cache_keyword
+from mmrpt_kernels.integrations.packed_rows import PackedRows
 from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
 SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+OTHER_RELEASE = "This release of transformers has another name for it; install one from 4.57 to 5.24."
+# What the text model is called with, besides its cache; its **kwargs would take a name that it lost in silence.
+TEXT_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "use_cache")
 
 
 def make_image_processor(
@@ -40,19 +47,31 @@ def make_image_processor(
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
     except ImportError:  # transformers 4.x: the plain class is the torchvision-free one
-        from transformers import Qwen2VLImageProcessor as Processor
+        from transformers.image_processing_utils import BaseImageProcessor
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
+
+        if Processor.__base__ is not BaseImageProcessor:
+            raise ImportError(
+                f"Qwen2VLImageProcessor is a {Processor.__base__.__name__} and Qwen2VLImageProcessorPil is not there: "
+                "expected one of the two to need no torchvision; install transformers 4.57 to 5.24."
+            ) from None
     unit = (2 * patch_size) ** 2
     sizes = {"shortest_edge": unit, "longest_edge": max_pixels}
     statistics = {} if mean is None or std is None else {"image_mean": list(mean), "image_std": list(std)}
-    return Processor(
-        **statistics,
-        patch_size=patch_size,
-        merge_size=2,
-        temporal_patch_size=2,
-        min_pixels=unit,
-        max_pixels=max_pixels,
-        size=sizes,
-    )
+    sides = {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
+    processor = Processor(**statistics, **sides, min_pixels=unit, max_pixels=max_pixels, size=sizes)
+    for name, value in (sides | statistics).items():
+        check_kept(processor, name, value)
+    if any(processor.size[name] != value for name, value in sizes.items()):
+        raise ValueError(f"{type(processor).__name__}.size is {processor.size}: expected {sizes}. {OTHER_RELEASE}")
+    return processor
+
+
+def check_kept(owner: Any, name: str, value: Any) -> None:
+    """Raises ValueError unless `owner` has the setting that it was made with: constructors take unknown names too."""
+    found = getattr(owner, name, None)
+    if found != value and not (isinstance(value, list) and list(found or ()) == value):
+        raise ValueError(f"{type(owner).__name__}.{name} is {found!r}: expected {value!r}. {OTHER_RELEASE}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class Policy:
                 "The operators of mmrpt_kernels serve any model; the trainer shares image features within a group, "
                 "which needs to know where a family puts them."
             )
+        use_patch_projection(model)
         self.model = enable_visual_mass(model)  # plain SDPA wherever nothing is recorded
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -85,6 +105,14 @@ class Policy:
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
         self.suppressed_ids = self._ids_never_sampled()
+        forward = self.text_model.forward
+        self.cache_keyword = cache_keyword(forward)
+        lost = [name for name in TEXT_ARGUMENTS if name not in inspect.signature(forward).parameters]
+        if lost:
+            raise ValueError(
+                f"{type(self.text_model).__name__} takes no {', '.join(lost)}: expected {TEXT_ARGUMENTS}. "
+                f"{OTHER_RELEASE}"
+            )
 
     # ---------------------------------------------------------------- loading and saving
 
@@ -98,6 +126,7 @@ class Policy:
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(f"{folder} holds a {model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+        check_kept(model, "dtype", dtype)
         return cls(model, AutoTokenizer.from_pretrained(folder), _load_image_processor(folder))
 
     def save(self, folder: str | Path) -> None:
@@ -245,13 +274,35 @@ class Policy:
     def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """(sum of image tokens, H): the vision tower's output, one pass over the distinct images."""
         features = self.model.model.get_image_features(pixel_values, grid_thw)
-        features = getattr(features, "pooler_output", features)
-        return torch.cat(list(features), dim=0)
+        features = getattr(features, "pooler_output", features)  # 4.x returns the parts themselves
+        if not isinstance(features, Tensor):
+            parts = list(features)
+            if not all(isinstance(part, Tensor) for part in parts):
+                raise ValueError(
+                    f"get_image_features returned a {type(features).__name__} without pooler_output: expected the "
+                    f"features of each image. {OTHER_RELEASE}"
+                )
+            features = torch.cat(parts)
+        shape = (int(grid_thw.prod(-1).sum()) // self.merge_size**2, self.head_weight.shape[1])
+        if features.shape != shape:
+            raise ValueError(
+                f"get_image_features gave {tuple(features.shape)}: expected {shape}, a feature for each image token. "
+                f"{OTHER_RELEASE}"
+            )
+        return features
 
-    def hidden(self, batch: Batch, features: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
-        """(R, T, H) last hidden states. Differentiable in the model's parameters.
+    def hidden(
+        self,
+        batch: Batch,
+        features: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        *,
+        padded: bool = False,
+    ) -> Tensor:
+        """(R, T, H) last hidden states, 0 for padding. Differentiable in the model's parameters.
 
-        `features` (sum of image tokens, H) replaces the vision tower's output; a given `cache` is filled.
+        `features` (sum of image tokens, H) replaces the vision tower's output; a given `cache` is filled. Padding is
+        left out of all but attention, unless `padded`, as a recording of visual mass needs.
         Raises ValueError when image tokens and features do not match.
         """
         if features is None:
@@ -265,34 +316,45 @@ class Policy:
             self.image_token_id,
             self.merge_size,
         )
+        mask = self._attention_mask(batch)
         if batch.segments is not None:
-            mask: Tensor | None = shared_mask(batch.segments)
             positions = shared_positions(positions, batch.segments)
-        else:
-            # A batch without padding needs no mask at all, which lets attention take its causal fast path.
-            mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        keep = batch.attention_mask.bool()
+        left = mask is not None and mask.dim() == 2  # transformers reads a mask (R, T) by the shape of the inputs
+        if padded or left or cache is not None or bool(keep.all()):
+            return self._decode(embeds, positions, mask, cache)
+        rows = PackedRows(keep)
+        positions = positions[:, keep][:, None]
+        return rows.unpack(self._decode(rows.pack(embeds), positions, mask, packed_rows=rows))
+
+    def _decode(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None = None, **options: Any
+    ) -> Tensor:
         out = self.text_model(
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self.cache_keyword: cache},
+            **options,
         )
         return out.last_hidden_state
+
+    @staticmethod
+    def _attention_mask(batch: Batch) -> Tensor | None:
+        """What attention needs besides being causal: a causal row never sees padding on its right."""
+        if batch.segments is not None:
+            return shared_mask(batch.segments)
+        right = bool((batch.attention_mask.diff(dim=-1) <= 0).all())
+        return None if right else batch.attention_mask
 
     def step(self, token_ids: Tensor, positions: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
         """(P, n, H): one decoding step of n tokens a row, which do not see each other, over the cache.
 
         `token_ids` and `positions` (P, n); `attention_mask` (P, 1, n, past + n) bool, True = may be attended.
         """
-        out = self.text_model(
-            inputs_embeds=self.model.get_input_embeddings()(token_ids),
-            position_ids=positions.expand(3, -1, -1),
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state
+        embeds = self.model.get_input_embeddings()(token_ids)
+        return self._decode(embeds, positions.expand(3, -1, -1), attention_mask, cache)
 
     def _keeps_size(self, image: Image.Image) -> bool:
         unit = self.merge_size * self.model.config.vision_config.patch_size

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mmrpt.config import OptimiserSettings
+from mmrpt.muon import Muon
 
 
 class Optimiser:
@@ -22,10 +23,11 @@ class Optimiser:
     def __init__(self, model: nn.Module, settings: OptimiserSettings) -> None:
         self.model, self.settings = model, settings
         groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
+        words, vision_tower = _words_and_vision(model)
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                vision = "visual." in name
-                hidden = parameter.ndim == 2 and not vision and "embed_tokens" not in name and "lm_head" not in name
+                vision = parameter in vision_tower
+                hidden = parameter.ndim == 2 and not vision and parameter not in words
                 kind = "muon" if settings.kind == "muon" and hidden else "adamw"
                 groups[kind, vision, parameter.ndim >= 2].append(parameter)
         options = [
@@ -42,7 +44,7 @@ class Optimiser:
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=betas, foreach=True)]
         if muon:
-            self.parts.append(torch.optim.Muon(muon, lr=settings.lr, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(muon, lr=settings.lr))
 
     def step(self, step: int, steps: int) -> dict[str, float | bool]:
         """Clips, steps and clears the gradients. A gradient that is not finite is skipped and changes nothing."""
@@ -69,6 +71,23 @@ class Optimiser:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def _words_and_vision(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """Parameters of embedding and head, and those of the vision tower: what is neither theirs nor the decoder's.
+
+    Asked of the model and not read from parameter names, which a release may change: a name that no longer matches
+    would train the vision tower as if it were the decoder.
+    """
+    words = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
+    vision = set(model.parameters()) - set(model.get_decoder().parameters()) - words
+    if not vision:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters outside of its decoder, embedding and head: expected a vision "
+            "tower, whose learning rate the settings vision_scale and vision_start set; install transformers 4.57 to "
+            "5.24, or train a vision-language model."
+        )
+    return words, vision
 
 
 def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:

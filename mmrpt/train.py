@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from mmrpt.config import Settings, SettingsError, load_settings, save_settings
+from mmrpt.overrides import given_settings
 
 CONFIG_FILE = "config.yaml"
 
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.show:
             print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
             return 0
-        settings = resolve_run(settings, resume=options.resume, given=_given(options.config, options.overrides))
+        settings = resolve_run(
+            settings, resume=options.resume, given=_flat(given_settings(options.config, options.overrides))
+        )
         from transformers.utils import logging as transformers_logging
 
         from mmrpt.trainer import Trainer
@@ -92,16 +95,10 @@ def _give_back(folder: Path) -> None:
         folder.rmdir()
 
 
-def _given(config: str | None, overrides: Sequence[str]) -> set[str]:
-    """Dotted names of what a settings file and overrides say; a name can stand for a group of settings."""
-    names = {override.partition("=")[0].strip().lstrip("-") for override in overrides}
-    return names if config is None else names | set(_flat(yaml.safe_load(Path(config).read_text()) or {}))
-
-
 def _differ(new: Settings, stored: Settings, given: Collection[str]) -> list[str]:
     """Dotted names of settings that were given and are not what the run has."""
     ours, theirs = _flat(asdict(new)), _flat(asdict(stored))
-    return [k for k in ours if ours[k] != theirs[k] and any(k == g or k.startswith(f"{g}.") for g in given)]
+    return [name for name in ours if name in given and ours[name] != theirs[name]]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

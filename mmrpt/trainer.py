@@ -335,7 +335,9 @@ class Trainer:
             policy = build_tiny_vlm(model.tiny, self.sources.texts(), seed=self.settings.seed, images=images)
             policy.model.to(self.settings.device)
         if model.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable()
+            # Renamed in transformers 5.24, which warns of the old name.
+            renamed = getattr(policy.model, "activation_checkpointing_enable", None)
+            (renamed or policy.model.gradient_checkpointing_enable)()
         return policy
 
     @contextmanager

@@ -102,12 +102,14 @@ def build_extension() -> Part | None:
 
 
 def gpu_test_files(folder: Path = ROOT / "tests") -> list[str]:
-    """Test files that name the mark. Only these are collected: others may import what a GPU machine lacks, slowly."""
-    return sorted(str(path) for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text())
+    """Test files that name the mark, or take it from tests/kernels/devices.py. Only these are collected: others may
+    import what a GPU machine lacks, slowly."""
+    texts = {str(path): path.read_text() for path in folder.rglob("test_*.py")}
+    return sorted(path for path, text in texts.items() if "mark.gpu" in text or "tests.kernels.devices" in text)
 
 
 def run_tests(results: Path, limit: float, *, sanitizer: bool = False) -> Part:
-    """Every test marked `gpu`; the mark stands in the test's own file. `sanitizer`: compute-sanitizer's alone, or all
+    """Every test marked `gpu`; `gpu_test_files` says where. `sanitizer`: compute-sanitizer's alone, or all
     the others."""
     name = "sanitizer" if sanitizer else "tests"
     files = [path for path in gpu_test_files() if (Path(path).name == SANITIZER_TEST) == sanitizer]

@@ -360,7 +360,8 @@ def test_only_files_that_name_the_mark_are_collected(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/test_a.py").write_text("@pytest.mark.gpu\ndef test(): ...")
     (tmp_path / "kernels/test_b.py").write_text("import what_is_not_there")
-    assert gpu.gpu_test_files(tmp_path) == [str(tmp_path / "kernels/test_a.py")]
+    (tmp_path / "kernels/test_c.py").write_text("from tests.kernels.devices import on_devices")
+    assert gpu.gpu_test_files(tmp_path) == [str(tmp_path / f"kernels/test_{letter}.py") for letter in "ac"]
 
 
 def test_one_failing_gpu_part_fails_the_run_but_not_the_others(

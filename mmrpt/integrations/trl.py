@@ -6,7 +6,7 @@
     trainer.train()
 
 VPPO's filter and shaping equal the ordinary loss with token-level advantages A * alpha(trajectory) * mask(token), and
-GRPOTrainer takes those: the one method overridden is `_generate_and_score_completions`, which writes them. Rewards are
+GRPOTrainer takes those: `_generate_and_score_completions` is overridden, which writes them. Rewards are
 mmrpt.rewards as they are. `mmrpt_kernels.integrations.trl.enable_fused_head()` besides makes the filter save work.
 """
 
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from PIL import Image
-from torch import Tensor
-from transformers import Qwen2_5_VLProcessor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 from trl import GRPOTrainer
 
 from mmrpt.config import PerceptionSettings, PromptSettings
@@ -33,9 +34,17 @@ from mmrpt.perception import shape_and_filter
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.types import MaskedSample, PairSource
 from mmrpt_kernels import linear_token_divergence
-from mmrpt_kernels.integrations.trl import Head, HeadCall, replaced_head
+from mmrpt_kernels.integrations.guards import UnsupportedError, check_parameters, check_version
+from mmrpt_kernels.integrations.trl import VERSIONS, Head, HeadCall, replaced_head, unshard_head
 
 __all__ = ["PerceptionGRPOTrainer", "masked_dataset", "processor_of"]
+
+# Methods of GRPOTrainer that are overridden, and their parameters in TRL 1.16.
+OVERRIDDEN = {
+    "_generate_and_score_completions": ("inputs",),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+}
 
 
 def masked_dataset(path: str | Path, source: PairSource, prompts: PromptSettings | None = None) -> Dataset:
@@ -72,6 +81,11 @@ class _ImageProcessor(Qwen2_5_VLProcessor):
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
         return None
 
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        # ProcessorMixin's saves all parts, and fails at a video part that is None: no checkpoint could be written.
+        self.tokenizer.save_pretrained(save_directory)
+        self.image_processor.save_pretrained(save_directory)
+
 
 def processor_of(policy: Policy) -> Qwen2_5_VLProcessor:
     """What TRL takes as `processing_class`, of a policy's own tokenizer and image processor. No video.
@@ -102,8 +116,26 @@ class PerceptionGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, perception: PerceptionSettings | None = None, **kwargs: Any) -> None:
         """As GRPOTrainer. `perception`: divergence, patches, share of tokens kept, lowest weight."""
+        _check_overridden()
         super().__init__(*args, **kwargs)
         self.perception = perception or PerceptionSettings()
+        unshard_head(self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer reads tensors by the model's present names and passes over what is missing. transformers saves some
+        # families (Qwen2.5-VL) under the names of their first release: no weight was loaded, with one warning, and
+        # training went on from the initial ones. `from_pretrained` knows both names. Adapters and FSDP's own files,
+        # which Trainer refuses where there is no FSDP, are saved under present names.
+        of_fsdp = self.is_fsdp_enabled or any(Path(resume_from_checkpoint).glob(f"{FSDP_MODEL_NAME}*"))
+        if of_fsdp or not isinstance(self.model, PreTrainedModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # The same fault as in `_load_from_checkpoint`: the last weights were returned as the best ones.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            return super()._load_best_model()
+        _load_weights(self.model, self.state.best_model_checkpoint)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         out = super()._generate_and_score_completions(inputs)
@@ -168,9 +200,9 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         taken = inspect.signature(self._get_per_token_logps_and_entropies).parameters
         return self._get_per_token_logps_and_entropies(
             self.model,
-            torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1),
-            torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1),
-            out["completion_ids"].shape[1],
+            input_ids=torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1),
+            attention_mask=torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1),
+            logits_to_keep=out["completion_ids"].shape[1],
             batch_size=self.args.per_device_train_batch_size,
             compute_entropy=compute_entropy,
             **{name: value for name, value in out.items() if name in taken},
@@ -214,6 +246,30 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         self._log_mean(f"{name}/mean", gap)
         largest = gap.max() if gap.numel() else gap.new_zeros(())
         self._metrics["train"][f"{name}/max"].append(self.accelerator.gather(largest).max().item())
+
+
+def _check_overridden() -> None:
+    """TRL still has the methods that are overridden: it would train without the method if it called others."""
+    version = check_version("trl", *VERSIONS)
+    for name, parameters in OVERRIDDEN.items():
+        if not hasattr(GRPOTrainer, name):
+            raise UnsupportedError(
+                f"trl {version}: GRPOTrainer has no `{name}`, expected that of TRL 1.16, which PerceptionGRPOTrainer "
+                "overrides; install that release"
+            )
+        check_parameters(getattr(GRPOTrainer, name), ("self", *parameters), f"trl {version}: GRPOTrainer.{name}")
+
+
+def _load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load what `save_pretrained` wrote into `folder`. Raises ValueError unless it is all of the model's weights."""
+    saved, info = type(model).from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(
+            f"{folder} does not hold the weights of this {type(model).__name__}: {wrong}; resume from a checkpoint of "
+            "the same model, or load its weights before the trainer is made."
+        )
+    model.load_state_dict(saved.state_dict())
 
 
 def _images_of(row: Mapping[str, Any]) -> list[Image.Image]:

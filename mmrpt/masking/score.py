@@ -45,7 +45,7 @@ def score_sentences(
     groups = torch.stack((visual, batch.response_mask), -1)
     layers = layer_range(policy.model.config.get_text_config().num_hidden_layers, first_layer, last_layer)
     with record_visual_mass(policy.text_model, key_weights=groups, layers=layers, head_reduction="mean") as record:
-        policy.hidden(batch)
+        policy.hidden(batch, padded=True)
     ratio = _visual_share(record.stacked())
     scores: list[SentenceScore] = []
     for row, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):

@@ -130,9 +130,29 @@ def _draw(
         token = logits.argmax(-1)
         return token, torch.log_softmax(logits, -1).gather(-1, token[:, None])[:, 0]
     logps = torch.log_softmax(logits / temperature, -1)
-    probabilities = _nucleus(logps.exp(), top_p) if top_p < 1 else logps.exp()
-    token = _inverse_cdf(probabilities, generator)
+    token = _draw_top_p(logps.exp(), top_p, generator)
     return token, logps.gather(-1, token[:, None])[:, 0]
+
+
+def _draw_top_p(probabilities: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """(R,) ids drawn from the likeliest of each row of (R, V) whose sum reaches `top_p`; of equals, the first.
+
+    Draws from whole rows, and again, among the likelier ids, where those likelier than the one drawn reach `top_p`
+    without it: the same distribution as cutting sorted rows, which took a third of sampling's time.
+    """
+    token = _inverse_cdf(probabilities, generator)
+    rows = torch.arange(len(token), device=token.device)
+    weights, drawn = probabilities, token
+    while top_p < 1:
+        size = weights.gather(-1, drawn[:, None])
+        order = torch.arange(weights.shape[-1], device=token.device)
+        likelier = weights * ((weights > size) | ((weights == size) & (order < drawn[:, None])))
+        outside = likelier.sum(-1) >= top_p
+        if not outside.any():
+            break
+        rows, weights = rows[outside], likelier[outside]
+        drawn = token[rows] = _inverse_cdf(weights, generator)
+    return token
 
 
 def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -144,9 +164,3 @@ def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Te
     # Right of the draw stands the first id whose weight reaches past it; rounding must not put the draw at the end.
     draw = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, draw, right=True)[:, 0]
-
-
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    ordered, index = probabilities.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))

@@ -6,15 +6,22 @@ ordinary Hugging Face folder, so that everything written for it also opens a rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
-from mmrpt.models import Policy, make_image_processor
+from mmrpt.models import OTHER_RELEASE, Policy, make_image_processor
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -91,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     core.train_from_iterator(texts, trainer)
     core.add_tokens([AddedToken(token, normalized=False, special=False) for token in FORMAT_TOKENS])
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -99,6 +106,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    lost = set(SPECIAL_TOKENS) - set(tokenizer.all_special_tokens)
+    if lost:  # markers that are not special would be sampled
+        raise ValueError(f"the tokenizer does not know {sorted(lost)} as special tokens. {OTHER_RELEASE}")
+    return tokenizer
 
 
 def build_tiny_vlm(
@@ -111,52 +122,75 @@ def build_tiny_vlm(
     random state is left as it was.
     """
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    head_size = config.hidden_size // config.heads
-    sections = [head_size // 8, 3 * head_size // 16, head_size // 2 - head_size // 8 - 3 * head_size // 16]
-    hf_config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": -(-len(tokenizer) // 64) * 64,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "max_position_embeddings": 2048,
-            "rope_theta": 10_000.0,
-            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": config.vision_layers,
-            "hidden_size": config.vision_hidden_size,
-            "intermediate_size": config.vision_intermediate_size,
-            "num_heads": config.vision_heads,
-            "out_hidden_size": config.hidden_size,
-            "patch_size": config.patch_size,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 8 * config.patch_size,
-            "fullatt_block_indexes": list(range(config.vision_layers)),
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(hf_config)
+        model = Qwen2_5_VLForConditionalGeneration(_hugging_face_config(config, tokenizer))
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        raise ValueError(f"the head has weights of its own: expected the embedding's. {OTHER_RELEASE}")
     image_processor = make_image_processor(config.patch_size, config.max_pixels, config.image_mean, config.image_std)
     policy = Policy(model, tokenizer, image_processor)
     if images:
         whiten_patches(policy, images, config.patch_std)
         spread_features(policy, images, config.feature_std)
     return policy
+
+
+def _hugging_face_config(config: TinyVLMConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    head_size = config.hidden_size // config.heads
+    sections = [head_size // 8, 3 * head_size // 16, head_size // 2 - head_size // 8 - 3 * head_size // 16]
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    vision = {
+        "depth": config.vision_layers,
+        "hidden_size": config.vision_hidden_size,
+        "intermediate_size": config.vision_intermediate_size,
+        "num_heads": config.vision_heads,
+        "out_hidden_size": config.hidden_size,
+        "patch_size": config.patch_size,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 8 * config.patch_size,
+        "fullatt_block_indexes": list(range(config.vision_layers)),
+    }
+    hf_config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    _check_names(hf_config.text_config, text)
+    _check_names(hf_config.vision_config, vision)
+    rope = getattr(hf_config.text_config, "rope_parameters", None) or hf_config.text_config.rope_scaling
+    if rope.get("mrope_section") != sections:  # transformers 4 calls it rope_scaling
+        raise ValueError(
+            f"text_config's rotary settings are {rope}: expected mrope_section {sections}. {OTHER_RELEASE}"
+        )
+    return hf_config
+
+
+def _check_names(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
+    """Refuses names that `config` does not know: it would keep them, and the model would be another one."""
+    known = {name for part in type(config).__mro__ for name in inspect.signature(part.__init__).parameters}
+    lost = given.keys() - known - {"rope_theta", "rope_scaling", "tie_word_embeddings"}  # seen by what they do
+    if lost:
+        raise ValueError(f"{type(config).__name__} knows no {', '.join(sorted(lost))}. {OTHER_RELEASE}")
 
 
 @torch.no_grad()

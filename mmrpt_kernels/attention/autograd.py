@@ -37,30 +37,32 @@ def gradients_like(key_weights: torch.Tensor, *inputs: torch.Tensor) -> tuple[to
     return *made, inputs[0].new_empty(0)
 
 
-def make_attention_differentiable(operator: Any, backward: Any) -> None:
+def make_attention_differentiable(operator: Any, backward: Any, fake: Any = results_like) -> None:
     """Fakes and autograd of two custom operators.
 
     Args:
-        operator: (q, k, v, key_weights, four masks, *settings) -> (out, mass, lse).
-        backward: (q, k, v, key_weights, dout, dmass, dlse, out, mass, lse, four masks, *settings) -> dq, dk, dv, dw;
-            a gradient that did not arrive is None.
+        operator: (q, k, v, key_weights, four masks, *settings) -> (out, mass, lse), and a fourth tensor where the
+            backward pass needs more of the softmax than its lse.
+        backward: (q, k, v, key_weights, dout, dmass, dlse, out, mass, softmax, four masks, *settings) -> dq, dk, dv,
+            dw; softmax is the operator's last result, a gradient that did not arrive is None.
+        fake: the operator's results, empty.
     """
 
     def save(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:4], *output, *inputs[4:8])
+        ctx.save_for_backward(*inputs[:4], *output[:2], output[-1], *inputs[4:8])
         ctx.settings = inputs[8:]
 
-    def differentiate(ctx, dout, dmass, dlse):
-        q, k, v, key_weights, out, mass, lse, *masks = ctx.saved_tensors
+    def differentiate(ctx, dout, dmass, dlse, *_):
+        q, k, v, key_weights, out, mass, softmax, *masks = ctx.saved_tensors
         nothing = (None,) * (len(masks) + len(ctx.settings))
         if dout is None and dmass is None and dlse is None:
             return None, None, None, None, *nothing
-        known = (dout, dmass, dlse, out, mass, lse, *masks)
+        known = (dout, dmass, dlse, out, mass, softmax, *masks)
         *grads, dw = backward(q, k, v, key_weights, *known, *ctx.settings)
         return *grads, (dw if key_weights.is_floating_point() else None), *nothing
 
-    operator.register_fake(results_like)
+    operator.register_fake(fake)
     backward.register_fake(lambda q, k, v, key_weights, *_: gradients_like(key_weights, q, k, v))
     operator.register_autograd(differentiate, setup_context=save)
 

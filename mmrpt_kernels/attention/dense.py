@@ -11,9 +11,10 @@ from mmrpt_kernels.attention.geometry import AttentionOptions, Tile, attended_co
 
 __all__ = ["Masks", "attend", "attend_backward", "statistics_dtype"]
 
-# Scores or masks of one tile. A few MiB per core keep the passes of the softmax in cache.
-TILE_BYTES = 8 * 2**20
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 16, 512
+# Scores or masks of one tile. On a CPU a few MiB per core keep the passes of the softmax in cache; elsewhere a tile is
+# a dozen launches, and a layer of 8,192 rows and 28 heads should be tens of tiles, not hundreds.
+TILE_BYTES, CPU_TILE_BYTES = 256 * 2**20, 8 * 2**20
+MIN_BLOCK_ROWS, CPU_MAX_BLOCK_ROWS = 16, 512
 
 
 class Masks(NamedTuple):
@@ -33,11 +34,13 @@ def _widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def block_size(block_rows: int, bytes_per_row: int) -> int:
-    """`block_rows` where given, else the rows of a tile that fit TILE_BYTES."""
+def block_size(block_rows: int, bytes_per_row: int, device: torch.device) -> int:
+    """`block_rows` where given, else the rows of a tile that fit the device's budget."""
     if block_rows > 0:
         return block_rows
-    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, TILE_BYTES // max(1, bytes_per_row)))
+    on_cpu = device.type == "cpu"
+    rows = (CPU_TILE_BYTES if on_cpu else TILE_BYTES) // max(1, bytes_per_row)
+    return max(MIN_BLOCK_ROWS, min(rows, CPU_MAX_BLOCK_ROWS) if on_cpu else rows)
 
 
 def _plan(
@@ -63,11 +66,11 @@ def _plan(
         v = None if v is None else v.masked_fill(forbidden, 0.0)
     num_rows, num_keys, explicit = q.shape[1], k.shape[1], masks.attn_mask is not None
     if FLASH_AVAILABLE and q.device.type == "cpu" and options.softcap == 0.0 and v is not None:
-        rows = block_size(block_rows, num_keys * q.element_size() * (q.shape[0] if explicit else 1))
+        rows = block_size(block_rows, num_keys * q.element_size() * (q.shape[0] if explicit else 1), q.device)
         found = tiles(num_rows, num_keys, options, rows, whole=True, explicit_mask=explicit)
         if all(tile.shape != "masked" for tile in found) or bool(torch.isfinite(k).all()):
             return FlashEngine(q, k, v, w, options), found
-    rows = block_size(block_rows, q.shape[0] * q.shape[2] * num_keys * q.element_size())
+    rows = block_size(block_rows, q.shape[0] * q.shape[2] * num_keys * q.element_size(), q.device)
     found = tiles(num_rows, num_keys, options, rows, whole=False, explicit_mask=explicit)
     return PlainEngine(q, k, v, w, options), found
 
@@ -86,7 +89,7 @@ def _settle(
     members = everything
     if key_weights.dtype == torch.bool:
         members = torch.cat([everything, key_weights], dim=-1)
-    rows = block_size(0, members.shape[0] * members.shape[1] * 4)
+    rows = block_size(0, members.shape[0] * members.shape[1] * 4, members.device)
     counts = attended_counts(members, bounds, *masks, block_rows=rows)
     total, counts = counts[..., :1], counts[..., 1:]
     dead = total == 0  # (B, T, 1)

@@ -72,7 +72,7 @@ def selected_mass(
         k_b = k[b, keys].to(dtype).transpose(0, 1).contiguous()  # (Hkv, N, D)
         w_b = key_weights[b, keys].to(dtype)  # (N, G)
         lse_b = lse[b].to(dtype).masked_fill(lse[b] == -torch.inf, torch.inf)  # exp(s - inf) = 0
-        size = block_size(block_rows, heads * keys.numel() * k_b.element_size())
+        size = block_size(block_rows, heads * keys.numel() * k_b.element_size(), q.device)
         for tile in _blocks(rows, keys, bounds, size):
             picked = rows[tile.rows]
             q_b = (q[b, picked].to(dtype) * options.scale).transpose(0, 1)  # (Hq, R, D)
@@ -122,7 +122,7 @@ def selected_mass_backward(
         into = Gradients(q.new_zeros((1, rows.numel()) + q.shape[2:], dtype=dtype), dk[b : b + 1], None, None)
         into = into._replace(w=None if dw is None else dw[b : b + 1])
         engine = PlainEngine(q[b : b + 1, rows].to(dtype), k_b, None, key_weights[b : b + 1].to(dtype), options)
-        size = block_size(block_rows, q.shape[2] * num_keys * k_b.element_size())
+        size = block_size(block_rows, q.shape[2] * num_keys * k_b.element_size(), q.device)
         row_bounds = (bounds[0][rows], bounds[1][rows])
         for tile in _blocks(rows, torch.arange(num_keys, device=q.device), bounds, size):
             engine.backward(tile, tile_allowed(tile, row_bounds, padding, None), known, into)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "bend_factors",
     "chunk_rows",
     "even_rows",
+    "gpu_chunk_rows",
     "multiplies_halves",
     "products_dtype",
     "project",
@@ -46,6 +48,8 @@ MIN_CHUNK_ROWS = 16
 # 1.5 times as fast at V = 1024, where every chunk's calls count, and no slower at 8192.
 SHORT_CHUNK_ROWS = 256
 MAX_CHUNK_ROWS = 1024
+# What a chunk may take of a GPU's memory. How many rows pay there, each caller says: a chunk reads the whole head.
+GPU_BYTES = 4 * 2**30
 # Words of a half-precision weight that are widened to float32 at a time: few stay in a CPU's cache until they are used.
 WIDEN_ROWS = 2048
 # Words whose products are made at a time where they cannot be added to an accumulator as they are made.
@@ -134,6 +138,11 @@ def chunk_rows(num_rows: int, vocab: int, chunk_size: int | None, dtype: torch.d
     return max(1, min(chunk_size, num_rows))
 
 
+def gpu_chunk_rows(vocab: int, most: int, bytes_a_logit: int) -> int:
+    """Rows of logits to hold at once on a GPU: `most`, or what fits GPU_BYTES."""
+    return max(1, min(most, GPU_BYTES // (bytes_a_logit * vocab)))
+
+
 def even_rows(num_rows: int, limit: int) -> int:
     """Rows a chunk, at most `limit` >= 1, such that all chunks of `num_rows` are alike and the last is no stub."""
     chunks = max(1, -(-num_rows // limit))
@@ -191,6 +200,17 @@ def _vocab_blocks(weight: torch.Tensor, dtype: torch.dtype):
         yield start, stop, weight[start:stop] if held is None else held[: stop - start].copy_(weight[start:stop])
 
 
+@functools.cache
+def _warn_of_mixed_dtypes(hidden: torch.dtype, weight: torch.dtype) -> None:
+    """Once a process for a pair of dtypes."""
+    warnings.warn(
+        f"lm head: got hidden states in {hidden} with a weight in {weight}: their products are made in float32, exact "
+        "but without a GPU's tensor cores, several times as slow as in one half precision; convert one of the two, or "
+        "call under torch.autocast",
+        stacklevel=2,
+    )
+
+
 def project(
     hidden_rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -206,6 +226,8 @@ def project(
     if hidden_rows.is_cuda and hidden_rows.dtype == weight.dtype and dtype == torch.float32 != weight.dtype:
         logits = torch.mm(hidden_rows, weight.t(), out_dtype=dtype)  # tensor cores; half products are exact in float32
         return logits if bias is None else logits.add_(bias.to(dtype))
+    if hidden_rows.is_cuda and hidden_rows.dtype != weight.dtype and dtype == torch.float32:
+        _warn_of_mixed_dtypes(hidden_rows.dtype, weight.dtype)
     rows = hidden_rows.to(dtype)
     logits = rows.new_empty(rows.shape[0], weight.shape[0]) if out is None else out
     for start, stop, block in _vocab_blocks(weight, dtype):

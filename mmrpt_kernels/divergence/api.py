@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mmrpt_kernels.backends import TRITON_MISSING, select
-from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
+from mmrpt_kernels.common.autocast import autocast_dtype, cast_to, dtypes_of, without_autocast
 from mmrpt_kernels.common.checks import check, check_dtype, check_reverse_mode, check_same_device, check_shape
 from mmrpt_kernels.common.head import FLOAT_DTYPES, HeadOptions, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
@@ -85,6 +85,11 @@ def linear_token_divergence(
             the device; one a chunk of n rows, of 10 n numbers; for js and hellinger, which need the whole softmax word
             by word, a second of 3 n. Backward besides: two for each hidden state that needs a gradient.
 
+    Under autocast the inputs are cast inside, and their gradients come in their own dtypes, as in `linear_logprobs`.
+
+    Equal logits have a divergence of exactly 0. Equal hidden states have it where the head's product gives equal rows
+    equal bits, which BLAS does not promise: with logits (H + 1) eps sum |h w| apart, it is twice that at most.
+
     Gradients flow to hidden_p, hidden_q, weight, weight_q and bias from every output, once and in reverse (what asks
     for more raises). To hold the second view fixed pass hidden_q.detach() and weight_q=weight.detach(). Rows whose
     incoming gradients are all exactly zero cost no work in the backward pass and cannot spread NaN.
@@ -101,8 +106,7 @@ def linear_token_divergence(
     weight, weight_q, bias, vocab_group = _local_heads(views, heads, bias, targets, vocab_group)
     part = vocab_group is not None
     _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, part=part)
-    hidden_p, hidden_q, weight, weight_q, bias = cast_for_autocast(hidden_p, hidden_q, weight, weight_q, bias)
-    dtype = hidden_p.dtype
+    dtype, cast = hidden_p.dtype, autocast_dtype(hidden_p)
     if statistics_dtype(hidden_p, hidden_q, weight, weight_q, bias) == torch.float64:  # of both views, then
         dtype, hidden_p, hidden_q = torch.float64, hidden_p.double(), hidden_q.double()
     traits = group_traits(vocab_group)
@@ -111,11 +115,12 @@ def linear_token_divergence(
     flat_p, flat_q = hidden_p.reshape(-1, hidden_p.shape[-1]), hidden_q.reshape(-1, hidden_q.shape[-1])
     flat_targets = None if targets is None else targets.reshape(-1)
     if name == "reference":
-        rows = reference.token_divergence(flat_p, flat_q, weight, weight_q, bias, flat_targets, kinds, options)
+        heads = cast_to(cast, flat_p, flat_q, weight, weight_q, bias)
+        rows = reference.token_divergence(*heads, flat_targets, kinds, options)
     else:
         check_reverse_mode("linear_token_divergence", hidden_p, hidden_q, weight, weight_q, bias)
         tensors = (flat_p, flat_q, weight, weight_q, bias, flat_targets)
-        rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name, group_name(vocab_group))
+        rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name, group_name(vocab_group), cast)
     divergence, logps_p, logps_q, entropy_p, entropy_q = rows
     divergence = divergence[:, 0].reshape(lead) if isinstance(kind, str) else divergence.reshape(*lead, len(kinds))
     if targets is None:
@@ -220,9 +225,11 @@ def _operator(
     chunk_size: int | None,
     backend: str,
     vocab_group: str | None = None,
+    cast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The public function's results for (N, H) rows. vocab_group: the name of the group that cuts the vocabulary."""
-    tensors = (hidden_p, hidden_q, weight, weight_q, bias, targets)
+    """The public function's results for (N, H) rows. vocab_group: the name of the group that cuts the vocabulary. cast:
+    what autocast casts the views, the heads and the bias to, for this pass alone; None: nothing."""
+    tensors = (*cast_to(cast, hidden_p, hidden_q, weight, weight_q, bias), targets)
     options = HeadOptions(temperature, softcap, logit_scale)
     all_rows = hidden_p.new_ones(hidden_p.shape[:1], dtype=torch.bool)
     problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=all_rows)
@@ -259,19 +266,21 @@ def _operator_backward(
     chunk_size: int | None,
     backend: str,
     vocab_group: str | None,
+    cast: torch.dtype | None,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden_p, hidden_q, weight, weight_q and bias, each empty where `needs` is False."""
-    tensors = (hidden_p, hidden_q, weight, weight_q, bias, targets)
+    dtypes = dtypes_of(hidden_p, hidden_q, weight, weight_q, bias)
+    tensors = (*cast_to(cast, hidden_p, hidden_q, weight, weight_q, bias), targets)
     on_targets = (None, None) if targets is None else (grad_logps_p, grad_logps_q)
     grads = RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
     options, active = HeadOptions(temperature, softcap, logit_scale), stream.active_rows(grads)
     alike = (needs, [grad is None for grad in grads])
     problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=active, alike=alike)
-    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, active.nonzero()[:, 0], needs)
+    rows = active.nonzero()[:, 0]
+    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, rows, needs, dtypes[:2])
     return tuple(
-        hidden_p.new_empty(0) if grad is None else grad.to(source.dtype)
-        for grad, source in zip(made, tensors, strict=False)
+        hidden_p.new_empty(0) if grad is None else grad.to(dtype) for grad, dtype in zip(made, dtypes, strict=True)
     )
 
 

@@ -99,7 +99,7 @@ def sums(raw_p, raw_q, targets, wanted: Wanted, *, options: HeadOptions, careful
 
 
 def _to_mean(difference):
-    """log(own / mean), mean = (own + other) / 2, from `difference` = log own - log other; exactly 0 for equal views."""
+    """log(own / mean), mean = (own + other) / 2, from `difference` = log own - log other; exactly 0 for equal ones."""
     return LOG_2 - softplus(-difference, threshold=40.0)
 
 

@@ -19,6 +19,7 @@ from mmrpt_kernels.common.head import (
     HeadOptions,
     chunk_rows,
     even_rows,
+    gpu_chunk_rows,
     project,
     project_backward_hidden,
     project_backward_weight,
@@ -33,11 +34,10 @@ VIEWS = 2  # a chunk of rows holds the logits of both views
 # On a GPU a chunk is sized by what its products move. Scoring, n rows do 2 n H V FLOPs a view and read the 2 H V bytes
 # of a bfloat16 head: n FLOPs a byte, where an H100 needs about 300 (990 TFLOP/s, 3.35 TB/s). Learning, d weight's
 # product reads and writes 8 H V bytes of float32 accumulator: n / 4. The row kernels' second sweep does not decide:
-# logits of 152k words leave the L2 cache (50 MB) at 40 rows. A word takes two float32 logits, two bfloat16 gradients.
+# logits of 152k words leave the L2 cache (50 MB) at 40 rows. A word takes two logits, and two gradients of half their
+# size or in their place.
 GPU_SCORE_ROWS = 1024
 GPU_LEARN_ROWS = 4096
-GPU_BYTES = 4 * 2**30
-GPU_BYTES_PER_WORD = 12
 # On a CPU the row kernels' passes go over a chunk some rows at a time: what a view's rows may take of a core's cache.
 BLOCK_BYTES = 2**20
 
@@ -74,7 +74,7 @@ class Problem(NamedTuple):
         if self.chunk_size is not None:
             return max(1, min(self.chunk_size, num_rows))
         if self.weight.is_cuda:
-            return even_rows(num_rows, max(1, min(gpu_rows, GPU_BYTES // (GPU_BYTES_PER_WORD * vocab))))
+            return even_rows(num_rows, gpu_chunk_rows(vocab, gpu_rows, 3 * self.dtype().itemsize))
         return even_rows(num_rows, chunk_rows(num_rows, vocab, None, self.dtype()))
 
     def blocks(self, num_rows: int) -> list[slice]:
@@ -202,7 +202,12 @@ def active_rows(grads: RowValues) -> torch.Tensor:
 
 
 def backward(
-    kernels: RowKernels, problem: Problem, grads: RowValues, active: torch.Tensor, needs: list[bool]
+    kernels: RowKernels,
+    problem: Problem,
+    grads: RowValues,
+    active: torch.Tensor,
+    needs: list[bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> list[torch.Tensor | None]:
     """Gradients of (hidden_p, hidden_q, weight, weight_q, bias), None where not needed: five booleans in that order.
 
@@ -211,9 +216,11 @@ def backward(
 
     Args:
         active: (n,) int64, the rows that have a gradient.
+        dtypes: of d hidden_p and d hidden_q; the others come in the statistics dtype.
     """
     dtype = problem.dtype()
-    hiddens = [h.new_zeros(h.shape) if need else None for h, need in zip(problem[:2], needs, strict=False)]
+    views = zip(problem[:2], dtypes, needs, strict=False)
+    hiddens = [h.new_zeros(h.shape, dtype=own) if need else None for h, own, need in views]
     heads = [_HeadGradient(w, dtype) if need else None for w, need in zip(problem[2:4], needs[2:4], strict=True)]
     bias = problem.bias.new_zeros(problem.bias.shape, dtype=dtype) if needs[4] else None
     out = _Gradients(*hiddens, *heads, bias)

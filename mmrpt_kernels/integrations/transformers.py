@@ -14,20 +14,22 @@ of the probabilities before dropout.
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass
 from mmrpt_kernels.attention.api import AttentionWithMass
 from mmrpt_kernels.common.checks import check
+from mmrpt_kernels.integrations.caches import find_cache
 from mmrpt_kernels.integrations.recording import KeyWeights, VisualMassRecord, Window, read_mask
 
 __all__ = ["VisualMassRecord", "enable_visual_mass", "record_visual_mass", "register_attention"]
@@ -38,6 +40,13 @@ _RECORDING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _WINDOW: ContextVar[Window | None] = ContextVar("mmrpt_visual_mass_window", default=None)
 # Recordings under way in the process: a plain number, on which torch.compile guards; it cannot trace a ContextVar.
 _num_recordings = 0
+# Tensors that layers pass and that change no score: the mask and the rotated queries and keys hold what they say.
+_IN_THE_MASK = frozenset(
+    ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    + ("token_type_ids", "mm_token_type_ids", "num_items_in_batch")
+)
+# What transformers' SDPA attention takes by name; other tensors it ignores.
+_SERVED_BY_SDPA = _IN_THE_MASK | set(inspect.signature(sdpa_attention_forward).parameters)
 
 
 def _attend(
@@ -80,11 +89,26 @@ def _plain(
     """(B, T, Hq, D): attention without a mass: SDPA, or ours for a soft cap, which SDPA lacks."""
     scaling, is_causal = settings["softmax_scale"], settings["is_causal"]
     if not settings["softcap"]:
+        _check_unused(kwargs, _SERVED_BY_SDPA, "SDPA would ignore it; give this model its own attention back")
         sdpa = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
         return sdpa_attention_forward(*sdpa, **kwargs)[0]
     check(dropout == 0.0, f"dropout: got {dropout} with a soft cap, expected 0; set attention_dropout=0")
+    _check_unused(kwargs, _IN_THE_MASK, "it is not supported with a soft cap; give this model its own attention back")
     nothing = key.new_zeros((key.shape[0], key.shape[2]), dtype=torch.bool)
     return _attend(module, query, key, value, attention_mask, nothing, None, **settings).out.contiguous()
+
+
+def _check_unused(kwargs: dict, served: Collection[str], remedy: str) -> None:
+    """Refuse tensors that a layer passes and nothing here reads, under whatever name: sinks, biases, chosen keys.
+
+    Families name them as they like (s_aux, sinks, position_bias, head_mask), and those with sparse attention put the
+    chosen keys into the mask for the names "eager" and "sdpa" alone, else into an argument (indices, block_indices).
+    """
+    for name, value in kwargs.items():
+        check(
+            not isinstance(value, torch.Tensor) or name in served,
+            f"{name}: got a tensor among an attention layer's arguments, expected none: {remedy}",
+        )
 
 
 def _attention_forward(
@@ -101,21 +125,25 @@ def _attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The registered attention: SDPA, and the mass in the second slot for layers that a recording wants.
 
-    query (B, Hq, T, D); key, value (B, Hkv, S, D); returns out (B, T, Hq, D), mass or None.
+    query (B, Hq, T, D); key, value (B, Hkv, S, D); returns out (B, T, Hq, D), mass or None. With `packed_rows` of
+    `PackedRows` the tensors hold the tokens of R rows as one, which attend under the mask of those rows.
     """
+    packed_rows = kwargs.pop("packed_rows", None)
+    if packed_rows is not None:
+        query, key, value = (packed_rows.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
     window = _WINDOW.get() if _num_recordings else None
     layer = None if window is None else window.layers.get(module)
     settings = {"softmax_scale": scaling, "softcap": softcap or 0.0, "is_causal": is_causal}
     tensors = (module, query, key, value, attention_mask)
     if layer is None:
-        return _plain(*tensors, dropout, settings, kwargs), None
-    for name in ("s_aux", "position_bias"):
-        check(
-            kwargs.get(name) is None,
-            f"{name}: got a tensor, expected None; attention sinks and position biases are not supported in recorded "
-            "layers: leave this layer out of layers=",
-        )
-    weights = window.weights_for(key)
+        out = _plain(*tensors, dropout, settings, kwargs)
+        return (out if packed_rows is None else packed_rows.pack(out)), None
+    check(
+        packed_rows is None,
+        "packed_rows: got packed rows in a recorded layer, expected padded ones; record a forward pass of padded rows",
+    )
+    _check_unused(kwargs, _IN_THE_MASK, "it is not supported in recorded layers; leave this layer out of layers=")
+    weights = window.weights_for(layer, query.shape[2], key)
     apart = dropout > 0.0 or (window.recomputes and torch.is_grad_enabled())
     with torch.set_grad_enabled(torch.is_grad_enabled() and (window.differentiable or not apart)):
         reported = {"head_reduction": window.head_reduction, "backend": window.backend}
@@ -200,13 +228,26 @@ def _wanted_modules(model: nn.Module, layers: Sequence[int] | None) -> dict[nn.M
     return {module: layer for module, layer in modules.items() if layer in wanted}
 
 
+def _calls_all(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The models inside `model` that hold all of `layers`: its base model, its text model."""
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in inner if set(layers) <= set(module.modules())]
+
+
 def _recomputes(model: nn.Module) -> bool:
     """Whether a backward pass would run layers again."""
-    return any(
-        (getattr(module, "gradient_checkpointing", False) and module.training)
-        or type(module).__name__ == "CheckpointWrapper"
-        for module in model.modules()
+    flagged = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    name = next(
+        (name for name in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(inner, name)), ""
     )
+    check(
+        bool(name) and (bool(flagged) or not getattr(inner, name)),
+        f"{type(inner).__name__}: got {f'{name}=True' if name else 'no is_activation_checkpointing'} and no layer with "
+        "gradient_checkpointing set, expected transformers 4.57 to 5.24, where a layer tells so; install one of them",
+    )
+    wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in model.modules())
+    return wrapped or any(module.training for module in flagged)
 
 
 def _open_window(window: Window, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -222,25 +263,24 @@ def _open_window(window: Window, module: nn.Module, args: tuple, kwargs: dict) -
             "record_visual_mass: got a forward pass with neither input_ids nor inputs_embeds, expected one; "
             "pass them by keyword",
         )
-        cache = kwargs.get("past_key_values")
-        num_past = int(cache.get_seq_length()) if cache is not None else 0
         window.recomputes = torch.is_grad_enabled() and _recomputes(module)
         check(
             not (window.recomputes and window.differentiable),
             "differentiable: got True under gradient checkpointing, expected one of the two: recorded masses would "
-            "lose their graph; call model.gradient_checkpointing_disable() or record with differentiable=False",
+            "lose their graph; turn checkpointing off or record with differentiable=False",
         )
-        window.open(tokens.shape[1], num_past, input_ids)
+        window.open(tokens.shape[1], find_cache(args, kwargs), input_ids)
         _WINDOW.set(window)
     window.depth += 1
 
 
-def _close_window(window: Window, *_) -> None:
-    """Forward hook, also after an error."""
+def _close_window(window: Window, output: object) -> None:
+    """Forward hook; after an error too, then without an output."""
     window.depth = max(0, window.depth - 1)
     if window.depth == 0 and _WINDOW.get() is window:
         _WINDOW.set(None)
-        window.masks.clear()
+        if output is not None:
+            window.close()
 
 
 @contextmanager
@@ -256,7 +296,8 @@ def record_visual_mass(
 ) -> Iterator[VisualMassRecord]:
     """Record the visual mass of every forward pass of `model` inside the block; the record holds the last one.
 
-    Recorded are calls of the model and of its base model (`model.model`). generate() is a forward pass for the prompt
+    Recorded are calls of the model and of the models inside it that hold all recorded layers: its base model
+    (`model.model`), its text model. generate() is a forward pass for the prompt
     and one for each token: afterwards the record holds the last token's masses, (B, 1). For all tokens of an answer,
     run one forward pass over prompt and answer.
 
@@ -293,15 +334,17 @@ def record_visual_mass(
     )
     global _num_recordings
     record = VisualMassRecord()
-    window = Window(modules, record, key_weights, image_token_id, head_reduction, query_mask, differentiable, backend)
+    all_layers = sorted(set(_attention_modules(inner).values()))
+    wanted = (key_weights, image_token_id, head_reduction, query_mask, differentiable, backend)
+    window = Window(modules, all_layers, record, *wanted)
     hooks = []
-    for root in {model, inner, getattr(inner, "base_model", inner)}:
+    for root in {model, inner, *_calls_all(inner, modules)}:
         hooks.append(
             root.register_forward_pre_hook(
                 lambda module, args, kwargs: _open_window(window, module, args, kwargs), with_kwargs=True
             )
         )
-        hooks.append(root.register_forward_hook(lambda *_: _close_window(window), always_call=True))
+        hooks.append(root.register_forward_hook(lambda _, __, out: _close_window(window, out), always_call=True))
     _RECORDING.update(modules)
     _num_recordings += 1
     try:

@@ -2,7 +2,7 @@
 
     from mmrpt_kernels.integrations.trl import enable_fused_head
     enable_fused_head()                     # before training; disable_fused_head() undoes it
-    GRPOTrainer(...).train()
+    GRPOTrainer(...).train()                # FSDP2 with an untied head: first unshard_head(trainer.model)
 
 Same numbers, and a backward pass that does no work for tokens whose gradient is exactly zero: zero advantages and
 filtered tokens cost nothing there. TRL looks its head up at each call in one attribute of `trl.trainer.utils`; that
@@ -18,19 +18,33 @@ from types import CodeType, ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
-from mmrpt_kernels.common.head import HeadOptions, chunk_rows, project, statistics_dtype, transform_logits
+from mmrpt_kernels.common.head import (
+    HeadOptions,
+    chunk_rows,
+    gpu_chunk_rows,
+    project,
+    statistics_dtype,
+    transform_logits,
+)
 from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
 from mmrpt_kernels.logprobs import linear_logprobs
 
-__all__ = ["Head", "HeadCall", "disable_fused_head", "enable_fused_head", "fused_head", "replaced_head"]
+__all__ = ["Head", "HeadCall", "disable_fused_head", "enable_fused_head", "fused_head", "replaced_head", "unshard_head"]
 
 VERSIONS = ("1.16", "2")
 ATTRIBUTE = "_ChunkedLogProbFunction"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # A target of log-probability above this has more than half of the mass: no other word can be ahead of it.
 SURELY_FIRST = math.log(0.5) + 1e-3
+# On a GPU a visit's product of n rows does n FLOPs a byte of a bfloat16 head, and an H100 needs about 300. A logit is
+# held up to five times over where log(sum p^2) is asked for.
+GPU_ROWS = 1024
+GPU_MATRICES = 5
 # log-probs, entropy, log(sum p^2), mean logit, whether the target is the first of the largest logits; None: not asked
 Results = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -64,6 +78,12 @@ class Head:
             raise UnsupportedError(
                 "lm head: got a parameter that DeepSpeed ZeRO-3 shards, expected a whole one: the backward pass would "
                 "find it empty; use ZeRO-2 or FSDP2, or train without the adapter"
+            )
+        if any(t is not None and _comes_from_shards(t) for t in (call.weight, call.bias)):
+            raise UnsupportedError(
+                "lm head: got a weight gathered by DTensor.full_tensor(), whose gradient would be each rank's own and "
+                "never be summed over the ranks, expected one that FSDP2 itself has gathered; call "
+                "mmrpt_kernels.integrations.trl.unshard_head(trainer.model) before trainer.train()"
             )
         return self._serve(call)
 
@@ -105,6 +125,37 @@ def replaced_head(head: Head) -> Iterator[None]:
         yield
     finally:
         setattr(utils, ATTRIBUTE, before)
+
+
+def unshard_head(model: torch.nn.Module) -> RemovableHandle:
+    """Let FSDP2 gather the head of `model` before each forward pass. Without FSDP2 nothing happens.
+
+    FSDP2 gathers parameters when their module is called. TRL's fused forward reads the head's weight without calling
+    the head: one that FSDP2 shards apart from the model's last norm (accelerate does so for untied heads of
+    vision-language models) is still a DTensor then, TRL takes its `full_tensor()`, and no rank's gradient is ever
+    summed with the others'. Give it the model that the trainer calls: `unshard_head(trainer.model)`.
+    """
+    return model.register_forward_pre_hook(_unshard)
+
+
+def _unshard(model: torch.nn.Module, _) -> None:
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
+def _comes_from_shards(tensor: torch.Tensor) -> bool:
+    """Whether the gradient of `tensor` goes to a DTensor. A parameter, also one that FSDP2 has gathered, is a leaf."""
+    nodes = {tensor.grad_fn} - {None}
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(getattr(node, "variable", None), DTensor):
+            return True
+        new = {below for below, _ in node.next_functions} - {None} - seen
+        nodes |= new
+        seen |= new
+    return False
 
 
 def _make_head(self_check: bool, backend: str | None) -> Head:
@@ -153,11 +204,17 @@ def _other_outputs(call: HeadCall, logps: torch.Tensor) -> dict[str, torch.Tenso
     rows = (~decided).nonzero().squeeze(-1)
     for name in wanted:
         found[name] = decided.clone() if name == "is_top1" else torch.zeros_like(logps)
-    step = chunk_rows(rows.numel(), weight.shape[0], None, torch.float32)
-    for chunk in rows.split(step):
+    for chunk in rows.split(_rows_per_chunk(rows.numel(), weight, statistics_dtype(hidden, weight, bias))):
         for name, values in _row_outputs(hidden[chunk], weight, bias, call.targets[chunk], options, wanted).items():
             found[name][chunk] = values
     return found
+
+
+def _rows_per_chunk(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> int:
+    """Rows of logits in `dtype` that a visit of weight (V, H) holds at once."""
+    if weight.device.type == "cpu":
+        return chunk_rows(num_rows, weight.shape[0], None, dtype)
+    return gpu_chunk_rows(weight.shape[0], GPU_ROWS, GPU_MATRICES * dtype.itemsize)
 
 
 @without_autocast

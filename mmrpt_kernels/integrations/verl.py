@@ -32,8 +32,6 @@ PARAMETERS = {
         "ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group",
     ),
 }  # fmt: skip
-# Modules that import linear_cross_entropy by name, and so hold what it was when they were imported.
-HOLDERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 # (owner, attribute, what stood there before) of each head that was replaced, the latest last.
 _replaced: list[tuple[object, str, Callable]] = []
 
@@ -62,7 +60,6 @@ def enable_fused_head(*, self_check: bool = True, backend: str | None = None) ->
     _replace(torch_functional.FusedLinearForPPO, "forward", forward)
     for holder in _holders(kernel.linear_cross_entropy):
         _replace(holder, "linear_cross_entropy", cross_entropy)
-    _replace(kernel, "linear_cross_entropy", cross_entropy)
 
 
 def disable_fused_head() -> None:
@@ -82,9 +79,9 @@ def fused_head(*, self_check: bool = True, backend: str | None = None) -> Iterat
 
 
 def _holders(function: Callable) -> list[object]:
-    """The HOLDERS that are imported already and hold `function`."""
-    modules = (sys.modules.get(name) for name in HOLDERS)
-    return [module for module in modules if getattr(module, "linear_cross_entropy", None) is function]
+    """The modules of verl, imported already, that have `function` as theirs or imported it by name, wherever it is."""
+    loaded = [module for name, module in sys.modules.items() if name.startswith("verl.") and module is not None]
+    return [module for module in loaded if vars(module).get("linear_cross_entropy") is function]
 
 
 def _replace(owner: object, attribute: str, ours: Callable) -> None:

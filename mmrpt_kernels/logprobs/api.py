@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
-from mmrpt_kernels.common.autocast import cast_for_autocast
+from mmrpt_kernels.common.autocast import autocast_dtype, cast_to, dtypes_of
 from mmrpt_kernels.common.head import HeadOptions, as_wide, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
 from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
@@ -71,7 +71,9 @@ def linear_logprobs(
 
     Args:
         hidden: (..., H) half, bfloat16, float32 or float64.
-        weight: (V, H), the lm head. A DTensor is gathered, or used in parts (docs/sharded_head.md).
+        weight: (V, H), the lm head, best in hidden's dtype: of two dtypes all products are made in float32, exact but
+            without a GPU's tensor cores (there a warning says so once). A DTensor is gathered, or used in parts
+            (docs/sharded_head.md).
         targets: (...) int64; rows of `ignore_index` give logp 0, entropy 0, no gradient and no work.
         bias: (V,) or None.
         temperature: > 0, divides the logits.
@@ -105,6 +107,8 @@ def linear_logprobs(
     their logits faster; it holds for the whole process, so it is the caller's to say.
     bfloat16 inputs' d logits are rounded to bfloat16 for their products where these have instructions of their own
     (CUDA; AMX and AVX512-BF16), float16's on CUDA, each row in units of its own.
+    Under autocast hidden, weight and bias are cast inside, anew in each pass: gradients come in the dtypes given here,
+    those of a float32 head never rounded to the autocast dtype (but for backend "reference").
 
     Raises:
         ValueError: a shape, dtype, device or option that cannot be meant; on a CPU also a target outside [0, V); on all
@@ -118,15 +122,16 @@ def linear_logprobs(
     checks.check_dtype("targets", targets, (torch.int64,))
     checks.check_same_device(hidden=hidden, targets=targets)
     name = select_backend("logprobs", hidden, weight, bias, backend, vocab_group)
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    cast = autocast_dtype(hidden)
     if name == "reference":
+        hidden, weight, bias = cast_to(cast, hidden, weight, bias)
         return LogProbs(
             *reference.linear_logprobs(hidden, weight, targets, bias, options, ignore_index, return_entropy)
         )
     checks.check_reverse_mode("linear_logprobs", hidden, weight, bias)
     flat, shape = as_wide(hidden, weight, bias).reshape(-1, hidden.shape[-1]), targets.shape
-    skipped = skip_threshold(skip_below, hidden, weight, compact)
-    how = (chunk_size, most_places(compact, targets.numel()), load_rows(name), skipped, group_name(vocab_group))
+    skipped = skip_threshold(skip_below, dtypes_of(flat, weight, cast=cast), compact)
+    how = (chunk_size, most_places(compact, targets.numel()), load_rows(name), skipped, group_name(vocab_group), cast)
     logps, entropy = operator.linear_logprobs(
         flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, *how
     )

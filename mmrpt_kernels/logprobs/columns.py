@@ -70,12 +70,11 @@ class Columns(NamedTuple):
         return self.rest @ hidden_rows.to(self.rest.dtype)
 
 
-def skip_threshold(
-    skip_below: float | str | None, hidden: torch.Tensor, weight: torch.Tensor, compact: bool | int
-) -> float:
+def skip_threshold(skip_below: float | str | None, dtypes: tuple[torch.dtype, ...], compact: bool | int) -> float:
     """The share of a chunk's gradient mass that the words left out may hold together; 0 = none may.
 
-    "auto" for half-precision inputs is half their eps, what rounding alone takes from a number: 2^-8 for bfloat16.
+    "auto" for half-precision `dtypes` of hidden and weight is half their eps, what rounding alone takes from a number:
+    2^-8 for bfloat16.
     Raises ValueError for anything but None, "auto" and numbers in [0, 1), and where nothing may wait for the device.
     """
     if skip_below is None:
@@ -85,7 +84,7 @@ def skip_threshold(
         f"skip_below: counts words, which waits for the device; compact={compact} asks that nothing does: drop one",
     )
     if skip_below == "auto":
-        kinds = [torch.finfo(t.dtype) for t in (hidden, weight)]
+        kinds = [torch.finfo(dtype) for dtype in dtypes]
         return min(kind.eps for kind in kinds) / 2 if all(kind.bits == 16 for kind in kinds) else 0.0
     checks.check(
         isinstance(skip_below, (int, float)) and 0.0 <= skip_below < 1.0,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from mmrpt_kernels.common.autocast import dtypes_of
 from mmrpt_kernels.common.head import (
     HeadOptions,
     multiplies_halves,
@@ -64,19 +65,20 @@ class Gradients:
         need: tuple[bool, bool, bool],
         skip_below: float = 0.0,
         before_loss_scale: bool = False,
+        dtypes: tuple[torch.dtype | None, ...] | None = None,
     ) -> None:
         """`need`: whether hidden, weight and bias want a gradient. hidden: (N, H).
 
         skip_below: words that together hold at most this share of a chunk's gradient leave it (`columns.leave_out`).
         before_loss_scale: what comes out is multiplied by a scale afterwards, without which float16 would lose it:
             float16's gradients come out as float32.
+        dtypes: of what comes out, for hidden, weight and bias; None: theirs. They differ where autocast has cast these.
         """
         self.head, self.need = head, (need[0], need[1], need[2] and head.bias is not None)
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
-        self.widens = before_loss_scale
-        self.hidden = None
-        if need[0]:
-            self.hidden = torch.zeros_like(hidden, dtype=self.dtype_of(hidden), memory_format=torch.contiguous_format)
+        given = dtypes or dtypes_of(hidden, head.weight, head.bias)
+        self.dtypes = tuple(torch.float32 if before_loss_scale and d == torch.float16 else d for d in given)
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0]) if need[0] else None
         self.skip_below = skip_below
         self.left_out: list[tuple[torch.Tensor, torch.Tensor]] = []  # shares (V,) and d weight (H,) of words left out
         self.weight = self.bias = None  # made by the first chunk, which has nothing to add to
@@ -88,10 +90,6 @@ class Gradients:
     def takes_scale(self) -> bool:
         """Whether `add` takes factors: which words may be left out is told from d raw itself."""
         return self.skip_below == 0.0
-
-    def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
-        """The dtype that a tensor's gradient comes out in."""
-        return torch.float32 if self.widens and tensor.dtype == torch.float16 else tensor.dtype
 
     def add(
         self,
@@ -133,7 +131,8 @@ class Gradients:
         factor = None
         if scale is not None:
             hidden_rows, factor = scaled_rows(hidden_rows, scale, matrix.dtype)
-        if alone and factor is None and matrix.is_cuda and matrix.dtype == hidden_rows.dtype:
+        direct = alone and factor is None and matrix.is_cuda
+        if direct and matrix.dtype == hidden_rows.dtype == self.dtypes[1]:
             self.weight = matrix.t() @ hidden_rows  # sums in float32, rounded once
             return
         fresh = self.weight is None
@@ -161,18 +160,14 @@ class Gradients:
             shares, common = (torch.stack(parts) for parts in zip(*self.left_out, strict=True))
             self.weight.addmm_(shares.t(), common)
 
-        def rounded(grad: torch.Tensor | None, like: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
-            if not wanted:
+        def rounded(place: int, grad: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+            if not self.need[place]:
                 return None
             if grad is None:  # no chunk came
-                return torch.zeros_like(like, dtype=self.dtype_of(like), memory_format=torch.contiguous_format)
-            return grad.to(self.dtype_of(like))
+                return like.new_zeros(like.shape, dtype=self.dtypes[place])
+            return grad.to(self.dtypes[place])
 
-        return (
-            self.hidden,
-            rounded(self.weight, self.head.weight, self.need[1]),
-            rounded(self.bias, self.head.bias, self.need[2]),
-        )
+        return self.hidden, rounded(1, self.weight, self.head.weight), rounded(2, self.bias, self.head.bias)
 
 
 def unit_slopes(slopes: Slopes, vocab: int, options: HeadOptions) -> tuple[Slopes, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.common.autocast import cast_to, dtypes_of, without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.common.shards import find_shard
 from mmrpt_kernels.logprobs.gradients import Gradients, Head
@@ -36,6 +36,7 @@ def linear_logprobs(
     rows: str,
     skip_below: float,
     vocab_group: str | None = None,
+    cast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps (N,) and entropy (N,), or (0,) when it is not wanted; 0 at ignored rows.
 
@@ -45,7 +46,9 @@ def linear_logprobs(
         rows: whose row kernels, a registered name.
         skip_below: for the backward (`columns.leave_out`).
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part.
+        cast: what autocast casts hidden, weight and bias to, for this pass alone; None: nothing.
     """
+    hidden, weight, bias = cast_to(cast, hidden, weight, bias)
     options = HeadOptions(temperature, softcap, logit_scale)
     mask = targets != ignore_index
     alike = (chunk_size, most, return_entropy, options)
@@ -86,18 +89,21 @@ def linear_logprobs_backward(
     rows: str,
     skip_below: float,
     vocab_group: str | None = None,
+    cast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """d hidden (N, H), d weight (V, H), d bias (V,), each empty where `need` is False.
+    """d hidden (N, H), d weight (V, H), d bias (V,), in their tensors' dtypes; each empty where `need` is False.
 
     With a vocab_group, whose ranks all have the same d_logps and d_entropy: d hidden is the sum over its ranks.
 
     Without an autograd formula of its own: a second derivative raises instead of being silently zero.
     """
+    dtypes = dtypes_of(hidden, weight, bias)
+    hidden, weight, bias = cast_to(cast, hidden, weight, bias)
     active = has_slope((d_logps, d_entropy)) & (targets != ignore_index)
     alike = (chunk_size, most, skip_below, need, d_entropy is not None, scalars)
     shard = None if vocab_group is None else find_shard(vocab_group, hidden, weight, targets, active, alike)
     head = Head(weight, bias, HeadOptions(*scalars), shard)
-    gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below)
+    gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below, dtypes=dtypes)
 
     def incoming(_logps, _entropy, taken):
         return d_logps[taken], None if d_entropy is None else d_entropy[taken]
@@ -131,13 +137,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, targets)
     ctx.scalars = [temperature, softcap, logit_scale]
     ctx.ignore_index, ctx.return_entropy = ignore_index, return_entropy
-    ctx.how = how  # chunk_size, most, rows, skip_below, vocab_group
+    ctx.how = how  # chunk_size, most, rows, skip_below, vocab_group, cast
     ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
 
 
 def _backward(ctx, d_logps, d_entropy):
     hidden, weight, bias, targets = ctx.saved_tensors
-    none = (None,) * 11
+    none = (None,) * 12
     if not ctx.return_entropy:
         d_entropy = None
     if d_logps is None and d_entropy is None:

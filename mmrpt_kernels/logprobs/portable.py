@@ -24,6 +24,8 @@ __all__ = ["ROW_KERNELS"]
 
 # Logits that a CPU takes through several elementwise passes at a time: 1 MiB of float32 stays in a level-2 cache.
 CACHED_ELEMENTS = 2**18
+# And elsewhere, 64 MiB of float32: each pass's launch is short beside it, and its result beside a chunk of 4096 rows.
+GPU_ELEMENTS = 2**24
 
 
 class RowState(NamedTuple):
@@ -43,15 +45,15 @@ def row_statistics(
     """
     z = transform_logits(raw, options, inplace=True)
     exps = torch.empty_like(z) if keep_logits else z
-    blocks = zip(*(t.split(rows_in_cache(z)) for t in (z, exps, targets)), strict=True)
+    blocks = zip(*(t.split(rows_at_a_time(z)) for t in (z, exps, targets)), strict=True)
     parts = [block_statistics(*block, want_entropy) for block in blocks]
     partials = Partials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True)))
     return partials, RowState(exps, z if keep_logits else None, partials.top)
 
 
-def rows_in_cache(z: torch.Tensor) -> int:
-    """Rows of z (n, V) that several elementwise passes may take together: few on a CPU, all elsewhere."""
-    return max(1, CACHED_ELEMENTS // z.shape[-1]) if z.device.type == "cpu" else max(1, z.shape[0])
+def rows_at_a_time(z: torch.Tensor) -> int:
+    """Rows of z (n, V) that several elementwise passes take together; what they leave on the way is as large."""
+    return max(1, (CACHED_ELEMENTS if z.device.type == "cpu" else GPU_ELEMENTS) // z.shape[-1])
 
 
 def words_here(targets: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +100,7 @@ def row_gradient(
         offset = offset + d_entropy * (total.log() - softmax.entropy[:, None]) * scale
     at_target = torch.where(here, d_logps, 0.0)
     columns = (state.exps, state.z, top, words, at_target, idle, slope, offset)
-    step = rows_in_cache(state.exps)
+    step = rows_at_a_time(state.exps)
     for start in range(0, targets.shape[0], step):
         block_gradient(*(None if t is None else t[start : start + step] for t in columns), options)
     return state.exps
@@ -128,7 +130,7 @@ def row_exponentials(
 ) -> tuple[Exponentials, torch.Tensor]:
     """`RowKernels.exponentials`, written over raw (n, V)."""
     assert into is None, "portable row kernels write over the logits"
-    blocks = zip(*(t.split(rows_in_cache(raw)) for t in (raw, targets)), strict=True)
+    blocks = zip(*(t.split(rows_at_a_time(raw)) for t in (raw, targets)), strict=True)
     parts = [block_exponentials(*block, options, want_entropy) for block in blocks]
     return Exponentials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True))), raw
 

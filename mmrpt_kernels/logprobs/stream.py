@@ -14,7 +14,14 @@ from functools import partial
 
 import torch
 
-from mmrpt_kernels.common.head import chunk_rows, even_rows, products_dtype, project, statistics_dtype
+from mmrpt_kernels.common.head import (
+    chunk_rows,
+    even_rows,
+    gpu_chunk_rows,
+    products_dtype,
+    project,
+    statistics_dtype,
+)
 from mmrpt_kernels.logprobs.gradients import Gradients, Head, unit_slopes
 from mmrpt_kernels.logprobs.places import Places
 from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials, has_slope
@@ -27,9 +34,8 @@ MAX_TALL_ROWS = 1024
 # On a GPU a chunk is sized by what the weight gradient costs: the product that adds n rows to it does 2 n H V FLOPs and
 # reads and writes 8 H V bytes of float32 accumulator, n / 4 FLOPs a byte. An H100 needs about 300 (990 TFLOP/s dense in
 # bfloat16, 3.35 TB/s), an H200 about 200: 4096 rows give 1024, so that the accumulator's traffic is at most a third of
-# that one product's time even where nothing overlaps. A logit takes 6 bytes (float32, and its bfloat16 gradient).
+# that one product's time even where nothing overlaps.
 GPU_ROWS = 4096
-GPU_BYTES = 4 * 2**30
 
 # (logps (n,), entropy (n,) or None, rows (n,) int64) -> d loss / d logps (n,), d loss / d entropy (n,) or None
 Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slopes]
@@ -52,11 +58,14 @@ def check_targets(targets: torch.Tensor, places: Places, vocab: int) -> None:
         )
 
 
-def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: torch.dtype) -> int:
+def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: torch.dtype, *, matrices: int = 1) -> int:
     """Rows a chunk: `chunk_size` or a memory budget at most, and all chunks alike so that the last is no stub.
 
     Every chunk reads and writes the whole weight gradient, which only tall chunks pay back: on a CPU the budget may
     grow to an eighth of the weight gradient's own size.
+
+    dtype: of the logits. matrices: how many of that dtype the row kernels hold of a chunk; a gradient in half precision
+        may come on top.
     """
     vocab, width = head.weight.shape
     if head.shard is not None:
@@ -64,7 +73,7 @@ def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: tor
     if chunk_size is not None:
         limit = chunk_size
     elif head.weight.is_cuda:
-        limit = max(1, min(GPU_ROWS, GPU_BYTES // (6 * vocab)))
+        limit = gpu_chunk_rows(vocab, GPU_ROWS, matrices * dtype.itemsize + 2)
     else:
         limit = max(chunk_rows(num_rows, vocab, None, dtype), min(width // 8, MAX_TALL_ROWS))
     return even_rows(num_rows, limit)
@@ -165,7 +174,8 @@ def visit(
     count = rows.shape[0]
     if coefficients is None or gradients is None or not gradients.wanted():
         gradients = None
-    step = rows_per_chunk(count, head, chunk_size, dtype)
+    matrices = 1 if kernels.rounds else 2  # those that write over the logits keep exponentials beside them
+    step = rows_per_chunk(count, head, chunk_size, dtype, matrices=matrices)
     how = {"want_entropy": want_entropy, "entropy_learns": entropy_learns, "may_wait": counts is None}
     read, into = reader(kernels, hidden, head, gradients, min(step, count), **how)
     for start in range(0, count, step):

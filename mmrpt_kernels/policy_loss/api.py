@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mmrpt_kernels.common import checks
-from mmrpt_kernels.common.autocast import cast_for_autocast
+from mmrpt_kernels.common.autocast import autocast_dtype, cast_to, dtypes_of
 from mmrpt_kernels.common.head import HeadOptions, as_wide, check_head, statistics_dtype
 from mmrpt_kernels.common.sharding import group_name, local_head
 from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
@@ -90,7 +90,7 @@ def linear_policy_loss(
 
     Args:
         hidden: (B, T, H) half, bfloat16, float32 or float64. weight: (V, H). bias: (V,) or None. These three get
-            gradients; all other tensors are constants.
+            gradients (under autocast as in `linear_logprobs`); all other tensors are constants.
         targets: (B, T) int64. `ignore_index` takes a token out of the response.
         advantages: (B,) or (B, T). A token of advantage 0 has no policy term.
         response_mask: (B, T) bool, the tokens the loss averages over. What masked tokens hold, NaN included, never
@@ -110,8 +110,8 @@ def linear_policy_loss(
         surrogate: "clip", or "cispo" (arXiv 2506.13585), which takes no dual_clip; the ratio's level is ratio_level.
         aggregation: "token_mean" over response tokens, "sequence_mean" the mean over non-empty sequences of their token
             means, "sum".
-        normalizer: number or 0-d tensor that replaces the aggregation's own count (tokens, sequences, 1): across ranks
-            and micro-batches the caller's number.
+        normalizer: number or 0-d tensor, on the CPU or where hidden is, that replaces the aggregation's own count
+            (tokens, sequences, 1): across ranks and micro-batches the caller's number.
         temperature, softcap, logit_scale: of the logits, as in `linear_logprobs`.
         return_statistics: False: only tokens with a gradient are computed.
         chunk_size: rows of logits held at once; None: from a memory budget.
@@ -151,7 +151,7 @@ def linear_policy_loss(
     )
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
     check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
-    check_options(options, aggregation, normalizer, ref_logps)
+    check_options(options, aggregation, normalizer, ref_logps, hidden)
     dtype = statistics_dtype(hidden, weight, bias)
     tokens = gather_tokens(
         hidden,
@@ -167,9 +167,9 @@ def linear_policy_loss(
         sampler_weights=sampler_weights,
     )
     name = select_backend("policy_loss", hidden, weight, bias, backend, vocab_group)
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
-    hidden = as_wide(hidden, weight, bias)
+    hidden, cast = as_wide(hidden, weight, bias), autocast_dtype(hidden)
     if name == "reference":
+        hidden, weight, bias = cast_to(cast, hidden, weight, bias)
         loss, logps, entropy = reference.linear_policy_loss(
             hidden, weight, targets, bias, head, tokens, options, aggregation, normalizer, return_statistics
         )
@@ -180,8 +180,9 @@ def linear_policy_loss(
             "chunk_size": chunk_size,
             "most": most_places(compact, targets.numel()),
             "rows": load_rows(name),
-            "skip_below": skip_threshold(skip_below, hidden, weight, compact),
+            "skip_below": skip_threshold(skip_below, dtypes_of(hidden, weight, cast=cast), compact),
             "vocab_group": group_name(vocab_group),
+            "cast": cast,
         }
         loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
     logps, entropy = logps.detach(), entropy.detach()
@@ -270,16 +271,21 @@ def linear_token_loss(
         how = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
         head = {"bias": bias, "vocab_group": vocab_group, **options._asdict(), **how}
         return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
-    flat, weight, bias = cast_for_autocast(flat, weight, bias)
-    flat = as_wide(flat, weight, bias)
+    flat, cast = as_wide(flat, weight, bias), autocast_dtype(hidden)
     checked = Checked(token_loss, use_entropy)
-    arguments = (flat, weight, ids, bias, options)
     if name == "reference":
-        return reference.linear_token_loss(*arguments, active.nonzero().squeeze(-1), checked, use_entropy)
-    threshold, most = skip_threshold(skip_below, flat, weight, compact), most_places(compact, ids.shape[0])
-    how = {"most": most, "chunk_size": chunk_size, "kernels": load_rows(name), "skip_below": threshold}
-    how["vocab_group"] = group_name(vocab_group)
-    return operator.linear_token_loss(*arguments, active, checked, use_entropy, **how)
+        flat, weight, bias = cast_to(cast, flat, weight, bias)
+        rows = active.nonzero().squeeze(-1)
+        return reference.linear_token_loss(flat, weight, ids, bias, options, rows, checked, use_entropy)
+    how = {
+        "most": most_places(compact, ids.shape[0]),
+        "chunk_size": chunk_size,
+        "kernels": load_rows(name),
+        "skip_below": skip_threshold(skip_below, dtypes_of(flat, weight, cast=cast), compact),
+        "vocab_group": group_name(vocab_group),
+        "cast": cast,
+    }
+    return operator.linear_token_loss(flat, weight, ids, bias, options, active, checked, use_entropy, **how)
 
 
 def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:

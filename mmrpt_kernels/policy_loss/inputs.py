@@ -31,9 +31,13 @@ def _check_finite(name: str, value: float) -> None:
 
 
 def check_options(
-    options: PolicyOptions, aggregation: str, normalizer: torch.Tensor | float | None, ref_logps: torch.Tensor | None
+    options: PolicyOptions,
+    aggregation: str,
+    normalizer: torch.Tensor | float | None,
+    ref_logps: torch.Tensor | None,
+    like: torch.Tensor,
 ) -> None:
-    """Raise ValueError for settings that cannot be meant."""
+    """Raise ValueError for settings that cannot be meant. like: the hidden states, on whose device the loss is made."""
     _check_word("kl_estimator", options.kl_estimator, KL_ESTIMATORS)
     _check_word("entropy_scope", options.entropy_scope, ENTROPY_SCOPES)
     _check_word("entropy_kind", options.entropy_kind, ENTROPY_KINDS)
@@ -58,6 +62,8 @@ def check_options(
     )
     if isinstance(normalizer, torch.Tensor):
         checks.check_shape("normalizer", normalizer, (), "a scalar: what the summed loss is divided by")
+        if normalizer.device.type != "cpu":  # torch takes a CPU's scalar as a number, on any device
+            checks.check_same_device(hidden=like, normalizer=normalizer)
     elif normalizer is not None:
         checks.check_range("normalizer", normalizer, 0.0, None, low_open=True)
 

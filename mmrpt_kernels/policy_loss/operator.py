@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.common.autocast import cast_to, dtypes_of, without_autocast
 from mmrpt_kernels.common.head import HeadOptions, statistics_dtype
 from mmrpt_kernels.common.shards import find_shard
 from mmrpt_kernels.logprobs.gradients import Head
 from mmrpt_kernels.logprobs.places import choose, split
 from mmrpt_kernels.logprobs.stream import check_targets
-from mmrpt_kernels.policy_loss.hand_out import dtypes_of, hand_out
+from mmrpt_kernels.policy_loss.hand_out import hand_out
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import learning_rows, policy_rows, token_losses
 from mmrpt_kernels.policy_loss.visits import LossStream, learn_by_sequence
@@ -59,9 +59,10 @@ def linear_policy_loss(
     rows: str,
     skip_below: float,
     vocab_group: str | None = None,
+    cast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, empty where not needed, float16's
-    in float32.
+    """Loss, logps (B, T), entropy (B, T), and d hidden, d weight, d bias of the loss, in their tensors' dtypes but
+    float16's in float32; empty where not needed.
 
     Args:
         hidden: (B, T, H). weight: (V, H). The other tensors (B, T), targets int64, response and perception bool.
@@ -74,7 +75,10 @@ def linear_policy_loss(
         skip_below: as `logprobs.columns.leave_out`.
         vocab_group: name of the process group over which the vocabulary is cut; weight and bias are this rank's part,
             d hidden the sum over ranks.
+        cast: what autocast casts hidden, weight and bias to, in here alone; None: nothing.
     """
+    dtypes = dtypes_of(hidden, weight, bias)
+    hidden, weight, bias = cast_to(cast, hidden, weight, bias)
     shape = targets.shape
     tokens = PolicyTokens(response, perception, advantages, old_logps, ref_logps, sampler_weights)
     tokens = PolicyTokens(*(None if t is None else t.reshape(-1) for t in tokens))
@@ -99,7 +103,7 @@ def linear_policy_loss(
         shard = find_shard(vocab_group, flat, weight, ids, _work(tokens), alike)
     head = Head(weight, bias, head_options, shard)
     how = {"entropy_learns": entropy_learns, "chunk_size": chunk_size, "rows": rows, "skip_below": skip_below}
-    stream = LossStream(flat, head, ids, need=need, **how)
+    stream = LossStream(flat, head, ids, need=need, dtypes=dtypes, **how)
     with torch.no_grad():
         _visit_all(stream, tokens, options, tuple(shape), loss_weights.reshape(-1), see_all, most)
     grads = stream.gradients.result()
@@ -172,7 +176,8 @@ def _backward(ctx, d_loss, *_constants):
     if d_loss is None:
         return none
     grads = zip(ctx.saved_tensors, ctx.need, ctx.dtypes, strict=True)
-    return *((grad * d_loss.to(grad.dtype)).to(dtype) if needed else None for grad, needed, dtype in grads), *none[3:]
+    factor = d_loss.reshape(1)  # not 0-d: see hand_out.as_factor
+    return *((grad * factor).to(dtype) if needed else None for grad, needed, dtype in grads), *none[3:]
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -199,25 +204,29 @@ class _TokenLoss(torch.autograd.Function):
     """The eager route of `linear_token_loss`: a Python callable cannot pass through a custom operator's schema."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, active, token_loss, options, want_entropy, need, most, how, group):
+    def forward(
+        ctx, hidden, weight, bias, targets, active, token_loss, options, want_entropy, need, most, how, group, cast
+    ):
+        ctx.handed_out, ctx.dtypes = False, dtypes_of(hidden, weight, bias)
+        hidden, weight, bias = cast_to(cast, hidden, weight, bias)
         shard = None
         if group is not None:
             alike = (most, how, need, want_entropy, options)
             shard = find_shard(group, hidden, weight, targets, active, alike)
         head = Head(weight, bias, options, shard)
-        stream = LossStream(hidden, head, targets, need=need, entropy_learns=want_entropy, **how)
+        how = how | {"need": need, "dtypes": ctx.dtypes}
+        stream = LossStream(hidden, head, targets, entropy_learns=want_entropy, **how)
         places = choose(active, most)
         check_targets(targets, places, head.vocab)
         with torch.autocast(hidden.device.type, enabled=False):
             stream.learn(places, want_entropy, token_loss, None, None if places.counts is None else active)
         grads = stream.gradients.result()
         ctx.save_for_backward(*grads)
-        ctx.handed_out, ctx.dtypes = False, dtypes_of(hidden, weight, bias)
         return stream.losses.sum()
 
     @staticmethod
     def backward(ctx, d_loss):
-        return *hand_out(ctx, d_loss), *(None,) * 9
+        return *hand_out(ctx, d_loss), *(None,) * 10
 
 
 def linear_token_loss(
@@ -235,14 +244,15 @@ def linear_token_loss(
     kernels: str,
     skip_below: float,
     vocab_group: str | None,
+    cast: torch.dtype | None,
 ) -> torch.Tensor:
     """Sum of token_loss over active (N,) bool, called once a chunk; hidden (N, H), targets (N,).
 
     most: how many tokens are active at most (`places.most_places`). kernels: whose row kernels. vocab_group: name of
-    the process group over which the vocabulary is cut, or None.
+    the process group over which the vocabulary is cut, or None. cast: as in `linear_policy_loss`.
     """
     grad = torch.is_grad_enabled()
     need = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
     how = {"chunk_size": chunk_size, "rows": kernels, "skip_below": skip_below}
-    how_and_where = (token_loss, options, want_entropy, need, most, how, vocab_group)
+    how_and_where = (token_loss, options, want_entropy, need, most, how, vocab_group, cast)
     return _TokenLoss.apply(hidden, weight, bias, targets, active, *how_and_where)

@@ -34,14 +34,17 @@ class LossStream:
         chunk_size: int | None,
         rows: str,
         skip_below: float = 0.0,
+        dtypes: tuple[torch.dtype | None, ...] | None = None,
     ) -> None:
         """need: whether hidden, weight, bias want a gradient; entropy_learns: whether the loss depends on entropies;
-        rows: whose row kernels; skip_below: see `Gradients`."""
+        rows: whose row kernels; skip_below, dtypes: see `Gradients`."""
         self.hidden, self.head, self.targets, self.chunk_size = hidden, head, targets, chunk_size
         self.kernels = row_kernels(rows)
         self.dtype = statistics_dtype(hidden, head.weight, head.bias)
         self.entropy_learns = entropy_learns
-        self.gradients = Gradients(hidden, head, need=tuple(need), skip_below=skip_below, before_loss_scale=True)
+        self.gradients = Gradients(
+            hidden, head, need=tuple(need), skip_below=skip_below, before_loss_scale=True, dtypes=dtypes
+        )
         self.losses = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.logps = hidden.new_zeros(targets.shape, dtype=self.dtype)
         self.entropy = hidden.new_zeros(targets.shape, dtype=self.dtype)

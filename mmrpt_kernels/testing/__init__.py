@@ -7,8 +7,9 @@ from mmrpt_kernels.testing.cases import (
     HeadCase,
     attention_inputs,
     head_inputs,
+    on_a_grid,
 )
-from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory
+from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory, sum_cap, sum_error
 from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head, kept_words
 
 __all__ = [
@@ -24,5 +25,8 @@ __all__ = [
     "draw_head",
     "head_inputs",
     "kept_words",
+    "on_a_grid",
     "poisoned_memory",
+    "sum_cap",
+    "sum_error",
 ]

@@ -6,7 +6,8 @@
     assert "wgmma" in compiled.ptx
 
 Or let a launcher write the specs: inside `recorded_launches(module, arch=90)` a module's kernels do not run but are
-written down, as Triton would specialise them. Tensors on torch's "meta" device will do, at any size.
+written down, as Triton would specialise them; launches that differ in their specs compile a kernel each. Tensors on
+torch's "meta" device will do, at any size.
 
 The work is done in a child process: a process whose Triton interprets (TRITON_INTERPRET=1) cannot compile. Triton's own
 cache makes a second run quick.
@@ -72,8 +73,8 @@ class KernelSpec(NamedTuple):
     """One kernel under one configuration.
 
     signature: run-time arguments in Triton's words: "*bf16", "*fp32", "*i1", "i32", "i64", "fp32". Pointers count as
-        aligned to 16 bytes, as torch's allocations are; "i32:16" promises a multiple of 16, as Triton finds out by
-        itself at a launch.
+        aligned to 16 bytes, as torch's allocations are, "*fp32:1" not; "i32:16" promises a multiple of 16, as Triton
+        finds out by itself at a launch.
     constants: the values of tl.constexpr arguments, and of run-time arguments that a launch passes as None or 1.
     options: further compiler options, such as {"maxnreg": 168}.
     """
@@ -151,19 +152,33 @@ class _Recorder:
         constexprs = {p.name for p in getattr(self.kernel, "params", ()) if p.is_constexpr} or {
             name for name in self.kernel.arg_names if "constexpr" in str(self.kernel.fn.__annotations__.get(name, ""))
         }
+        general = _listed(self.kernel, "do_not_specialize")
+        anywhere = general | _listed(self.kernel, "do_not_specialize_on_alignment")
         for name, value in given.items():
-            if name in constexprs or value is None or (type(value) is int and value == 1):
+            if name in constexprs or value is None or (type(value) is int and value == 1 and name not in general):
                 constants[name] = getattr(value, "value", value)
             elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + ELEMENTS[value.dtype]
+                signature[name] = "*" + ELEMENTS[value.dtype] + ":1" * (name in anywhere or not _aligned(value))
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-                signature[name] = kind + ":16" * (value % 16 == 0)
+                signature[name] = kind + ":16" * (name not in anywhere and value % 16 == 0)
         self.into.append(
             KernelSpec(self.module, self.name, self.arch, signature, constants, num_warps, num_stages, options)
         )
+
+
+def _listed(kernel: Any, option: str) -> set[str]:
+    """Names of the arguments that a kernel's decorator lists under `option`."""
+    given = getattr(kernel, option, None) or getattr(kernel, "kwargs", {}).get(option) or ()
+    return {kernel.arg_names[one] if isinstance(one, int) else one for one in given}
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Whether it starts at a multiple of 16 bytes; one without memory of its own as an allocation of torch's would."""
+    start = tensor.storage_offset() * tensor.itemsize if tensor.is_meta else tensor.data_ptr()
+    return start % 16 == 0
 
 
 @contextmanager
@@ -247,7 +262,7 @@ def _compile(spec: KernelSpec) -> dict[str, Any]:
                 continue
             kind, _, multiple = spec.signature[name].partition(":")
             signature[name] = kind
-            if kind.startswith("*") or multiple == "16":
+            if multiple == "16" or (kind.startswith("*") and not multiple):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         unknown = (spec.signature.keys() | spec.constants.keys()) - set(kernel.arg_names)
         if unknown:

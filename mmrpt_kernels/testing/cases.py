@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ATTENTION_CASES", "HEAD_CASES", "AttentionCase", "HeadCase", "attention_inputs", "head_inputs"]
+__all__ = [
+    "ATTENTION_CASES",
+    "HEAD_CASES",
+    "AttentionCase",
+    "HeadCase",
+    "attention_inputs",
+    "head_inputs",
+    "on_a_grid",
+]
 
 
 class HeadCase(NamedTuple):
@@ -66,6 +74,16 @@ def head_inputs(
         "bias": normal(case.vocab).to(device, dtype) if case.bias else None,
     }
     return made | {"targets": targets.to(device)}
+
+
+def on_a_grid(tensor: torch.Tensor, size: float = 1.0) -> torch.Tensor:
+    """Multiples of a power of two, about size / 8.
+
+    Sums of their products are exact in whatever order they are added, while they have no more bits than a float: BLAS
+    promises equal bits for equal rows, or on two machines, of no other numbers.
+    """
+    step = 2.0 ** math.floor(math.log2(size / 8))
+    return (tensor / step).round() * step
 
 
 class AttentionCase(NamedTuple):

@@ -1,4 +1,4 @@
-"""Kernels that test_aot.py compiles: one that fits, one that cannot."""
+"""Kernels that test_aot.py compiles: one that fits, one that cannot, and one of every kind of argument."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def product(a, b, c, n, SIZE: tl.constexpr, ACCUMULATORS: tl.constexpr):
         if ACCUMULATORS > 0:
             other = tl.dot(b_tile, a_tile, other)
     tl.store(c + offsets, total + other)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["start", "near"])
+def arguments(whole, start, rows, near, stride, factor, none, SIZE: tl.constexpr):
+    pass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -17,8 +21,10 @@ from mmrpt_kernels.testing.aot import (
     ResourceError,
     check_resources,
     compile_kernels,
+    recorded_launches,
     table,
 )
+from tests.kernels import aot_kernels
 
 SIGNATURE = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "n": "i32"}
 
@@ -62,3 +68,44 @@ def test_what_does_not_compile_says_why():
         compile_kernels([spec(90, size=48)])
     with pytest.raises(CompileError, match=r"no such arguments: \['X'\]"):
         compile_kernels([spec(90)._replace(constants={"SIZE": 64, "ACCUMULATORS": 0, "X": 1})])
+
+
+ARGUMENTS = ("whole", "start", "rows", "near", "stride", "factor", "none", "SIZE")
+NUMBERS = (1, 3, 32, 2**31)
+ASK_TRITON = f"""
+import json, torch
+from aot_kernels import arguments
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+bind = create_function_from_signature(arguments.signature, arguments.params, make_backend(GPUTarget("cuda", 90, 32)))
+pieces = [torch.zeros(64)[start:] for start in (0, 1)]
+print(json.dumps([bind(x, x, n, n, n, 1.0, None, SIZE=16)[1] for x in pieces for n in {NUMBERS}]))
+"""
+
+
+def in_tritons_words(spec: KernelSpec, name: str) -> tuple:
+    """(type, "D" for a multiple of 16 bytes) or ("constexpr", value)."""
+    if name in spec.constants:
+        return "constexpr", spec.constants[name] or ""
+    kind, _, multiple = spec.signature[name].partition(":")
+    pointer = kind.startswith("*")
+    return kind, "D" if (multiple != "1" if pointer else multiple == "16") else ""
+
+
+def test_launches_are_recorded_as_triton_specialises_them():
+    """Against the function with which Triton looks a launch's kernel up, in a process that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run([sys.executable, "-c", ASK_TRITON], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with recorded_launches(aot_kernels, arch=90) as specs:
+        for start in (0, 1):
+            for pieces in (torch.zeros(64)[start:], torch.zeros(64, device="meta")[start:]):
+                for number in NUMBERS:
+                    aot_kernels.arguments[(1,)](pieces, pieces, number, number, number, 1.0, None, SIZE=16)
+    recorded = [[in_tritons_words(spec, name) for name in ARGUMENTS] for spec in specs]
+    count = len(NUMBERS)
+    expected = [[(kind, key or "") for kind, key in launch] for launch in json.loads(run.stdout)]
+    assert recorded[:count] == recorded[count : 2 * count] == expected[:count]
+    assert recorded[2 * count : 3 * count] == recorded[3 * count :] == expected[count:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from mmrpt_kernels.testing import (
     assert_close_to_truth,
     attention_inputs,
     head_inputs,
+    on_a_grid,
     poisoned_memory,
+    sum_cap,
 )
 
 OPTIONS = (HeadOptions(), HeadOptions(0.7), HeadOptions(1.3, 5.0, -1.7), HeadOptions(softcap=30.0))
@@ -118,25 +122,25 @@ class TestHead:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("vocab", [1, 33, head.WIDEN_ROWS + 5])
     def test_projection_and_its_gradients(self, dtype, vocab):
+        """Of inputs on a grid, whose sums are exact in float32 and not in half precision."""
         made = head_inputs(HEAD_CASES[0]._replace(rows=9, vocab=vocab, bias=True), dtype=dtype)
-        hidden, weight, bias = made["hidden"], made["weight"], made["bias"]
+        hidden, weight, bias = (on_a_grid(made[name], 1 / 8) for name in ("hidden", "weight", "bias"))
         stat = head.statistics_dtype(hidden)
-        tolerance = {"rtol": 1e-5, "atol": 1e-4} if stat == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
         with poisoned_memory():
             raw = head.project(hidden, weight, bias)
-            grad = torch.randn(9, vocab, dtype=stat)
+            grad = on_a_grid(torch.randn(9, vocab, dtype=stat), 1 / 8)
             to_hidden = head.project_backward_hidden(grad, weight)
         into = torch.ones(vocab, 8, dtype=stat)
         head.project_backward_weight(grad, hidden, into)
         h, w, g = hidden.double(), weight.double(), grad.double()
-        torch.testing.assert_close(raw.double(), h @ w.T + bias.double(), **tolerance)
-        torch.testing.assert_close(to_hidden.double(), g @ w, **tolerance)
-        torch.testing.assert_close(into.double(), 1 + g.T @ h, **tolerance)
+        assert torch.equal(raw.double(), h @ w.T + bias.double())
+        assert torch.equal(to_hidden.double(), g @ w)
+        assert torch.equal(into.double(), 1 + g.T @ h)
         factor = torch.tensor(0.125, dtype=stat)
         head.project_backward_weight(grad, hidden, into, factor=factor)
-        torch.testing.assert_close(into.double(), 1 + 1.125 * (g.T @ h), **tolerance)
+        assert torch.equal(into.double(), 1 + 1.125 * (g.T @ h))
         head.project_backward_weight(grad, hidden, into.fill_(torch.nan), fresh=True, factor=factor)
-        torch.testing.assert_close(into.double(), 0.125 * (g.T @ h), **tolerance)
+        assert torch.equal(into.double(), 0.125 * (g.T @ h))
 
     @pytest.mark.parametrize("vocab", (33, 1009, 1024))
     @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
@@ -192,9 +196,30 @@ class TestErrorRule:
         with pytest.raises(AssertionError, match="max error"):  # a bfloat16 error where float32 was asked for
             assert_close_to_truth(self.eager, self.truth.float(), self.truth)
 
+    def test_refuses_what_is_wrong_in_all_small_entries(self):
+        """Of one certain word and a thousand of 0.1 % each: bfloat16's eps of the first exceeds all the others."""
+        truth = torch.full((1001,), 1e-3, dtype=torch.float64)
+        truth[7] = 1.0
+        eager = truth.to(torch.bfloat16)
+        without = torch.where(truth == 1.0, truth, 0.0)
+        with pytest.raises(AssertionError, match="RMS error"):
+            assert_close_to_truth(without, eager, truth)
+        assert (without - truth).abs().max() < torch.finfo(torch.bfloat16).eps
+
     def test_refuses_a_broken_yardstick(self):
         with pytest.raises(AssertionError, match="broken yardstick"):
             assert_close_to_truth(self.truth, self.truth.float() + 1, self.truth)
+
+    def test_a_sum_one_by_one_is_no_broken_yardstick_but_a_wrong_one_is(self):
+        terms = torch.rand(151_936, generator=torch.Generator().manual_seed(0))
+        truth, one_by_one = terms.double().sum()[None], functools.reduce(torch.add, terms.unbind())[None]
+        assert_close_to_truth(terms.sum()[None], one_by_one, truth, eager_cap=sum_cap(len(terms)))
+        with pytest.raises(AssertionError, match="broken yardstick"):
+            assert_close_to_truth(terms.sum()[None], one_by_one, truth)
+        for off, few in ((0.99, len(terms)), (truth.to(torch.bfloat16) / truth, 1024)):
+            with pytest.raises(AssertionError, match="broken yardstick"):
+                assert_close_to_truth(terms.sum()[None], (truth * off).float(), truth, eager_cap=sum_cap(few))
+        assert sum_cap(151_936, exponents=3.0, dtype=torch.bfloat16) == 64.0
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_refuses_special_values_in_other_places(self, value):

@@ -308,6 +308,20 @@ def test_the_vision_tower_stands_still_before_its_start(policy, pairs):
     assert any("visual." in name for name in moved)
 
 
+def test_a_model_whose_vision_tower_is_not_found_is_refused(policy, monkeypatch):
+    monkeypatch.setattr(policy.model, "get_decoder", lambda: policy.model)
+    with pytest.raises(ValueError, match="no parameters outside of its decoder, embedding and head"):
+        Optimiser(policy.model, OptimiserSettings())
+
+
+def test_muon_gets_the_matrices_of_the_decoder_alone(policy):
+    muon = Optimiser(policy.model, OptimiserSettings(kind="muon")).parts[1]
+    names = {parameter: name for name, parameter in policy.model.named_parameters()}
+    found = {names[p].split(".")[-2] for group in muon.param_groups for p in group["params"]}
+    assert found == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert all("language_model" in names[p] for group in muon.param_groups for p in group["params"])
+
+
 def test_the_learning_rate_is_a_function_of_the_step():
     settings = OptimiserSettings(lr=1.0, warmup_steps=4, final_fraction=0.2)
     rates = [learning_rate(settings, step, 14) for step in range(15)]

@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-import zlib
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from safetensors.torch import load_file
 from mmrpt.config import load_settings
 from mmrpt.data.jsonl import read_jsonl
 from mmrpt.rewards.combine import REWARDS
+from mmrpt.samplelog import log_step
 from mmrpt.sources import Sources
 from mmrpt.train import main
 from mmrpt.trainer import Trainer
@@ -39,10 +38,14 @@ class Killed(BaseException):
 
 
 def patch_outside_world(patch: pytest.MonkeyPatch) -> None:
-    """Pairs of coloured cards, rewards that an untrained model can earn, and no plots."""
+    """Pairs of coloured cards, rewards for three prompts of a round whatever is said, and no plots.
+
+    A step consumes two groups, so the six steps sample in the first, second, fourth and fifth of them, and two groups,
+    then one, wait in the buffer at the checkpoints: on any CPU, however it rounds.
+    """
 
     def column(completions, **_):
-        return [float(zlib.crc32(c.encode()) % 3 == 0) for c in completions]
+        return [float(row in (0, 6, 10)) for row in range(len(completions))]  # one of the two rollouts of 0, 3 and 5
 
     def open_sources(settings):
         train = ColourPairs(24)
@@ -69,6 +72,7 @@ def settings_in(folder: Path, *overrides: str):
 def straight(tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed."""
     settings = settings_in(tmp_path_factory.mktemp("straight"))
+    assert settings.warmup.optimiser.kind == "muon"  # whose state is then saved and restored below
     Trainer(settings).run()
     return settings.run_dir
 
@@ -185,57 +189,58 @@ def kill(settings, path: str, call: int, *, after: bool = False) -> None:
             Trainer(settings).run()
 
 
-MOMENTS = {
-    "while the vision tower trains": ("mmrpt.trainer.sight_loss", 3, False),
-    "between the vision tower and the warm-up": ("mmrpt.trainer.supervised_loss", 1, False),
-    "in the warm-up, between checkpoints": ("mmrpt.trainer.supervised_loss", 4, False),
-    "in the warm-up, before its first checkpoint": ("mmrpt.trainer.supervised_loss", 2, False),
-    "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 3 + 4, False),
-    "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 3 + 4, True),
-    "right after a checkpoint": ("mmrpt.trainer.drop_older", 1, False),
-    "between the last checkpoint of a phase and its end": ("mmrpt.trainer.save_checkpoint", 2 + 3, False),
-    "while captions are scored": ("mmrpt.trainer.score_sentences", 2, False),
-    "between scores and masks": ("mmrpt.trainer.choose_threshold", 1, False),
-    "while rollouts are sampled": ("mmrpt.reinforce.collect_round", 4, False),
-    "in a step of reinforcement": ("mmrpt.reinforce.policy_loss", 4, False),
-    "between a step of reinforcement and its log": ("mmrpt.trainer.log_step", 4, False),
-    "at the end of reinforcement": ("mmrpt.trainer.log_step", 6, True),
-    "in the control": ("mmrpt.trainer.supervised_loss", 5 + 4, False),
-    "between two models' evaluation": ("mmrpt.trainer.evaluate_policy", 2, False),
-    "in an evaluation": ("mmrpt.evaluate.answer_samples", 5, False),
-    "among the pictures": ("mmrpt.trainer.write_gallery", 1, False),
+# (function, call of it in this life of the run, whether it did its work) of each death, one life after another.
+DEATHS = {
+    "the warm-up": {
+        "while the vision tower trains": ("mmrpt.trainer.sight_loss", 3, False),
+        "between the vision tower and the warm-up": ("mmrpt.trainer.supervised_loss", 1, False),
+        "before the first checkpoint": ("mmrpt.trainer.supervised_loss", 2, False),
+        "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 4, False),
+        "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 2, True),
+        "between checkpoints": ("mmrpt.trainer.supervised_loss", 2, False),
+        "right after a checkpoint": ("mmrpt.trainer.drop_older", 2, False),
+        "between the last checkpoint and the end": ("mmrpt.trainer.save_checkpoint", 1, False),
+    },
+    "masking and reinforcement": {
+        "while captions are scored": ("mmrpt.trainer.score_sentences", 2, False),
+        "between scores and masks": ("mmrpt.trainer.choose_threshold", 1, False),
+        "in a step of reinforcement": ("mmrpt.reinforce.policy_loss", 4, False),
+        "between a step of reinforcement and its log": ("mmrpt.trainer.log_step", 2, False),
+        "in a step on groups that waited": ("mmrpt.trainer.train_on_groups", 1, False),
+        "at the end of reinforcement": ("mmrpt.trainer.log_step", 4, True),
+    },
+    "the control and the evaluation": {
+        "in the control": ("mmrpt.trainer.supervised_loss", 5 + 4, False),
+        "between two models' evaluation": ("mmrpt.trainer.evaluate_policy", 2, False),
+        "in an evaluation": ("mmrpt.evaluate.answer_samples", 5, False),
+        "among the pictures": ("mmrpt.trainer.write_gallery", 1, False),
+    },
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_ends_as_if_nothing_had_been(straight, tmp_path, moment):
+@pytest.mark.parametrize("phases", DEATHS)
+def test_a_killed_run_ends_as_if_nothing_had_been(straight, tmp_path, phases):
     settings = settings_in(tmp_path)
-    path, call, after = MOMENTS[moment]
-    kill(settings, path, call, after=after)
+    for path, call, after in DEATHS[phases].values():
+        kill(settings, path, call, after=after)
     Trainer(settings).run()
     check_same_run(settings.run_dir, straight)
 
 
-def test_groups_that_wait_and_epochs_that_turn_survive(straight, tmp_path):
-    """Killed in reinforcement with groups in the buffer, before a round that ends an epoch and begins the next."""
+def test_killed_while_rollouts_are_sampled(straight, tmp_path):
+    """In the fourth round, with a group that waits at the checkpoint; the round ends one epoch and begins the next."""
     settings = settings_in(tmp_path)
+    kill(settings, "mmrpt.reinforce.collect_round", 4)
+    (checkpoint,) = (settings.run_dir / "checkpoints").glob("rl-*")
+    state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
+    assert (checkpoint.name, state["round"], len(state["buffer"])) == ("rl-4", 3, 1)
+    items = range(3 * settings.rollout.prompts, 4 * settings.rollout.prompts)
     size = len(read_jsonl(straight / "masked.jsonl"))
-    per_round, waited, turned = settings.rollout.prompts, [], []
-    for call in (3, 5):
-        shutil.rmtree(settings.run_dir, ignore_errors=True)
-        kill(settings, "mmrpt.trainer.train_on_groups", call)
-        (checkpoint,) = (settings.run_dir / "checkpoints").glob("rl-*")
-        state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
-        rounds = range(state["round"], state["round"] + 3)
-        waited.append(len(state["buffer"]))
-        turned.append(any(n * per_round // size < ((n + 1) * per_round - 1) // size for n in rounds))
-        Trainer(settings).run()
-        check_same_run(settings.run_dir, straight)
-    assert max(waited) > 0, f"no group waited at the checkpoints {waited}: these settings test nothing"
-    assert any(turned), f"no round met the end of an epoch of {size} samples: these settings test nothing"
+    assert size == 12 and items[0] // size < items[-1] // size
+    Trainer(settings).run()
+    check_same_run(settings.run_dir, straight)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_again_and_again(straight, tmp_path, seed):
     """Dies in the middle of a write, every few writes, each torn, until it is through."""
     settings, rng = settings_in(tmp_path), np.random.default_rng(seed)
@@ -282,9 +287,17 @@ def test_checkpoints_do_not_change_the_run(straight, tmp_path):
 
 
 def child(arguments: list[str]) -> None:
-    """What the killed process runs."""
+    """What the killed process runs: it does not live past the third step of reinforcement."""
+    calls = count(1)
+
+    def last_words(*args) -> None:
+        log_step(*args)
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with pytest.MonkeyPatch.context() as patch:
         patch_outside_world(patch)
+        patch.setattr("mmrpt.trainer.log_step", last_words)
         sys.exit(main(arguments))
 
 
@@ -293,15 +306,8 @@ def test_a_process_that_gets_sigkill_is_resumed_by_the_command_line(straight, tm
     code = f"from tests.trainer.test_resume import child; child({arguments!r})"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, stderr=subprocess.DEVNULL)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        rows = read_jsonl(metrics) if metrics.exists() else []
-        if any(row["phase"] == "rl" and row["step"] >= 2 for row in rows):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait(10) == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (tmp_path / "run" / "checkpoints" / "rl").exists()
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"sight", "warmup", "rl-2"}
     assert main(["--resume", f"output={tmp_path}", "name=run"]) == 0
     check_same_run(tmp_path / "run", straight)

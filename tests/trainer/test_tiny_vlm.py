@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig
 
 from mmrpt.models import Policy
-from mmrpt.world import World, WorldConfig
+from mmrpt.world import World, WorldConfig, tiny_vlm
 from mmrpt.world.tiny_vlm import (
     FORMAT_TOKENS,
     SPECIAL_TOKENS,
@@ -139,3 +139,13 @@ def test_the_tokenizer_reads_and_writes_any_text():
 def test_sizes_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TinyVLMConfig(), **change)
+
+
+def test_names_that_a_release_does_not_know_are_refused(monkeypatch):
+    config = Qwen2_5_VLConfig().text_config
+    tiny_vlm._check_names(config, {"hidden_size": 1, "num_hidden_layers": 2, "pad_token_id": 0})
+    with pytest.raises(ValueError, match="knows no num_layerz"):
+        tiny_vlm._check_names(config, {"hidden_size": 1, "num_layerz": 2})
+    monkeypatch.setattr(tiny_vlm.PreTrainedTokenizerFast, "all_special_tokens", ["<|im_end|>"])
+    with pytest.raises(ValueError, match="does not know .*image_pad.* as special tokens"):
+        tiny_vlm.train_tokenizer(["a card"], 512)

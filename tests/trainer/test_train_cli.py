@@ -115,6 +115,15 @@ def test_resume_compares_a_settings_file(tmp_path, started, capsys):
     assert "rl.steps" in capsys.readouterr().err
 
 
+def test_resume_compares_what_a_group_names_and_nothing_beside_it(tmp_path, started, capsys):
+    run(tmp_path, "name=it", "rl.steps=5", "rl.optimiser.warmup_steps=9")
+    assert run(tmp_path, "--resume", "name=it", "rl={steps: 5, optimiser: {beta1: 0.9}}") == 0
+    assert started[-1].rl.optimiser.warmup_steps == 9
+    assert run(tmp_path, "--resume", "name=it", "rl={steps: 5, optimiser: {beta1: 0.8}}") == 2
+    error = capsys.readouterr().err
+    assert "rl.optimiser.beta1" in error and "warmup_steps" not in error
+
+
 def test_resume_without_a_run_says_so(tmp_path, started, capsys):
     assert run(tmp_path, "--resume") == 2
     assert "there is no run to resume" in capsys.readouterr().err and not started

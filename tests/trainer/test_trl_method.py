@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'mmrpt[trl]'")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
@@ -21,10 +22,13 @@ from mmrpt.data.images import blacken_patches, seed_of  # noqa: E402
 from mmrpt.data.jsonl import write_jsonl  # noqa: E402
 from mmrpt.integrations import trl as method  # noqa: E402
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of  # noqa: E402
+from mmrpt.models import Policy  # noqa: E402
 from mmrpt.rewards import exact_reward, format_reward  # noqa: E402
 from mmrpt.types import MaskedSample  # noqa: E402
 from mmrpt_kernels import linear_policy_loss, perception_weights  # noqa: E402
+from mmrpt_kernels.integrations.guards import UnsupportedError  # noqa: E402
 from mmrpt_kernels.integrations.trl import fused_head  # noqa: E402
+from tests.trainer.conftest import make_looking_policy  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 1.3
@@ -261,6 +265,71 @@ def test_a_family_whose_pixels_depend_on_more_is_refused(looking_policy, dataset
     out, inputs = scored(trainer, dataset)
     with pytest.raises(ValueError, match="perturbed pixel_values have shape .* the batch's"):
         trainer._token_perception(out | {"pixel_values": out["pixel_values"][:, :-1]}, inputs)
+
+
+def run_of(trainer, **options):
+    """Log without times, and weights, after training."""
+    with warnings.catch_warnings(), fused_head():
+        warnings.simplefilter("ignore")
+        trainer.train(**options)
+    log = [{k: v for k, v in entry.items() if k != "step_time"} for entry in trainer.state.log_history]
+    return log[:-1], {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_an_interrupted_training_resumes_exactly(dataset, tmp_path):
+    """Samples are drawn, Adam has its moments, the learning rate falls: all of it goes on as if nothing had been."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = make_trainer(make_looking_policy(), dataset, tmp_path, **saving)
+    log, weights = run_of(trainer)
+    folder = f"{tmp_path}/checkpoint-1"
+    again = make_trainer(make_looking_policy(), dataset, tmp_path / "again", **saving)
+    assert run_of(again, resume_from_checkpoint=folder)[0] == log and len(log) == 3
+    for name, weight in again.model.named_parameters():
+        assert torch.equal(weight, weights[name]), name
+
+    # The checkpoint is a whole folder: the policy opens it, and what is loaded as the best model is that one.
+    saved = dict(Policy.load(folder).model.named_parameters())
+    assert Policy.load(folder).tokenizer.chat_template == processor_of(make_looking_policy()).chat_template
+    trainer.state.best_model_checkpoint = folder
+    trainer._load_best_model()
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, saved[name]) and not torch.equal(weight, weights[name]), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(looking_policy, dataset, tmp_path):
+    """Where Trainer itself would go on with the initial weights and a warning."""
+    trainer = make_trainer(looking_policy, dataset, tmp_path)
+    trainer.save_model(tmp_path / "checkpoint")
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    (missing, *_) = [name for name in weights if name.endswith("mlp.up_proj.weight")]
+    save_file({k: v for k, v in weights.items() if k != missing}, tmp_path / "checkpoint" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not hold the weights of this Qwen2_5_VL.*up_proj\.weight"):
+        trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint" / "pytorch_model_fsdp.bin").touch()  # its optimiser's state could not be read either
+    with pytest.raises(ValueError, match="only supported when using PyTorch FSDP"):
+        trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+
+
+def renamed(patch):
+    patch.delattr(GRPOTrainer, "_generate_and_score_completions")
+
+
+def called_otherwise(patch):
+    patch.setattr(GRPOTrainer, "_load_from_checkpoint", lambda self, checkpoint: None)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "law"),
+    [
+        (renamed, "GRPOTrainer has no `_generate_and_score_completions`, expected that of TRL 1.16"),
+        (called_otherwise, r"takes \(self, checkpoint\), expected \(self, resume_from_checkpoint, model\)"),
+    ],
+)
+def test_an_unknown_trl_is_refused(looking_policy, dataset, tmp_path, monkeypatch, break_it, law):
+    """Without the method that is overridden, TRL would train without perception and say nothing."""
+    break_it(monkeypatch)
+    with pytest.raises(UnsupportedError, match=law):
+        make_trainer(looking_policy, dataset, tmp_path)
 
 
 def test_masked_samples_as_a_dataset(dataset, pairs, tmp_path):

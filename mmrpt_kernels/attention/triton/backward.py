@@ -1,6 +1,7 @@
 """Backward pass of out, mass and lse together, without atomics: the same bits every time.
 
-    P = exp(s - lse),  dP = dout v^T + dmass w^T,  delta = rowsum(dout * out) + rowsum(dmass * mass) - dlse
+    P = exp2(x - m) / sum exp2(x - m) of scores x in units of log2 and their row's highest m
+    dP = dout v^T + dmass w^T,  delta = rowsum(dout * out) + rowsum(dmass * mass) - dlse
     dS = P * (dP - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout,  dw = sum over heads of P^T dmass
 
 The gradient of a mass costs next to nothing: it is a constant of the row in delta, in blocks full of weight another one
@@ -29,8 +30,8 @@ def backward(
     """dq, dk, dv in the dtypes of q, k, v; dw (B, S, G) float32, None for boolean weights.
 
     Args:
-        results: out (B, T, Hq, Dv), mass (B, Hq, T, G), lse (B, Hq, T) as `forward` made them.
-        gradients: theirs, None where none arrived.
+        results: out (B, T, Hq, Dv), mass (B, Hq, T, G), normalizers (B, Hq, T, 2) as `forward` made them.
+        gradients: those of out, mass and lse, None where none arrived.
     """
     q, k, v, groups = problem.q, problem.k, problem.v, problem.weights.shape[2]
     dout, dmass, dlse = gradients
@@ -43,11 +44,11 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq, dk, dv, dw
     dout = None if dout is None else last_contiguous(dout)
-    lse, delta, dmass = terms_of_rows(problem, results, (dout, dmass, dlse))
+    delta, dmass = terms_of_rows(problem, results, (dout, dmass, dlse))
     shared = problem.arguments() | {
         "dout": dout,
         "dmass": dmass,
-        "lse_in": lse,
+        "norm_in": results[2],
         "delta_in": delta,
         **strides("do", "bth", dout),
         "groups": groups,

@@ -12,6 +12,7 @@ from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, keys_set
 from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
+    LENGTHS,
     band_allows,
     capped_scores,
     load_tile,
@@ -26,7 +27,7 @@ __all__ = ["backward_of_keys"]
 
 @triton.jit
 def _rows_of_head(
-    dk, dv, dw, k_tile, k_at, v_tile, v_at, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base,
+    dk, dv, dw, k_tile, k_at, v_tile, v_at, key, keep, q_base, do_base, w_ptrs, mask_base, norm_base, delta_base,
     dm_base, kinds, q_t, do_t, w_g, mask_t, mask_s,
     origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
     scale, softcap,
@@ -52,13 +53,20 @@ def _rows_of_head(
         live = row < row_hi  # (BLOCK_M,)
         q_ptrs = (q_base + start * q_t) + q_offsets
         q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-        lse = tl.load((lse_base + start) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
+        top = tl.load((norm_base + 2 * start) + 2 * place, mask=live, other=float("inf"))  # (BLOCK_M,)
+        share = tl.load((norm_base + 2 * start) + (2 * place + 1), mask=live, other=0.0)  # (BLOCK_M,)
         delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
         q_at = (q_base + start * q_t) + place * q_t
-        products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        products = products_of(k_at, q_at, keep, live, k_tile, q_tile, products, DIM, SLICE_D, PRECISION)
+        if q_tile.dtype == tl.float32:
+            # Summed as the forward pass does: another order moves a score s by eps |s|, and exp2 of it as much.
+            products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            products = products_of(q_at, k_at, live, keep, q_tile, k_tile, products, DIM, SLICE_D, PRECISION)
+            products = tl.trans(products)
+        else:
+            products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            products = products_of(k_at, q_at, keep, live, k_tile, q_tile, products, DIM, SLICE_D, PRECISION)
         x, bend = capped_scores(products, scale, softcap, CAPPED)
-        p = tl.exp2(x - lse[None, :])
+        p = tl.exp2(x - top[None, :]) * share[None, :]
         if MASKED or (block < inner_first) | (block >= inner_stop):
             allowed = band_allows(row[None, :], key[:, None], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
             if MASKED:
@@ -89,9 +97,9 @@ def _rows_of_head(
     return dk, dv, dw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_keys(
-    q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dk_out, dv_out, dw_out,
+    q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dk_out, dv_out, dw_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
     do_b, do_t, do_h,
@@ -160,7 +168,7 @@ def _backward_keys(
         dm_base = dmass + places * groups if HAS_DMASS else dmass
         dk, dv, dw = _rows_of_head(
             dk, dv, dw, k_tile, k_base + place * k_s, v_tile, v_base + place * v_s, key, keep, q_base, do_base, w_ptrs,
-            mask_base, lse_in + places, delta_in + places, dm_base, block_kinds,
+            mask_base, norm_in + 2 * places, delta_in + places, dm_base, block_kinds,
             q_t, do_t, w_g, mask_t, mask_s,
             origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
             scale, softcap,

@@ -12,7 +12,7 @@ from mmrpt_kernels.attention.config import ROW_TERMS, rows_settings
 from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, strides, tiling
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
-    LOG2_E,
+    LENGTHS,
     band_allows,
     capped_scores,
     key_blocks_of_rows,
@@ -25,17 +25,17 @@ from mmrpt_kernels.attention.triton.tiles import (
 __all__ = ["backward_of_rows", "terms_of_rows"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _row_terms(
-    q, out, dout, mass_in, dmass, lse_in, dlse, lse_out, delta_out, dmass_out, num_rows, heads, groups,
+    q, out, dout, mass_in, dmass, norm_in, dlse, delta_out, dmass_out, num_rows, heads, groups,
     do_b, do_t, do_h, dm_b, dm_h, dm_t, dm_g, dl_b, dl_h, dl_t,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """What both passes need of every row, so that a dead row has no part in anything, whatever gradient arrived for it.
 
-    lse_out (B, Hq, T) in units of log2, +inf in dead rows: exp2(x - lse) is 0 there. delta_out (B, Hq, T), 0 in dead
-    rows. dmass_out (B, Hq, T, groups), likewise. Programs: blocks of rows x heads x batch. q is not read.
+    delta_out (B, Hq, T) and dmass_out (B, Hq, T, groups), 0 in dead rows. Programs: blocks of rows x heads x batch. q
+    is not read.
     """
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
     head_all = tl.program_id(0) // num_tiles
@@ -46,8 +46,7 @@ def _row_terms(
     row = row.to(tl.int64)
     dim = tl.arange(0, BLOCK_V)
     places = (batch * heads + head) * num_rows + row
-    lse = tl.load(lse_in + places, mask=inside, other=0.0)  # (BLOCK_M,)
-    dead = lse == float("-inf")
+    dead = tl.load(norm_in + 2 * places + 1, mask=inside, other=0.0) == 0.0  # (BLOCK_M,)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if HAS_DOUT:
         keep = inside[:, None] & (dim < DIM_V)[None, :]
@@ -63,14 +62,13 @@ def _row_terms(
             tl.store(dmass_out + places * groups + g, change, mask=inside)
     if HAS_DLSE:
         total -= tl.load(dlse + batch * dl_b + head * dl_h + row * dl_t, mask=inside, other=0.0)
-    tl.store(lse_out + places, tl.where(dead, float("inf"), lse * LOG2_E), mask=inside)
     tl.store(delta_out + places, tl.where(dead, 0.0, total), mask=inside)
 
 
 @triton.jit
 def _keys_of_row_block(
-    dq, q_tile, q_at, do_tile, do_at, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs,
-    kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
+    dq, q_tile, q_at, do_tile, do_at, row, live, top, share, delta, k_base, v_base, w_base, pad_base, mask_base,
+    dm_ptrs, kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
     first, inner_first, inner_stop, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
@@ -79,7 +77,8 @@ def _keys_of_row_block(
 ):  # fmt: skip
     """dq after key blocks [first, stop); the band cuts only blocks outside [inner_first, inner_stop).
 
-    lse in units of log2. One loop with a branch, not one for each kind of block: two would not fit the registers.
+    top, share (BLOCK_M,): the rows' normalizers. One loop with a branch, not one for each kind of block: two would not
+    fit the registers.
     """
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
@@ -97,7 +96,7 @@ def _keys_of_row_block(
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         products = products_of(q_at, k_at, live, keep, q_tile, k_tile, products, DIM, SLICE_D, PRECISION)
         x, bend = capped_scores(products, scale, softcap, CAPPED)
-        p = tl.exp2(x - lse[:, None])
+        p = tl.exp2(x - top[:, None]) * share[:, None]
         if MASKED or (block < inner_first) | (block >= inner_stop):
             allowed = band_allows(row[:, None], key[None, :], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
             if MASKED:
@@ -124,9 +123,9 @@ def _keys_of_row_block(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_rows(
-    q, k, v, weights, padding, mask, kinds, dout, dmass, lse_in, delta_in, dq_out,
+    q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dq_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
     do_b, do_t, do_h,
@@ -176,7 +175,8 @@ def _backward_rows(
         do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
         do_at = do_base + place * do_t
     places = (batch * heads + head) * num_rows + start
-    lse = tl.load((lse_in + places) + place, mask=live, other=float("inf"))  # (BLOCK_M,)
+    top = tl.load((norm_in + 2 * places) + 2 * place, mask=live, other=float("inf"))  # (BLOCK_M,)
+    share = tl.load((norm_in + 2 * places) + (2 * place + 1), mask=live, other=0.0)  # (BLOCK_M,)
     delta = tl.load((delta_in + places) + place, mask=live, other=0.0)  # (BLOCK_M,)
     dm_ptrs = (dmass + places * groups) + place * groups if HAS_DMASS else place
     k_base = k + batch * k_b + head_kv * k_h
@@ -187,8 +187,8 @@ def _backward_rows(
     kinds_base = kinds + batch * tl.cdiv(num_keys, BLOCK_N) * groups
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _keys_of_row_block(
-        dq, q_tile, q_at, do_tile, do_at, row, live, lse, delta, k_base, v_base, w_base, pad_base, mask_base, dm_ptrs,
-        kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
+        dq, q_tile, q_at, do_tile, do_at, row, live, top, share, delta, k_base, v_base, w_base, pad_base, mask_base,
+        dm_ptrs, kinds_base, k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
         first_block, inner_first, inner_stop, stop_block, shift, row_hi, key_lo, key_hi, groups, left, right,
         scale, softcap,
         DIM, DIM_V, BLOCK_D, BLOCK_V, SLICE_D, BLOCK_M, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
@@ -201,25 +201,24 @@ def _backward_rows(
 
 def terms_of_rows(
     problem: Problem, results: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """lse in units of log2, delta (B, Hq, T), dmass (B, Hq, T, G): as the kernel says."""
-    out, mass, lse = results
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """delta (B, Hq, T), dmass (B, Hq, T, G): as the kernel says. results: out, mass, normalizers."""
+    out, mass, norm = results
     dout, dmass, dlse = gradients
-    made = (torch.empty_like(lse), torch.empty_like(lse), None if dmass is None else torch.empty_like(mass))
-    block = ROW_TERMS.rows
+    (batch, heads, num_rows), block = norm.shape[:3], ROW_TERMS.rows
+    made = (norm.new_empty((batch, heads, num_rows)), None if dmass is None else torch.empty_like(mass))
     arguments = {
         "q": problem.q,
         "out": out,
         "dout": dout,
         "mass_in": mass,
         "dmass": dmass,
-        "lse_in": lse,
+        "norm_in": norm,
         "dlse": dlse,
-        "lse_out": made[0],
-        "delta_out": made[1],
-        "dmass_out": made[2],
-        "num_rows": lse.shape[2],
-        "heads": lse.shape[1],
+        "delta_out": made[0],
+        "dmass_out": made[1],
+        "num_rows": num_rows,
+        "heads": heads,
         "groups": mass.shape[3],
         **strides("do", "bth", dout),
         **strides("dm", "bhtg", dmass),
@@ -231,7 +230,7 @@ def terms_of_rows(
         "HAS_DMASS": dmass is not None,
         "HAS_DLSE": dlse is not None,
     }
-    launch(_row_terms, triton.cdiv(lse.shape[2], block) * lse.shape[0] * lse.shape[1], arguments, ROW_TERMS)
+    launch(_row_terms, triton.cdiv(num_rows, block) * batch * heads, arguments, ROW_TERMS)
     return made
 
 

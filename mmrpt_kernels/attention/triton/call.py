@@ -105,7 +105,7 @@ class Problem(NamedTuple):
             "PRECISION": product_precision(q.dtype, max(block_d, block_v)),
         }
 
-    def section(self, heads_of_a_key_head: int, tiles_of_a_key_head: int = 1) -> int:
+    def section(self, heads_of_a_key_head: int) -> int:
         """How many programs' heads stand side by side: as many as have their keys and values in the L2 cache."""
         size = self.k.shape[1] * (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
         return max(1, L2_BYTES // max(1, size)) * heads_of_a_key_head
@@ -138,6 +138,9 @@ def prepare(
     if key_weights.shape[-1] == 0:
         key_weights = key_weights.new_zeros((*key_weights.shape[:-1], 1))
     boolean = key_weights.dtype == torch.bool
+    if cu_q is not None:
+        # Nobody can check lengths on a device without waiting for it: wrong ones must not lead outside the tensors.
+        cu_q, cu_k = cu_q.clamp(0, q.shape[1]), cu_k.clamp(0, k.shape[1])
     return Problem(
         *(last_contiguous(x) for x in (q, k, v)),
         key_weights.view(torch.uint8) if boolean else key_weights,
@@ -201,12 +204,6 @@ def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]
     return {f"{name}_{axis}": stride for axis, stride in zip(axes, values, strict=True)}
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings) -> None:
-    """Start `programs` programs of `kernel` on the device of arguments["q"]."""
-    options = {"num_warps": settings.warps, "num_stages": settings.stages}
-    device = arguments["q"].device
-    if device.type != "cuda":
-        kernel[(programs,)](**arguments, **options)
-        return
-    with torch.cuda.device(device):
-        kernel[(programs,)](**arguments, **options)
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings, **options: Any) -> None:
+    """Start `programs` programs of `kernel` on the current device, which is the tensors' own (fused.py)."""
+    kernel[(programs,)](**arguments, num_warps=settings.warps, num_stages=settings.stages, **options)

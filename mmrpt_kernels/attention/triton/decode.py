@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.config import MAX_GROUPS, decode_settings
+from mmrpt_kernels.attention.config import MAX_GROUPS_DECODE, decode_settings
 from mmrpt_kernels.attention.triton.call import Problem, architecture
-from mmrpt_kernels.attention.triton.tiles import LN_2, capped_scores
+from mmrpt_kernels.attention.triton.tiles import LENGTHS, LN_2, capped_scores
 
 __all__ = ["MAX_ROWS", "decode", "serves"]
 
@@ -24,7 +24,7 @@ MAX_SPLITS = 64
 NO_DEVICE = 3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _split_kernel(
     q, k, v, weights, padding, mask, parts, mass_parts, top_parts, total_parts,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
@@ -106,13 +106,16 @@ def _split_kernel(
     tl.store(total_parts + place, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
-    parts, mass_parts, top_parts, total_parts, out, mass_out, lse_out, num_rows, heads, groups, splits,
+    parts, mass_parts, top_parts, total_parts, out, mass_out, lse_out, norm_out, num_rows, heads, groups, splits,
     out_b, out_t, out_h, mass_g,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BOOLEAN: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head from its splits. out (B, T, Hq, Dv), mass_out (B, Hq, T, groups), lse_out (B, Hq, T)."""
+    """One row of one head from its splits.
+
+    out (B, T, Hq, Dv), mass_out (B, Hq, T, groups), lse_out (B, Hq, T), norm_out (B, Hq, T, 2).
+    """
     place = tl.program_id(0).to(tl.int64)  # (B, Hq, T) row-major
     t = place % num_rows
     head = place // num_rows % heads
@@ -128,6 +131,8 @@ def _merge_kernel(
     dead = total == 0.0
     divisor = tl.where(dead, 1.0, total)
     tl.store(lse_out + place, tl.where(dead, float("-inf"), (highest + tl.log2(divisor)) * LN_2))
+    tl.store(norm_out + 2 * place, tl.where(dead, float("inf"), highest))
+    tl.store(norm_out + 2 * place + 1, tl.where(dead, 0.0, 1.0 / divisor))
     acc = tl.load(parts + at[:, None] * DIM_V + e[None, :], mask=there[:, None] & (e < DIM_V)[None, :], other=0.0)
     result = tl.sum(acc * factor[:, None], axis=0) / divisor  # (BLOCK_V,)
     out_at = out + batch * out_b + t * out_t + head * out_h + e
@@ -157,16 +162,17 @@ def _splits(programs: int, blocks: int, device: torch.device) -> tuple[int, int]
     return triton.cdiv(blocks, blocks_of_split), blocks_of_split
 
 
-def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32, for calls that `serves` admits."""
+def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, mass, lse and normalizers as `forward` returns them, for calls that `serves` admits."""
     q, k, v = problem.q, problem.k, problem.v
     (batch, num_rows, heads, _), (_, num_keys, heads_kv, _), dim_v = q.shape, k.shape, v.shape[3]
     groups, device = problem.weights.shape[2], q.device
     out = q.new_empty((batch, num_rows, heads, dim_v))
     mass = q.new_empty((batch, heads, num_rows, groups), dtype=torch.float32)
     lse = q.new_empty((batch, heads, num_rows), dtype=torch.float32)
+    norm = lse.new_empty((*lse.shape, 2))
     if lse.numel() == 0:
-        return out, mass, lse
+        return out, mass, lse, norm
     settings = decode_settings(architecture(device), q.dtype, max(problem.block_dims()), problem.rich)
     stacked = num_rows * problem.repeat
     block_m = min(settings.rows, max(16, triton.next_power_of_2(stacked)))
@@ -186,9 +192,9 @@ def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Of wider float32 rows the parts that matrix units take would not fit the registers.
     arguments["SLICE_D"] = min(block_d, 64 if block_d <= 128 else 32) if q.dtype == torch.float32 else block_d
     launch = {"num_warps": settings.warps, "num_stages": settings.stages, "maxnreg": 255}
-    # More groups than fit the registers take a visit each MAX_GROUPS; out and lse come out the same every time.
-    for start in range(0, max(1, groups), MAX_GROUPS):
-        part = slice(start, min(start + MAX_GROUPS, groups))
+    # More groups than fit the registers take visits of their own; out and lse come out the same every time.
+    for start in range(0, max(1, groups), MAX_GROUPS_DECODE):
+        part = slice(start, min(start + MAX_GROUPS_DECODE, groups))
         size = part.stop - part.start
         mass_parts = q.new_empty((*rows, size), dtype=torch.float32)
         own = {
@@ -206,26 +212,26 @@ def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             "BLOCK_N": settings.keys,
             "GROUPS": max(1, triton.next_power_of_2(size)),
         }
-        with torch.cuda.device_of(q):
-            _split_kernel[(splits, heads_kv * tiles, batch)](**arguments | own, **launch)
-            _merge_kernel[(lse.numel(),)](
-                parts,
-                mass_parts,
-                top_parts,
-                total_parts,
-                out,
-                mass[..., part],
-                lse,
-                num_rows,
-                heads,
-                size,
-                splits,
-                *out.stride()[:3],
-                groups,
-                DIM_V=dim_v,
-                BLOCK_V=arguments["BLOCK_V"],
-                SPLITS=triton.next_power_of_2(splits),
-                BOOLEAN=problem.boolean,
-                num_warps=4,
-            )
-    return out, mass, lse
+        _split_kernel[(splits, heads_kv * tiles, batch)](**arguments | own, **launch)
+        _merge_kernel[(lse.numel(),)](
+            parts,
+            mass_parts,
+            top_parts,
+            total_parts,
+            out,
+            mass[..., part],
+            lse,
+            norm,
+            num_rows,
+            heads,
+            size,
+            splits,
+            *out.stride()[:3],
+            groups,
+            DIM_V=dim_v,
+            BLOCK_V=arguments["BLOCK_V"],
+            SPLITS=triton.next_power_of_2(splits),
+            BOOLEAN=problem.boolean,
+            num_warps=4,
+        )
+    return out, mass, lse, norm

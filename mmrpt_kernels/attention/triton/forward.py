@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.config import MAX_GROUPS, forward_settings
+from mmrpt_kernels.attention.config import MAX_GROUPS, MAX_GROUPS_ALONE, forward_settings
 from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.tiles import (
     FULL,
+    LENGTHS,
     LN_2,
     LOG2_E,
     MIXED,
@@ -55,11 +56,11 @@ def _forward_blocks(
     first, gap_first, gap, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
     EDGE: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over key blocks [first, stop), `gap` blocks from gap_first on left out.
 
-    EDGE: the band may forbid pairs, or the sequence end within a block.
+    EDGE: the band may forbid pairs, or the sequence end within a block. VALUES: whether acc sums values.
     """
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
@@ -74,10 +75,11 @@ def _forward_blocks(
         if PADDED:
             keep = keep & (tl.load(pad_base + key * pad_s, mask=keep, other=0) != 0)
         k_ptrs = (k_base + start * k_s) + k_offsets
-        v_ptrs = (v_base + start * v_s) + v_offsets
         some_keys: tl.constexpr = EDGE or PADDED
         k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], some_keys, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-        v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], some_keys, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
+        if VALUES:
+            v_ptrs = (v_base + start * v_s) + v_offsets
+            v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], some_keys, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if FOLD:
             factor = scale * LOG2_E
@@ -101,23 +103,28 @@ def _forward_blocks(
         total = tl.fma(total, alpha, row_sum)
         w_ptrs = (w_base + start * w_s) + place * w_s
         mass = _mass_of_block(mass, p, row_sum, alpha, kinds_base + block * groups, w_ptrs, w_g, keep, groups, GROUPS)
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        if VALUES:
+            acc = acc * alpha[:, None]
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         top = new_top
     return acc, top, total, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
-    q, k, v, weights, padding, mask, kinds, out, mass_out, lse_out, cu_q, cu_k, tile_sequence, tile_first,
+    q, k, v, weights, padding, mask, kinds, out, mass_out, lse_out, norm_out, cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s, mass_g,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, section, groups, left, right, scale, softcap,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, BOOLEAN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PADDED: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows of one head. out (B, T, Hq, Dv), mass_out (B, Hq, T, mass_g), lse_out (B, Hq, T)."""
+    """One program: BLOCK_M rows of one head.
+
+    out (B, T, Hq, Dv), mass_out (B, Hq, T, mass_g), lse_out (B, Hq, T), norm_out (B, Hq, T, 2): see `forward`; without
+    VALUES mass_out alone.
+    """
     tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
     tile = num_tiles - 1 - tile  # under causality the last rows have the most keys
     batch = (head_all // heads).to(tl.int64)
@@ -153,7 +160,7 @@ def _forward(
     pad_base = padding + batch * pad_b if PADDED else padding
     mask_base = mask + batch * mask_b if MASKED else mask
     kinds_base = kinds + batch * tl.cdiv(num_keys, BLOCK_N) * groups
-    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V if VALUES else 1), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mass = tl.zeros((BLOCK_M, GROUPS), tl.float32)
@@ -161,51 +168,63 @@ def _forward(
         acc, top, total, mass, q_tile, row, k_base, v_base, w_base, pad_base, mask_base, kinds_base,
         k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
         inner_first, 0, 0, inner_stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
-        False, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, LEFT, RIGHT, PADDED, MASKED, CAPPED, FOLD, PRECISION,
+        False, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, LEFT, RIGHT, PADDED, MASKED, CAPPED, FOLD, VALUES,
+        PRECISION,
     )  # fmt: skip
     acc, top, total, mass = _forward_blocks(
         acc, top, total, mass, q_tile, row, k_base, v_base, w_base, pad_base, mask_base, kinds_base,
         k_s, v_s, w_s, w_g, pad_s, mask_t, mask_s,
         first_block, inner_first, inner_stop - inner_first, stop_block, shift, row_hi, key_lo, key_hi, groups,
         left, right, scale, softcap,
-        True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, LEFT, RIGHT, PADDED, MASKED, CAPPED, FOLD, PRECISION,
+        True, DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_N, GROUPS, LEFT, RIGHT, PADDED, MASKED, CAPPED, FOLD, VALUES,
+        PRECISION,
     )  # fmt: skip
 
     dead = total == 0.0
     divisor = tl.where(dead, 1.0, total)
-    lse = tl.where(dead, float("-inf"), (top + tl.log2(divisor)) * LN_2)
     share = mass / divisor[:, None]
     if BOOLEAN:
         # The two sums are compared, not the rounded quotient. NaN compares false and stays.
         share = tl.where(((mass >= divisor[:, None]) & (mass > 0.0)) | (share > 1.0), 1.0, share)
-    row_64 = row.to(tl.int64)
-    out_ptrs = out + ((batch * num_rows + row_64) * heads + head)[:, None] * DIM_V + dim_v[None, :]
-    result = (acc / divisor[:, None]).to(out.dtype.element_ty)
-    tl.store(out_ptrs, result, mask=(row < row_hi)[:, None] & (dim_v < DIM_V)[None, :])
-    row_64 += (batch * heads + head) * num_rows
-    tl.store(lse_out + row_64, lse, mask=row < row_hi)
+    place = (batch * heads + head) * num_rows + row.to(tl.int64)
+    if VALUES:
+        out_ptrs = out + ((batch * num_rows + row.to(tl.int64)) * heads + head)[:, None] * DIM_V + dim_v[None, :]
+        result = (acc / divisor[:, None]).to(out.dtype.element_ty)
+        tl.store(out_ptrs, result, mask=(row < row_hi)[:, None] & (dim_v < DIM_V)[None, :])
+        lse = tl.where(dead, float("-inf"), (top + tl.log2(divisor)) * LN_2)
+        tl.store(lse_out + place, lse, mask=row < row_hi)
+        tl.store(norm_out + 2 * place, tl.where(dead, float("inf"), top), mask=row < row_hi)
+        tl.store(norm_out + 2 * place + 1, tl.where(dead, 0.0, 1.0 / divisor), mask=row < row_hi)
     group = tl.arange(0, GROUPS)[None, :]
-    tl.store(mass_out + row_64[:, None] * mass_g + group, share, mask=(row < row_hi)[:, None] & (group < groups))
+    tl.store(mass_out + place[:, None] * mass_g + group, share, mask=(row < row_hi)[:, None] & (group < groups))
 
 
-def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32."""
+def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (B, T, Hq, Dv) as q; mass (B, Hq, T, G), lse (B, Hq, T) and the normalizers (B, Hq, T, 2) in float32.
+
+    Normalizers: the row's highest score m in units of log2, and 1 / sum exp2(x - m); (+inf, 0) in rows without keys.
+    The backward pass makes its probabilities of them. An lse of size 100 is rounded by 100 eps / 4, which would scale
+    all probabilities of the row; m is the very number that was subtracted, and the sum is good to eps.
+    """
     q, k, v = problem.q, problem.k, problem.v
     batch, num_rows, heads, _ = q.shape
     groups = problem.weights.shape[2]
-    # Rows of a packed tensor that no sequence owns are rows that attend to nothing, and no program visits them.
+    # Rows of a packed tensor that no sequence owns are rows that attend to nothing, and no program visits them, in the
+    # backward pass neither.
     idle = problem.packed or k.shape[1] == 0
     out = (q.new_zeros if idle else q.new_empty)((batch, num_rows, heads, v.shape[3]))
     mass = (q.new_zeros if idle else q.new_empty)((batch, heads, num_rows, groups), dtype=torch.float32)
     lse = q.new_full((batch, heads, num_rows), -torch.inf, dtype=torch.float32)
+    norm = (lse.new_zeros if idle else lse.new_empty)((*lse.shape, 2))
     if out.numel() + lse.numel() == 0 or k.numel() == 0:
-        return out, mass, lse
+        return out, mass, lse, norm
     settings = forward_settings(architecture(q.device), q.dtype, max(problem.block_dims()), problem.rich)
     kinds = classify(problem.weights, problem.padding, settings.keys).kinds
     tiles = tiling(problem, settings.rows, of_keys=False)
     shared = problem.arguments() | {
         "out": out,
         "lse_out": lse,
+        "norm_out": norm,
         **tiles,
         "num_heads": batch * heads,
         "section": problem.section(problem.repeat),
@@ -214,15 +233,19 @@ def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         "BLOCK_N": settings.keys,
         "BOOLEAN": problem.boolean,
     }
-    # More groups than fit the registers take a visit each MAX_GROUPS; out and lse come out the same every time.
-    for start in range(0, groups, MAX_GROUPS):
-        part = slice(start, min(start + MAX_GROUPS, groups))
+    # Groups that do not fit the registers take visits of their own. These walk all keys, not the weighted ones alone:
+    # only a sum beside the mass, of the same steps, makes the mass of a row that sees weighted keys alone exactly 1.
+    for start in (0, *range(MAX_GROUPS, groups, MAX_GROUPS_ALONE)):
+        part = slice(start, min(start + (MAX_GROUPS_ALONE if start else MAX_GROUPS), groups))
         own = {
             "weights": problem.weights[..., part],
             "kinds": kinds[..., part].contiguous(),
             "mass_out": mass[..., part],
             "groups": part.stop - part.start,
             "GROUPS": triton.next_power_of_2(part.stop - part.start),
+            "VALUES": start == 0,
         }
-        launch(_forward, tiles["num_tiles"] * batch * heads, shared | own, settings)
-    return out, mass, lse
+        # Left to itself the assembler gives a visit of halves without values 80 registers, and spills.
+        options = {"maxnreg": 255} if start and q.dtype.itemsize == 2 else {}
+        launch(_forward, tiles["num_tiles"] * batch * heads, shared | own, settings, **options)
+    return out, mass, lse, norm

@@ -1,10 +1,13 @@
-"""The fused attention as custom operators."""
+"""The fused attention as custom operators.
+
+Triton launches on the current device, whatever device its arguments are on: the operators make it the tensors' own.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.attention.autograd import make_attention_differentiable
+from mmrpt_kernels.attention.autograd import make_attention_differentiable, results_like
 from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.backward import backward
 from mmrpt_kernels.attention.triton.call import as_batch, prepare
@@ -30,14 +33,17 @@ def _attention(
     window_right: int,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, mass, lse and the normalizers (..., Hq, T, 2) of `forward`, for the backward pass alone."""
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    problem = prepare(q, k, v, key_weights, options, masks)
-    out, mass, lse = decode(problem) if serves(problem) else forward(problem)
+    with torch.cuda.device_of(q):
+        problem = prepare(q, k, v, key_weights, options, masks)
+        out, mass, *rest = decode(problem) if serves(problem) else forward(problem)
     if key_weights.shape[-1] == 0:
         mass = mass.new_empty((*mass.shape[:-1], 0))
-    return (out, mass, lse) if cu_seqlens_q is None else (out[0], mass[0], lse[0])
+    made = (out, mass, *rest)
+    return made if cu_seqlens_q is None else tuple(x[0] for x in made)
 
 
 @torch.library.custom_op("mmrpt_kernels::triton_attention_backward", mutates_args=())
@@ -52,7 +58,7 @@ def _attention_backward(
     dlse: torch.Tensor | None,
     out: torch.Tensor,
     mass: torch.Tensor,
-    lse: torch.Tensor,
+    normalizers: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
@@ -65,17 +71,23 @@ def _attention_backward(
     """dq, dk, dv, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
     masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = AttentionOptions(window_left, window_right, scale, softcap)
-    problem = prepare(q, k, v, key_weights, options, masks)
     packed, groups = cu_seqlens_q is not None, key_weights.shape[-1]
     dmass = None if groups == 0 else dmass
-    *made, dw = backward(problem, as_batch(packed, out, mass, lse), as_batch(packed, dout, dmass, dlse))
+    with torch.cuda.device_of(q):
+        problem = prepare(q, k, v, key_weights, options, masks)
+        *made, dw = backward(problem, as_batch(packed, out, mass, normalizers), as_batch(packed, dout, dmass, dlse))
     if packed:
         made = [x[0] for x in made]
     dw = q.new_empty(0) if dw is None else dw[..., :groups].reshape(key_weights.shape).to(key_weights.dtype)
     return *made, dw
 
 
-make_attention_differentiable(_attention, _attention_backward)
+def _results_like(q, k, v, key_weights, *_):
+    made = results_like(q, k, v, key_weights)
+    return *made, made[2].new_empty((*made[2].shape, 2))
+
+
+make_attention_differentiable(_attention, _attention_backward, _results_like)
 
 
 def attention(
@@ -91,4 +103,5 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, mass (B, Hq, T, G), lse as `reference.attention`; float16, bfloat16 or float32, D and Dv at most 256."""
-    return _attention(q, k, v, key_weights, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k, *options)
+    masks = (key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    return _attention(q, k, v, key_weights, *masks, *options)[:3]

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.triton.tiles import FREE, FULL, MIXED
+from mmrpt_kernels.attention.triton.tiles import FREE, FULL, LENGTHS, MIXED
 
 __all__ = ["KeyBlocks", "classify"]
 
@@ -27,7 +27,7 @@ class KeyBlocks(NamedTuple):
     block: int  # keys of a block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _classify_kernel(
     weights,
     padding,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.triton.tiles import LENGTHS
 
 __all__ = ["RowList", "list_rows"]
 
@@ -44,7 +45,7 @@ def _sequence_of(starts, num_sequences, row):
     return low - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _list_kernel(
     wanted,
     cu_seqlens_q,

@@ -18,7 +18,7 @@ from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.call import architecture
 from mmrpt_kernels.attention.triton.kinds import classify
 from mmrpt_kernels.attention.triton.rows import RowList
-from mmrpt_kernels.attention.triton.tiles import FULL, LOG2_E, capped_scores
+from mmrpt_kernels.attention.triton.tiles import FULL, LENGTHS, LOG2_E, capped_scores
 
 __all__ = ["SideSettings", "precision", "row_tile", "side_mass", "side_settings"]
 
@@ -62,7 +62,7 @@ def row_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M: tl.const
     return row, live, low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _mass_kernel(
     q,
     k,

@@ -18,7 +18,7 @@ from mmrpt_kernels.attention.geometry import AttentionOptions
 from mmrpt_kernels.attention.triton.call import architecture
 from mmrpt_kernels.attention.triton.rows import RowList
 from mmrpt_kernels.attention.triton.side import precision, row_tile
-from mmrpt_kernels.attention.triton.tiles import LOG2_E, capped_scores, products_of
+from mmrpt_kernels.attention.triton.tiles import LENGTHS, LOG2_E, capped_scores, products_of
 
 __all__ = ["Tiles", "side_backward_settings", "side_mass_backward"]
 
@@ -78,7 +78,7 @@ def _first_above(values, count, bound):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _rows_kernel(
     q, k, lse, weights, padding, dmass, delta, dq, rows, first, last, counts,
     num_rows, num_keys, groups, repeat, scale, softcap,
@@ -136,7 +136,7 @@ def _rows_kernel(
     tl.store(dq + at_dq[:, None] + d[None, :], made, mask=live[:, None] & within[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _keys_kernel(
     q, k, lse, weights, padding, dmass, delta, gradient, rows, first, last, counts,
     num_rows, num_keys, groups, repeat, scale, softcap,

@@ -17,6 +17,7 @@ from mmrpt_kernels.common.tanh import tanh
 __all__ = [
     "FREE",
     "FULL",
+    "LENGTHS",
     "LN_2",
     "LOG2_E",
     "MIXED",
@@ -36,6 +37,14 @@ FREE = tl.constexpr(0)
 FULL = tl.constexpr(1)
 MIXED = tl.constexpr(2)
 
+# Arguments that follow the lengths of a call, for do_not_specialize: Triton would compile a kernel anew where one of
+# them becomes 1 or a multiple of 16. Strides of q, k, v, dout and masks are not among them: that they are multiples of
+# 16 is what wide loads follow from, and for most models they are, at any length.
+LENGTHS = (
+    "num_rows", "num_keys", "num_blocks", "num_tiles", "num_heads", "num_sequences", "section", "splits", "tiles",
+    "first_block", "blocks_of_split", "left", "right", "dw_first", "w_b", "pad_b", "dm_b", "dm_h", "dl_b", "dl_h",
+    "stride_lb", "stride_lh", "stride_wb", "stride_pb", "stride_mb", "stride_mh", "stride_eb", "stride_eh",
+)  # fmt: skip
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

@@ -73,7 +73,7 @@ def _view(
     return d
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])  # a chunk's may start anywhere, and one is read
 def _gradient(
     raw_p,
     raw_q,

@@ -7,7 +7,7 @@ One sweep over the logits gives all but two kinds: with x = z - max z, e = exp(x
 Every lane keeps the sums of its own words under its own running maximum, so that no thread waits for another; lanes
 merge at the end of a program, programs of a row in `_join`. Jensen-Shannon and Hellinger need both views' S word by
 word: a second sweep, which adds what is zero where the views are equal rather than taking a sum from 1. Everything is
-float32, and exactly 0 for equal views.
+float32, and exactly 0 for equal logits.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _store_row(out, rows, raw, target, vocab, top, total, dots, cross, gap, inne
     tl.store(out + 8 * rows, tl.where((target >= 0) & (target < vocab), z, float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])  # a chunk's may start anywhere, and one is read
 def _join(
     partials,
     raw_p,

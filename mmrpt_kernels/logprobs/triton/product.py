@@ -37,7 +37,9 @@ class Tiles(NamedTuple):
 TILES = {80: Tiles(128, 128, 64, 8, 3), 90: Tiles(128, 256, 64, 8, 4), 100: Tiles(128, 256, 64, 8, 4)}
 
 
-@triton.jit
+# How many rows a chunk has, and where its sums lie, changes from call to call: for these nothing is compiled again.
+# Strides and V are the model's; that they are multiples of 16 is what wide loads and stores need to know.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["targets", "own", "tops", "rests", "dots"])
 def _product_kernel(
     hidden,
     weight,

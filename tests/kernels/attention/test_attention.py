@@ -14,7 +14,7 @@ from mmrpt_kernels.attention import (
     reference,
     visual_mass,
 )
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.geometry import AttentionOptions, tiles
 from mmrpt_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
@@ -30,13 +30,16 @@ CASES = (
     AttentionCase("window_more_queries", 1, 29, 11, 2, 2, 8, causal=False, window_size=(3, 2)),
     AttentionCase("left_window_alone", 1, 31, 17, 2, 2, 8, causal=False, window_size=(4, -1)),
     AttentionCase("one_query_not_causal", 2, 1, 1, 2, 2, 8, causal=False),
-    AttentionCase("window_padding_groups", 3, 37, 37, 6, 2, 8, window_size=(9, 0), groups=3, padding="left"),
+    AttentionCase("window_padding_groups", 2, 37, 37, 4, 2, 8, window_size=(9, 0), groups=3, padding="left"),
     AttentionCase(
         "softcap_padding_value_dim", 3, 27, 27, 4, 1, 8, dim_v=20, softcap=3.0, padding="right", score_size=5.0
     ),
     AttentionCase("float_padding_decode", 3, 1, 40, 4, 2, 16, weights="float", padding="left"),
     AttentionCase("many_blocks", 1, 1031, 1031, 2, 1, 8, window_size=(300, 0)),
 )
+# Where the order of samples and heads matters: sharing of key heads, strides.
+MANY_HEADS = ("grouped_heads", "window_padding_groups", "seven_query_heads")
+NO_BAND = AttentionOptions(-1, -1, 1.0, 0.0)
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -46,6 +49,15 @@ def engine(request, monkeypatch) -> str:
     if request.param == "plain":
         monkeypatch.setattr(dense, "FLASH_AVAILABLE", False)
     return request.param
+
+
+def for_the_interpreter(case: AttentionCase) -> AttentionCase:
+    """The case with one key head, at most two query heads, and a second sample only where padding tells them apart: the
+    interpreter's time is their number, and MANY_HEADS are kept as they are."""
+    if case.name in MANY_HEADS:
+        return case
+    heads = min(2, case.heads_q // case.heads_kv)
+    return case._replace(batch=1 if case.padding == "none" else 2, heads_q=heads, heads_kv=1)
 
 
 def options_of(case: AttentionCase) -> AttentionOptions:
@@ -106,6 +118,32 @@ def three_ways(
     for name in truth:
         floor = size if given or name.startswith("gradient") else 1.0
         assert_close_to_truth(actual[name], eager[name], truth[name].double(), name=name, dtype=dtype, floor=floor)
+
+
+def half_precision(
+    implementation, definition, tensors: list[torch.Tensor], seed: int, lse: torch.Tensor, gradients: bool = True
+):
+    """The error rule for half-precision inputs: what returns in their dtype against eager's in it, and the float32
+    statistics against eager's in float32, whose scores err by eps of float32 times their size.
+
+    No floor for the former: what is subtracted is float32. Eager may err by 32 eps; 2 * 33 eps of bfloat16 is half of
+    the largest entry, so that zeros are refused whatever eager made.
+    """
+    dtype = tensors[0].dtype
+    call = with_gradients if gradients else lambda f, t, _: {f"result{i}": x for i, x in enumerate(f(*t))}
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    truth = call(lambda *t: definition(*t, dtype=torch.float64), wide, seed)
+    eager = call(lambda *t: definition(*t, dtype=dtype), tensors, seed)
+    in_float32 = call(lambda *t: definition(*t, dtype=torch.float32), tensors, seed)
+    actual = call(implementation, tensors, seed)
+    assert actual.keys() == truth.keys() and dtype in {x.dtype for x in actual.values()}
+    size = max([4.0, *lse[lse.isfinite()].abs().tolist()])
+    for name, found in actual.items():
+        true = truth[name].double()
+        if found.dtype == torch.float32:
+            assert_close_to_truth(found, in_float32[name], true, name=name, dtype=torch.float32, floor=size)
+        else:
+            assert_close_to_truth(found, eager[name], true, name=name, dtype=dtype, eager_cap=32.0)
 
 
 @by_name
@@ -319,6 +357,15 @@ def test_any_mask_over_many_blocks(engine, seed):
     torch.testing.assert_close(found.out.double(), truth.out, rtol=1e-5, atol=1e-5)
     only_weighted = (mask.any(-1) & ~(mask & ~weights).any(-1)).expand_as(found.mass)
     assert only_weighted.any() and (found.mass[only_weighted] == 1.0).all()
+
+
+@pytest.mark.parametrize("device, fewest, most", [("cpu", 512, 512), ("cuda", 10, 40)])
+def test_tiles_are_of_the_device(device, fewest, most):
+    """Scores of 8,192 rows and keys in 28 heads: CPU tiles that stay in the cache, elsewhere not 6,000 launches."""
+    size = dense.block_size(0, 28 * 8192 * 4, torch.device(device))
+    assert fewest <= len(tiles(8192, 8192, NO_BAND, size, whole=False, explicit_mask=False)) <= most
+    assert dense.block_size(7, 28 * 8192 * 4, torch.device(device)) == 7
+    assert dense.block_size(0, 2**40, torch.device(device)) == dense.MIN_BLOCK_ROWS
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])

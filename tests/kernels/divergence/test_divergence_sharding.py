@@ -20,7 +20,7 @@ from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import TABLE
 from mmrpt_kernels.common import head
 from mmrpt_kernels.divergence.api import KINDS
-from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs
+from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, on_a_grid
 from tests.kernels.lm_head import test_vocab_sharding
 from tests.kernels.lm_head.test_vocab_sharding import TALL, WORLDS, D, Part, graded, joined, message_of
 
@@ -120,6 +120,8 @@ def rule_out_a_part(made: dict, targets: torch.Tensor, part: Part) -> None:
 
 def equal_views(made: dict, targets: torch.Tensor, part: Part) -> None:
     with torch.no_grad():
+        for name in ("hidden", "weight", "bias"):
+            made[name].copy_(on_a_grid(made[name]))
         made["hidden_q"].copy_(made["hidden"])
 
 
@@ -233,7 +235,7 @@ def opchecks(part: Part) -> None:
     operators, tests = torch.ops.mmrpt_kernels, ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.linear_token_divergence.default, (*tensors, *settings), test_utils=tests)
     grads = (torch.ones(23, 3, dtype=D), None, torch.ones(23, dtype=D), None, torch.ones(23, dtype=D))
-    backward = (*grads, *tensors, *settings, [True, True, True, False, True])
+    backward = (*grads, *tensors, *settings, None, [True, True, True, False, True])
     torch.library.opcheck(operators.linear_token_divergence_backward.default, backward, test_utils=tests)
 
 

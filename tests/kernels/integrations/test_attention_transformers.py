@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from benchmarks.measure import peak_bytes  # noqa: E402
 from mmrpt_kernels import backends  # noqa: E402
 from mmrpt_kernels.integrations import transformers as integration  # noqa: E402
+from mmrpt_kernels.integrations.caches import cache_keyword  # noqa: E402
 from mmrpt_kernels.integrations.transformers import (  # noqa: E402
     enable_visual_mass,
     record_visual_mass,
@@ -27,6 +28,7 @@ from tests.kernels.integrations.vlm_families import (  # noqa: E402
     enabled,
     inputs_of,
     model_of,
+    switch_checkpointing,
 )
 
 families = pytest.mark.parametrize("family", BUILDERS)
@@ -144,8 +146,7 @@ def test_gradient_checkpointing_counts_once(family, reentrant, monkeypatch):
         return found, masses
 
     plain, plain_masses = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert model.is_gradient_checkpointing
+    switch_checkpointing(model, {"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     checkpointed, masses = gradients()
@@ -162,13 +163,13 @@ def test_differentiable_masses_have_eager_gradients(family):
     with record_visual_mass(model, differentiable=True, head_reduction="none") as record:
         model(**inputs)
     assert_same_gradients(gradients_of(model, (record.stacked() * factors).sum()), expected)
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing(model.train(), {"use_reentrant": False})
     refused = pytest.raises(ValueError, match="differentiable: got True under gradient checkpointing")
     with record_visual_mass(model, differentiable=True), refused:
         model(**inputs)
 
 
-GENERATION = {"do_sample": False, "max_new_tokens": 9, "min_new_tokens": 9, "suppress_tokens": [IMAGE]}
+GENERATION = {"do_sample": False, "max_new_tokens": 9, "min_new_tokens": 9, "suppress_tokens": [IMAGE, 4, 5, 6]}
 
 
 @families
@@ -357,7 +358,7 @@ def test_soft_capped_attention(checkpointing):
     gradients = gradients_of(model, found.logits.square().mean())
     enable_visual_mass(model)
     if checkpointing:
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model.train(), {"use_reentrant": False})
     torch.testing.assert_close(model(ids, use_cache=False).logits, found.logits, rtol=1e-4, atol=1e-5)
     with record_visual_mass(model, key_weights=lambda ids: ids == IMAGE) as record:
         logits = model(ids, use_cache=False).logits
@@ -411,8 +412,9 @@ def test_bad_calls_are_refused():
 @torch.no_grad()
 def test_a_cache_that_the_recording_has_not_seen_is_refused():
     model, inputs = model_of("llava"), inputs_of("llava")
-    cache = model(**inputs, use_cache=True).past_key_values
-    following = {"input_ids": torch.tensor([[9], [9]]), "past_key_values": cache}
+    keyword = cache_keyword(model.forward)
+    cache = getattr(model(**inputs, use_cache=True), keyword)
+    following = {"input_ids": torch.tensor([[9], [9]]), keyword: cache}
     with record_visual_mass(model), pytest.raises(ValueError, match="behind 14 cached tokens"):
         model(**following)
     with record_visual_mass(model, key_weights=inputs["input_ids"] == IMAGE) as record:

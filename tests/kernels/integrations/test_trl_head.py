@@ -7,6 +7,10 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'mmrpt[trl]'")
 
@@ -257,6 +261,58 @@ def test_a_sharded_head_is_refused():
     weight.ds_id = 0  # how DeepSpeed marks the parameters of ZeRO-3
     with trl.fused_head(), pytest.raises(UnsupportedError, match="ZeRO-3"):
         run(utils._ChunkedLogProbFunction, (hidden, weight, None, targets), OPTIONS["plain"])
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_head_gathered_from_shards_is_refused_where_it_learns(mesh):
+    """TRL's way to read a DTensor: its gradient would be each rank's own."""
+    hidden, weight, _, targets = inputs(6, 8, bias=False)
+    scattered = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+    learning = scattered.clone().requires_grad_().full_tensor()
+    with trl.fused_head():
+        for gathered in (learning, learning.float() * 1.0):
+            with pytest.raises(UnsupportedError, match=r"full_tensor\(\).*unshard_head\(trainer.model\)"):
+                run(utils._ChunkedLogProbFunction, (hidden, gathered, None, targets), OPTIONS["plain"])
+        frozen = (hidden, scattered.full_tensor(), None, targets)
+        plain = (hidden, weight * 1.0, None, targets)  # computed from a parameter: its gradient is right
+        for tensors in (frozen, plain):
+            results, _ = run(utils._ChunkedLogProbFunction, tensors, OPTIONS["plain"])
+            torch.testing.assert_close(results[0], run(ChunkedLogProbFunction, tensors, OPTIONS["plain"])[0][0])
+
+
+class UncalledHead(torch.nn.Module):
+    """A model whose head is read in its forward pass and never called, as TRL does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.lm_head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 8, bias=False)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.body(rows), self.lm_head.weight
+
+
+def test_unshard_head_gathers_a_head_that_is_never_called(mesh):
+    plain, model = UncalledHead(), UncalledHead()
+    model.load_state_dict(plain.state_dict())
+    for part in (model.body, model.lm_head, model):
+        fully_shard(part, mesh=mesh)
+    rows = torch.randn(3, 4)
+    assert isinstance(model(rows)[1], DTensor)
+    for either in (model, plain):  # without FSDP2 nothing happens
+        trl.unshard_head(either)
+        hidden, weight = either(rows)
+        assert type(weight) is torch.nn.Parameter and weight.is_leaf
+        (hidden @ weight.T).square().sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), plain.lm_head.weight.grad)
 
 
 # ---- the self-check on the first batch ----

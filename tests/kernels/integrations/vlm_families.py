@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
 IMAGE, VOCAB, LENGTH, LAYERS = 3, 64, 14, 3
 FIRST_IMAGE, LAST_IMAGE = 4, 8  # image tokens stand at [4, 8) of a row without padding
-OLD = int(transformers.__version__.split(".")[0]) < 5
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -131,8 +131,17 @@ def model_of(family: str) -> torch.nn.Module:
         pytest.skip(f"transformers {transformers.__version__} has no {BUILDERS[family][1]}")
     model = _built(family).eval()
     model.zero_grad()
-    model.gradient_checkpointing_disable()
+    switch_checkpointing(model, None)
     return enabled(model)
+
+
+def switch_checkpointing(model: torch.nn.Module, settings: dict | None) -> None:
+    """Gradient checkpointing on, with torch's settings, or off (None), under the name that transformers has for it."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if settings is None:
+        getattr(model, f"{kind}_checkpointing_disable")()
+    else:
+        getattr(model, f"{kind}_checkpointing_enable")(settings)
 
 
 def enabled(model: torch.nn.Module) -> torch.nn.Module:
@@ -165,6 +174,6 @@ def inputs_of(family: str, padding: str = "none", extra: torch.Tensor | None = N
     made = {"input_ids": ids, "attention_mask": attended, **pixels(family, 2)}
     if family == "gemma3":
         made["token_type_ids"] = (ids == IMAGE).long()
-    elif family.startswith("qwen") and not OLD:
+    elif "mm_token_type_ids" in inspect.signature(getattr(transformers, BUILDERS[family][1]).forward).parameters:
         made["mm_token_type_ids"] = (ids == IMAGE).long()
     return made

@@ -1,6 +1,7 @@
-"""The loss operators over Triton's row kernels, end to end, against the definition; and what none of them may do: wait.
+"""The loss operators over Triton's and CUDA's row kernels, end to end, against the definition; and what none of them
+may do: wait.
 
-Without a GPU the kernels run in Triton's interpreter. The compiled kernels have test_row_kernels_cuda.py.
+Without a GPU Triton's kernels run in its interpreter and CUDA's in their host build.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from mmrpt_kernels.logprobs.places import COUNTED, split
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.visits import LossStream
-from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
+from mmrpt_kernels.testing import (
+    HEAD_CASES,
+    HeadCase,
+    assert_close_to_truth,
+    head_inputs,
+    poisoned_memory,
+    sum_cap,
+    sum_error,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
@@ -36,6 +45,13 @@ VARIANTS = {
     "not_compacted": {"old": True, "kl_coef": 0.1, "entropy_coef": 0.05, "compact": False},
     "known_count": {"old": True, "compact": 22},
 }
+
+
+@pytest.fixture(params=("triton", "cuda"))
+def backend(request) -> str:
+    if request.param == "cuda" and (reason := backends._why_no_extension(DEVICE)):
+        pytest.skip(reason)
+    return request.param
 
 
 def leaves(case: HeadCase, seed: int, dtype: torch.dtype, upcast: bool) -> dict:
@@ -135,22 +151,24 @@ def assert_by_the_rule(run, case: HeadCase, seed: int, dtype: torch.dtype, backe
             truth[name],
             name=f"{case.name} {name} seed {seed}",
             dtype=value.dtype if of_input else torch.float32,
-            floor=(1.0 if name != "d_hidden" else size) if of_input else size,
+            floor=0.0 if of_input else size,
+            eager_cap=sum_cap(case.vocab, exponents=case.logit_size, dtype=value.dtype),
+            slack=sum_error(case.vocab, value.dtype) if name == "d_hidden" else 0.0,
         )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: case.name)
-def test_log_probabilities(case, dtype, seed):
+def test_log_probabilities(case, dtype, backend, seed):
     if dtype == torch.float16:  # its range
         case = case._replace(logit_size=min(case.logit_size, 1e3))
-    assert_by_the_rule(score, case, seed, dtype)
+    assert_by_the_rule(score, case, seed, dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
-def test_policy_loss(options, dtype, seed):
-    assert_by_the_rule(learn, PLAIN, seed, dtype, **options)
+def test_policy_loss(options, dtype, backend, seed):
+    assert_by_the_rule(learn, PLAIN, seed, dtype, backend, **options)
 
 
 def test_float16_gradients_fit_at_low_temperatures(seed):
@@ -178,7 +196,7 @@ def test_head_options(seed):
     assert_by_the_rule(learn, case, seed, torch.float32, **VARIANTS["everything"])
 
 
-def test_token_loss(seed):
+def test_token_loss(backend, seed):
     made = leaves(PLAIN, seed, torch.float32, False)
     wrt = (made["hidden"], made["weight"])
 
@@ -186,7 +204,7 @@ def test_token_loss(seed):
         return -((1 - logps.exp()) ** 2) * logps + 0.1 * entropy
 
     found, expected = (
-        linear_token_loss(*wrt, made["targets"], focal, chunk_size=7, backend=name) for name in ("triton", "reference")
+        linear_token_loss(*wrt, made["targets"], focal, chunk_size=7, backend=name) for name in (backend, "reference")
     )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, wrt) for x in (found, expected)), rtol=1e-4, atol=1e-5)

@@ -59,8 +59,11 @@ def test_product_agrees_with_the_ordinary_way(shape, options, dtype, seed):
     for given in (bias, None):
         fused, plain = both(hidden, weight, given, targets, options)
         for name, value in fused.items():
-            rounding = torch.finfo(dtype).eps if name == "gradient" else 0.0  # a target's base may be another one
-            torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=2e-5 + 2 * rounding, msg=f"{name} {seed}")
+            # Logits are 2e-5 apart, and so, relatively, is each word's gradient; a base of its own rounds it apart too.
+            rule = {"rtol": 1e-5, "atol": 2e-5}
+            if name == "gradient":
+                rule = {"rtol": 2e-5 + (torch.finfo(dtype).eps if dtype != torch.float32 else 0.0), "atol": 1e-9}
+            torch.testing.assert_close(value, plain[name], **rule, msg=lambda m, n=name: f"{n}, seed {seed}: {m}")
 
 
 def test_strides(seed):

@@ -6,7 +6,6 @@ tails, rounding to half precision, the extension's bindings.
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import subprocess
@@ -15,25 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrpt_kernels import backends, linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels import backends, linear_logprobs
 from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.common.head import HeadOptions, transform_logits
 from mmrpt_kernels.logprobs.cuda import row_exponentials, row_gradient, row_statistics
-from mmrpt_kernels.logprobs.rows import Exponentials, Partials, Softmax, finish, most_above
-from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
+from mmrpt_kernels.logprobs.rows import Exponentials, Softmax, finish, most_above
+from mmrpt_kernels.testing import poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[3]
 HALVES = (torch.bfloat16, torch.float16)
-# Rows, words, size of the logits.
-SHAPES = {
-    "one word": (3, 1, 1.0),
-    "two words": (4, 2, 3.0),
-    "ordinary": (5, 1009, 3.0),
-    "one over a round of all lanes": (4, 8193, 3.0),
-    "flat": (2, 4096, 1e-6),
-    "peaked": (6, 300, 1e4),
-    "long": (2, 151_936, 3.0),
-}
 PLAIN = HeadOptions()
 OPTIONS = (PLAIN, HeadOptions(0.7), HeadOptions(1.3, 5.0, -1.7))
 
@@ -55,78 +44,14 @@ def strided(rows: int, vocab: int, size: float, device: str) -> torch.Tensor:
     return (size * torch.randn(rows, vocab + 3)).to(device)[:, :vocab]
 
 
-def definition(z: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p (n,) and entropy (n,) of transformed logits (n, V), in their dtype."""
-    z = z - z.detach().amax(-1, keepdim=True)
-    log_probs = z - z.exp().sum(-1, keepdim=True).log()
-    entropy = -(log_probs.exp() * log_probs.clamp_min(-1e30)).sum(-1)
-    return log_probs.gather(-1, targets[:, None])[:, 0], entropy
-
-
-def defined_gradient(raw: torch.Tensor, targets, options, slopes) -> torch.Tensor:
-    """d (logps . slopes[0] + entropy . slopes[1]) / d raw by autograd, in raw's dtype."""
-    leaf = raw.detach().clone().requires_grad_()
-    found = definition(transform_logits(leaf, options), targets)
-    return torch.autograd.grad(sum((f * s.to(raw.dtype)).sum() for f, s in zip(found, slopes, strict=True)), leaf)[0]
-
-
 def softmax_of(raw, targets, options=PLAIN) -> tuple[torch.Tensor, torch.Tensor, Softmax, torch.Tensor]:
     """logps, entropy, what the gradient wants of them, and the state."""
     partials, state = row_statistics(raw, targets, options, True, True)
     return *finish(partials, raw.shape[-1], True), state
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", SHAPES)
-def test_statistics_against_float64(name, options, device, seed):
-    rows, vocab, size = SHAPES[name]
-    raw, targets = strided(rows, vocab, size, device), torch.randint(vocab, (rows,), device=device)
-    before = raw.clone()
-    with poisoned_memory():
-        partials, state = row_statistics(raw, targets, options, True, True)
-    assert torch.equal(raw, before) and state is raw, "the gradient reads the logits"
-    logps, entropy, _ = finish(partials, vocab, True)
-    truth = definition(transform_logits(raw.double(), options), targets)
-    eager = definition(transform_logits(raw, options), targets)
-    largest = transform_logits(raw, options).abs().max().item()
-    for what, got, yardstick, want in zip(("logps", "entropy"), (logps, entropy), eager, truth, strict=True):
-        assert_close_to_truth(got, yardstick, want, name=f"{name} {what}", floor=largest)
-    assert (logps <= 0).all() and (entropy >= 0).all() and (entropy <= math.log(vocab)).all()
-    assert (partials.dots <= 0).all()
-
-
-def test_the_sum_of_a_long_row_is_good_to_a_millionth(device, seed):
-    raw, targets = strided(4, 151_936, 3.0, device), torch.zeros(4, dtype=torch.int64, device=device)
-    partials, _ = row_statistics(raw, targets, PLAIN, True, True)
-    shifted = raw.double() - raw.double().amax(-1, keepdim=True)
-    total, dots = shifted.exp().sum(-1), (shifted * shifted.exp()).sum(-1)
-    assert torch.equal(partials.top, raw.amax(-1)) and torch.equal(partials.chosen, raw[:, 0])
-    torch.testing.assert_close(partials.total.double(), total, rtol=1e-6, atol=0)
-    torch.testing.assert_close(partials.dots.double(), dots, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("entropy_learns", [True, False])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", SHAPES)
-def test_gradient_against_float64(name, options, entropy_learns, device, seed):
-    rows, vocab, size = SHAPES[name]
-    raw, targets = strided(rows, vocab, size, device), torch.randint(vocab, (rows,), device=device)
-    slopes = torch.randn(2, rows, device=device)
-    if not entropy_learns:
-        slopes[1] = 0.0
-    _, _, softmax, state = softmax_of(raw, targets, options)
-    given = (slopes[0], slopes[1] if entropy_learns else None)
-    with poisoned_memory():
-        got = row_gradient(state, targets, options, softmax, given, torch.empty(rows, vocab, device=device))
-    truth = defined_gradient(raw.double(), targets, options, slopes.double())
-    eager = defined_gradient(raw, targets, options, slopes)
-    # exp(z - top) inherits the rounding of z, as eager's does: at 1e4 that is 1e-3, in both.
-    floor = truth.abs().max().item() + transform_logits(raw, options).abs().max().item()
-    assert_close_to_truth(got, eager, truth, name=name, floor=floor)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("vocab", [1, 2, 3, 4, 5, 7, 8, 11, 16, 23, 2051])
+@pytest.mark.parametrize("vocab", [1, 2, 3, 4, 5, 7, 8, 11, 16, 23, 8193])
 def test_every_alignment_of_rows_and_results(vocab, dtype, device, seed):
     """Logits and gradient at every offset from a 16-byte boundary: same numbers, nothing written beside the row."""
     values = torch.randn(3, vocab, device=device)
@@ -139,6 +64,7 @@ def test_every_alignment_of_rows_and_results(vocab, dtype, device, seed):
         raw = held[offset:].view(3, vocab + 5)[:, :vocab]
         raw.copy_(values)
         partials, state = row_statistics(raw, targets, PLAIN, True, True)
+        assert state is raw and torch.equal(raw, values), "the gradient reads the logits"
         assert torch.equal(partials.top, values.amax(-1)) and torch.equal(
             partials.chosen, values.gather(-1, targets[:, None])[:, 0]
         )
@@ -150,15 +76,6 @@ def test_every_alignment_of_rows_and_results(vocab, dtype, device, seed):
             assert torch.equal(out, want), f"offset {offset}, shift {shift}"
             out.fill_(7.0)
             assert (around == 7.0).all(), f"offset {offset}, shift {shift}: written beside the row"
-
-
-def test_the_gradient_may_overwrite_the_logits(device, seed):
-    raw, targets = strided(3, 8200, 2.0, device), torch.tensor([5, 0, 8199], device=device)
-    slopes = (torch.randn(3, device=device), torch.randn(3, device=device))
-    *_, softmax, state = softmax_of(raw, targets)
-    apart = row_gradient(state, targets, PLAIN, softmax, slopes, torch.empty(3, 8200, device=device))
-    over = row_gradient(state, targets, PLAIN, softmax, slopes)
-    assert over is raw and torch.equal(over, apart)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -182,67 +99,10 @@ def test_rounding_is_to_nearest_even_for_every_half(dtype, device):
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
 
 
-def test_rows_without_slopes_are_zeros_and_hostile_rows_poison_nobody(device, seed):
-    raw = strided(8, 600, 2.0, device)
-    raw[1, 5], raw[2, 7], raw[3] = torch.nan, torch.inf, -torch.inf
-    raw[4, ::2], raw[5, 300:] = -torch.inf, -torch.inf
-    raw[6, 5] = torch.nan
-    raw[7], raw[7, 9] = -torch.inf, 3.0  # one word is left: certain
-    targets = torch.tensor([0, 1, 2, 3, 1, 1, 2, 9], device=device)
-    logps, entropy, softmax, state = softmax_of(raw, targets)
-    sound = [0, 4, 5, 7]
-    truth = definition(raw[sound].double(), targets[sound])
-    torch.testing.assert_close(logps[sound].double(), truth[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(entropy[sound].double(), truth[1], rtol=1e-6, atol=1e-6)
-    assert logps[7] == 0 and entropy[7] == 0
-    assert logps[[1, 2, 3, 6]].isnan().all() and entropy[[1, 2, 3, 6]].isnan().all()
-    slopes = torch.randn(2, 8, device=device)
-    slopes[:, [1, 2, 3]] = 0.0
-    for dtype in (torch.float32, *HALVES):
-        into = torch.full((8, 600), torch.nan, device=device, dtype=dtype)
-        got = row_gradient(state, targets, PLAIN, softmax, tuple(slopes), into)
-        assert (got[[1, 2, 3]] == 0).all() and got[sound].isfinite().all() and got[6].isnan().all()
-        assert (got[4, ::2] == 0).all() and (got[5, 300:] == 0).all()
-
-
-def test_an_all_ruled_out_row_has_empty_partials(device):
-    raw, targets = torch.full((1, 77), -torch.inf, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    partials, _ = row_statistics(raw, targets, PLAIN, True, True)
-    assert [value.item() for value in partials] == [-torch.inf, 0.0, 0.0, -torch.inf]
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_parts_of_a_vocabulary_merge_to_the_whole(options, device, seed):
-    """Words 0..299 and 300..1000 apart: partials merge by max and rescaled sums, gradients are the whole's."""
-    raw, split = strided(5, 1001, 3.0, device), 300
-    targets = torch.tensor([0, 299, 300, 1000, 512], device=device)
-    whole, _ = row_statistics(raw, targets, options, True, True)
-    parts = [(raw[:, :split], targets), (raw[:, split:], targets - split)]
-    found = [row_statistics(*part, options, True, True)[0] for part in parts]
-    assert torch.equal(found[0].chosen.isneginf(), targets >= split)
-    assert torch.equal(found[1].chosen.isneginf(), targets < split)
-    top = torch.maximum(found[0].top, found[1].top)
-    moved = [(part.top - top).exp() for part in found]
-    total = sum(m * part.total for m, part in zip(moved, found, strict=True))
-    dots = sum(m * (part.dots + (part.top - top) * part.total) for m, part in zip(moved, found, strict=True))
-    merged = Partials(top, total, dots, torch.maximum(found[0].chosen, found[1].chosen))
-    for name, one, other in zip(Partials._fields, merged, whole, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    softmax, slopes = finish(merged, 1001, True)[2], tuple(torch.randn(2, 5, device=device))
-    apart = [
-        row_gradient(logits, local, options, softmax, slopes, torch.empty(logits.shape, device=device))
-        for logits, local in parts
-    ]
-    together = row_gradient(raw, targets, options, softmax, slopes, torch.empty(raw.shape, device=device))
-    assert torch.equal(torch.cat(apart, 1), together)
-
-
-def test_dots_are_zero_unless_wanted_and_runs_repeat(device, seed):
+def test_dots_are_zero_unless_wanted(device, seed):
     raw, targets = strided(4, 5003, 3.0, device), torch.arange(4, device=device)
     bare, full = (row_statistics(raw, targets, PLAIN, want, True)[0] for want in (False, True))
     assert (bare.dots == 0).all() and torch.equal(bare.total, full.total)
-    again = row_statistics(raw, targets, PLAIN, True, True)[0]
-    assert all(torch.equal(one, other) for one, other in zip(full, again, strict=True))
 
 
 # ---- exponentials ----
@@ -283,7 +143,7 @@ def test_exponentials_over_the_logits_and_beside_them_are_the_same(options, devi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [1, 2, 3, 4, 5, 7, 8, 11, 16, 23, 2051])
+@pytest.mark.parametrize("vocab", [1, 2, 3, 4, 5, 7, 8, 11, 16, 23, 8193])
 def test_exponentials_at_every_alignment(vocab, dtype, device, seed):
     """As for the gradient; another start adds the same words in another order."""
     values, targets = near_and_far(3, vocab, device)
@@ -310,17 +170,6 @@ def test_exponentials_at_every_alignment(vocab, dtype, device, seed):
             assert (around == 7.0).all(), f"offset {offset}, shift {shift}: written beside the row"
 
 
-def test_exponentials_of_a_long_row_are_good_to_a_millionth(device, seed):
-    raw, targets = strided(2, 151_936, 3.0, device), torch.tensor([5, 151_935], device=device)
-    sums, matrix = row_exponentials(raw, targets, PLAIN, True, torch.empty(2, 151_936, device=device))
-    own, top = raw.gather(1, targets[:, None]), raw.amax(1, keepdim=True)
-    shifted = raw.double() - torch.where(top - own > most_above(True), top, own).double()
-    exps = shifted.exp().scatter(1, targets[:, None], 0.0)
-    torch.testing.assert_close(sums.rest.double(), exps.sum(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(sums.dots.double(), (shifted * exps).sum(1), rtol=1e-6, atol=1e-6 * exps.sum(1).max())
-    assert torch.equal(matrix.gather(1, targets[:, None])[:, 0], -sums.rest)
-
-
 def test_exponentials_of_no_word_touch_nobody(device, seed):
     """An id that is no word, which nothing checks on a GPU: a broken row of zeros, and no address beside it."""
     around = torch.full((5, 1000), 7.0, device=device)
@@ -336,63 +185,6 @@ def test_exponentials_refuse_a_short_range(device):
     raw, targets = torch.zeros(1, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="float16's range is too short"):
         row_exponentials(raw, targets, PLAIN, True, raw.half())
-
-
-# ---- the operators ----
-
-
-def gradients(operator, case: HeadCase, dtype, device, backend: str, wide: bool = False) -> list[torch.Tensor]:
-    """The operator's results and gradients on a case; `wide` widens the values of `dtype` to float64."""
-    made = head_inputs(case, dtype=dtype, device=device)
-    leaves = {n: made[n] for n in ("hidden", "weight", "bias") if made[n] is not None}
-    leaves = {n: (t.double() if wide else t).detach().requires_grad_() for n, t in leaves.items()}
-    options = {name: getattr(case, name) for name in ("temperature", "softcap", "logit_scale", "chunk_size")}
-    with poisoned_memory():
-        total, *seen = operator(leaves, made["targets"], options | {"bias": leaves.get("bias"), "backend": backend})
-        return [*seen, *torch.autograd.grad(total, list(leaves.values()))]
-
-
-def logprobs(leaves, targets, options):
-    out = linear_logprobs(leaves["hidden"], leaves["weight"], targets, return_entropy=True, **options)
-    factor = torch.linspace(-1, 1, max(targets.numel(), 1), device=targets.device)[: targets.numel()].to(
-        out.logps.dtype
-    )
-    return (factor * (out.logps + 0.3 * out.entropy)).sum(), out.logps.detach(), out.entropy.detach()
-
-
-def policy_loss(leaves, targets, options):
-    """The rows as one sequence, an entropy bonus, and old log-probs that make some tokens clip."""
-    count = targets.numel()
-    advantages = torch.linspace(-2, 2, max(count, 1), device=targets.device)[:count]
-    out = linear_policy_loss(
-        leaves["hidden"][None],
-        leaves["weight"],
-        targets[None],
-        advantages[None],
-        response_mask=(targets != -100)[None],
-        entropy_coef=0.1,
-        **options,
-    )
-    return out.loss, out.loss.detach(), out.logps, out.entropy
-
-
-def token_loss(leaves, targets, options):
-    loss = linear_token_loss(
-        leaves["hidden"], leaves["weight"], targets, lambda logps, entropy, _: 0.1 * entropy - logps, **options
-    )
-    return loss, loss.detach()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("operator", [logprobs, policy_loss, token_loss])
-@pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: case.name)
-def test_operators_end_to_end(case, operator, dtype, device):
-    got = gradients(operator, case, dtype, device, "cuda")
-    eager = gradients(operator, case, dtype, device, "reference")
-    truth = gradients(operator, case, dtype, device, "reference", wide=True)
-    for at, (one, yardstick, want) in enumerate(zip(got, eager, truth, strict=True)):
-        name = f"{case.name}, {operator.__name__}, result {at}"
-        assert_close_to_truth(one, yardstick, want, name=name, dtype=one.dtype, floor=case.logit_size)
 
 
 # ---- who is served ----

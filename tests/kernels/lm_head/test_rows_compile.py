@@ -49,6 +49,7 @@ def test_no_row_kernel_spills(arch):
         assert one.registers <= (64 if exponentials else 128), one.spec.title
         if one.spec.signature.get("vocab", "").endswith(":16"):
             assert "ld.global.v4.b32" in one.ptx, one.spec.title
-            # The target's word is stored alone, once; the sweep's stores are whole all the same.
-            alone = one.ptx.count("st.global.b16")
-            assert "st.global.v4.b32" in one.ptx and alone <= 1 or not exponentials, one.spec.title
+            if one.spec.kernel != "_statistics_kernel":  # which stores a number a program
+                # Of the exponentials three sums and the target are stored alone; a sweep's stores are whole.
+                alone = one.ptx.count("st.global.b16") + one.ptx.count("st.global.b32")
+                assert "st.global.v4.b32" in one.ptx and alone == (4 if exponentials else 0), one.spec.title

@@ -16,7 +16,15 @@ from mmrpt_kernels.logprobs import linear_logprobs, stream
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator, reference, visits
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import differentiate, token_losses
-from mmrpt_kernels.testing import HEAD_CASES, HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
+from mmrpt_kernels.testing import (
+    HEAD_CASES,
+    HeadCase,
+    assert_close_to_truth,
+    head_inputs,
+    poisoned_memory,
+    sum_cap,
+    sum_error,
+)
 
 D = torch.float64
 BATCH = HeadCase("batch", 24, 8, 53, ignored="some", chunk_size=5)
@@ -350,6 +358,8 @@ class TestPortable:
                 name=f"{name} {key} seed {seed}",
                 dtype=dtype if of_input else torch.float32,
                 floor=0.0 if of_input else 20.0,
+                eager_cap=sum_cap(case.vocab, exponents=case.logit_size, dtype=found[key].dtype),
+                slack=sum_error(case.vocab, found[key].dtype) if key == "d_hidden" else 0.0,
             )
 
     def test_frozen_and_unfrozen(self, seed):
@@ -749,6 +759,7 @@ class TestErrors:
             ({"normalizer": 0.0}, "normalizer: got 0.0"),
             ({"normalizer": float("inf")}, "normalizer: got inf"),
             ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
+            ({"normalizer": torch.ones((), device="meta")}, "normalizer: got device meta, expected cpu"),
             ({"temperature": -1.0}, "temperature: got -1.0"),
         ],
     )
