@@ -1,6 +1,9 @@
 """Make the virtual environment that the Makefile's targets run in. Standard library only; safe to run again.
 
-    python3 scripts/bootstrap.py --venv .venv --extras train,dev
+    python3 scripts/bootstrap.py --venv .venv --extras train,dev [--constraints FILE]
+
+Everything is installed in the versions of the constraints file; with `--constraints ""`, in the newest that
+pyproject.toml admits. Torch and triton are chosen here, whatever that file is for:
 
 PyTorch is chosen in this order:
   1. One that the calling Python already has and that satisfies pyproject.toml is used as it is.
@@ -8,7 +11,8 @@ PyTorch is chosen in this order:
      (gigabytes), the index named by MMRPT_TORCH_INDEX is asked for a CPU build instead; where that fails, the plain
      release is installed and the message says what it costs.
 What is installed besides can neither replace nor upgrade that torch: its version is a constraint. So is triton's: the
-one that came with torch, or else the release by which the kernels' launch tables were made.
+one that came with torch, or else the pinned one, by which the kernels' launch tables were made. Where the torch is
+another release than the pinned one, the pins of what torch itself requires step aside: torch knows which it works with.
 """
 
 import sys
@@ -21,6 +25,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     )
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -29,11 +34,11 @@ import subprocess
 import tempfile
 import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH_PIN = "2.13.0"
-TRITON_PIN = "3.6.0"
+CONSTRAINTS = ROOT / "constraints.txt"
 CUDA_PACKAGE = re.compile(r"^(nvidia[-_].*|triton|cuda[-_].*)$", re.IGNORECASE)
 
 
@@ -44,6 +49,36 @@ def say(message: str) -> None:
 def release(version: str) -> tuple[int, ...]:
     """The numeric part of a version: "2.13.0+cpu" -> (2, 13, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def plain(name: str) -> str:
+    """A package's name as pip compares names: "huggingface_hub" -> "huggingface-hub"."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins_of(path: Path) -> dict[str, str]:
+    """Package and version of each line `name==version` of a constraints file."""
+    pins = {}
+    for line in path.read_text().splitlines():
+        line = line.split("#")[0].strip()
+        pin = re.fullmatch(r"([\w.-]+)==([\w.!+]+)", line)
+        if pin:
+            pins[plain(pin.group(1))] = pin.group(2)
+        elif line:
+            raise SystemExit(f"{path}: expected lines 'name==version' and comments, got {line!r}")
+    return pins
+
+
+TORCH_PIN, TRITON_PIN = (pins_of(CONSTRAINTS)[name] for name in ("torch", "triton"))
+
+
+@contextlib.contextmanager
+def keeping_to(pins: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """The arguments that make pip keep to `pins`; none without pins."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "constraints.txt")
+        file.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+        yield ("--constraint", str(file)) if pins else ()
 
 
 def torch_floor() -> str:
@@ -138,6 +173,12 @@ class Environment:
         say("pip " + " ".join(arguments))
         return subprocess.run([str(self.python), "-m", "pip", *arguments], cwd=ROOT).returncode
 
+    def needs_of(self, package: str) -> set[str]:
+        """The names of what the installed package requires."""
+        code = f"import importlib.metadata as m; print(*m.requires({package!r}) or [], sep='\\n')"
+        run = subprocess.run([str(self.python), "-c", code], capture_output=True, text=True)
+        return {plain(line) for line in re.findall(r"^[\w.-]+", run.stdout, re.MULTILINE)}
+
     def would_install(self, requirement: str) -> dict | None:
         """pip's report on a dry run, or None when pip cannot tell."""
         command = [str(self.python), "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", requirement]
@@ -149,38 +190,49 @@ class Environment:
             return None
 
 
-def install_torch(env: Environment, gpu: bool, index: str | None) -> None:
+def install_torch(env: Environment, gpu: bool, index: str | None, pins: dict[str, str]) -> None:
     """Put the pinned torch into `env`, as the module's docstring says."""
-    wanted = f"torch=={TORCH_PIN}"
+    wanted = f"torch=={pins.get('torch', TORCH_PIN)}"
     report = None if gpu else env.would_install(wanted)
     heavy = cuda_packages(report) if report else []
     if heavy:
         say(f"no NVIDIA GPU here, and plain {wanted} would bring {len(heavy)} CUDA packages ({heavy[0]}, ...)")
-        if index:
-            if env.pip("install", wanted, "--index-url", index) == 0:
-                return
+        # That index has few releases of what torch needs: the command below installs those, from where pip looks else.
+        if index and env.pip("install", "--no-deps", wanted, "--index-url", index) == 0:
+            heavy = []
+        elif index:
             say("MMRPT_TORCH_INDEX has no such build (see above)")
+    if heavy:
         say(
             "going on with the plain release: several gigabytes. To avoid them, stop this, set MMRPT_TORCH_INDEX to "
             "PyTorch's index of CPU builds (its installation page shows the address under 'CPU') and run it again."
         )
-    if env.pip("install", wanted) != 0:
-        raise SystemExit(f"pip could not install {wanted}; its message stands above")
+    # A CUDA build brings the triton that it was made for.
+    with keeping_to({name: pins[name] for name in pins if name != "triton"}) as constrained:
+        if env.pip("install", *constrained, wanted) != 0:
+            raise SystemExit(f"pip could not install {wanted}; its message stands above")
 
 
-def install(env: Environment, extras: str) -> None:
+def pins_beside(torch: str, triton: str | None, needs: set[str], pins: dict[str, str]) -> dict[str, str]:
+    """The pins for what is installed beside that torch and triton. needs: the names of what this torch requires."""
+    if release(torch) != release(pins.get("torch", TORCH_PIN)):
+        pins = {name: pins[name] for name in pins if name not in needs}
+    return pins | {"torch": torch, "triton": triton or pins.get("triton", TRITON_PIN)}
+
+
+def install(env: Environment, extras: str, pins: dict[str, str]) -> None:
     """The project, editable, with its extras; torch stays what it is."""
     torch = torch_of(env.python)
     if not satisfies(torch, torch_floor()):
         raise SystemExit(
             f"{env.path}: torch is {torch}, expected {torch_floor()} or newer; remove {env.path} and retry"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        constraint = Path(folder, "constraints.txt")
-        triton = version_of(env.python, "triton") or TRITON_PIN
-        constraint.write_text(f"torch=={torch}\ntriton=={triton}\n")
-        if env.pip("install", "--quiet", "--constraint", str(constraint), "--editable", f".[{extras}]") != 0:
-            raise SystemExit("pip could not install the project; its message stands above")
+    builders = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    with keeping_to(pins_beside(torch, version_of(env.python, "triton"), env.needs_of("torch"), pins)) as constrained:
+        # Constraints do not reach pip's own build environments: what builds the project is installed here, pinned too.
+        for what in (builders, ["--no-build-isolation", "--editable", f".[{extras}]"]):
+            if env.pip("install", "--quiet", *constrained, *what) != 0:
+                raise SystemExit("pip could not install the project; its message stands above")
     if torch_of(env.python) != torch:
         raise SystemExit(f"{env.path}: the installation replaced torch {torch}; remove {env.path} and retry")
     say(f"ready: {env.python}, torch {torch}")
@@ -190,7 +242,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the virtual environment of the Makefile's targets.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--extras", default="train,dev")
+    parser.add_argument("--constraints", default=str(CONSTRAINTS), help="empty: the newest that pyproject.toml admits")
     args = parser.parse_args(argv)
+    pins = pins_of(Path(args.constraints)) if args.constraints else {}
     env = Environment(args.venv.absolute())
     floor = torch_floor()
     if env.runs("-m", "pip", "--version") and satisfies(torch_of(env.python), floor):
@@ -204,8 +258,8 @@ def main(argv: list[str] | None = None) -> None:
             say(f"torch {present} of {sys.executable} is older than {floor}: the environment gets its own")
         env.make(sees_caller=usable)
         if not satisfies(torch_of(env.python), floor):
-            install_torch(env, has_nvidia_gpu(), os.environ.get("MMRPT_TORCH_INDEX"))
-    install(env, args.extras)
+            install_torch(env, has_nvidia_gpu(), os.environ.get("MMRPT_TORCH_INDEX"), pins)
+    install(env, args.extras, pins)
 
 
 if __name__ == "__main__":

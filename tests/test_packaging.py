@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
-from scripts import bootstrap, gpu
+from scripts import bootstrap, constraints, gpu, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -214,26 +215,27 @@ CUDA_BUILD = ["torch", "sympy", "nvidia-cublas", "nvidia-cudnn-cu13", "triton", 
 
 def test_a_machine_with_a_gpu_takes_the_plain_release() -> None:
     env = FakeEnvironment(CUDA_BUILD)
-    bootstrap.install_torch(env, gpu=True, index="an-index")
+    bootstrap.install_torch(env, gpu=True, index="an-index", pins={})
     assert env.asked == [("install", PIN)]
 
 
 def test_a_cpu_build_at_hand_is_taken() -> None:
     env = FakeEnvironment(["torch", "sympy", "filelock"])
-    bootstrap.install_torch(env, gpu=False, index="an-index")
+    bootstrap.install_torch(env, gpu=False, index="an-index", pins={})
     assert env.asked == [("dry run", PIN), ("install", PIN)]
 
 
 def test_without_a_gpu_the_named_index_keeps_cuda_packages_away() -> None:
     env = FakeEnvironment(CUDA_BUILD)
-    bootstrap.install_torch(env, gpu=False, index="an-index")
-    assert env.asked == [("dry run", PIN), ("install", PIN, "--index-url", "an-index")]
+    bootstrap.install_torch(env, gpu=False, index="an-index", pins={})
+    # What torch needs comes from where pip looks else: that index may lack the pinned releases.
+    assert env.asked == [("dry run", PIN), ("install", "--no-deps", PIN, "--index-url", "an-index"), ("install", PIN)]
 
 
 @pytest.mark.parametrize("index", [None, "an-index"])
 def test_without_a_cpu_build_it_says_so_and_goes_on(index: str | None, capsys: pytest.CaptureFixture) -> None:
     env = FakeEnvironment(CUDA_BUILD, failing=("an-index",))
-    bootstrap.install_torch(env, gpu=False, index=index)
+    bootstrap.install_torch(env, gpu=False, index=index, pins={})
     assert env.asked[-1] == ("install", PIN)
     said = capsys.readouterr().out
     assert "4 CUDA packages" in said and "set MMRPT_TORCH_INDEX" in said
@@ -241,7 +243,98 @@ def test_without_a_cpu_build_it_says_so_and_goes_on(index: str | None, capsys: p
 
 def test_a_failing_pip_ends_the_set_up() -> None:
     with pytest.raises(SystemExit, match="pip could not install torch=="):
-        bootstrap.install_torch(FakeEnvironment(["torch"], failing=(PIN,)), gpu=False, index=None)
+        bootstrap.install_torch(FakeEnvironment(["torch"], failing=(PIN,)), gpu=False, index=None, pins={})
+
+
+# ---- pinned versions: constraints.txt ----
+
+
+def test_every_requirement_is_pinned_inside_its_range() -> None:
+    pins = bootstrap.pins_of(bootstrap.CONSTRAINTS)
+    wanted = [Requirement(line) for line in constraints.requirements(*constraints.EXTRAS) + constraints.builders()]
+    assert len(wanted) > 20
+    for requirement in wanted:
+        pin = pins[bootstrap.plain(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement}: pinned to {pin}"
+
+
+def test_pins_are_exact_and_said_once(tmp_path: Path) -> None:
+    lines = [line for line in bootstrap.CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
+    names = [line.partition("==")[0] for line in lines]
+    assert names == sorted(set(names)) == list(bootstrap.pins_of(bootstrap.CONSTRAINTS))
+    (tmp_path / "loose.txt").write_text("numpy>=2\n")
+    with pytest.raises(SystemExit, match="expected lines 'name==version' and comments, got 'numpy>=2'"):
+        bootstrap.pins_of(tmp_path / "loose.txt")
+
+
+def test_pip_is_kept_to_the_pins() -> None:
+    seen = {}
+
+    class Reading(FakeEnvironment):
+        def pip(self, *arguments: str) -> int:
+            file = Path(arguments[arguments.index("--constraint") + 1])
+            seen[arguments[-1]] = file.read_text().split()
+            return 0
+
+    bootstrap.install_torch(
+        Reading(["torch"]), gpu=False, index=None, pins={"torch": "9.9", "sympy": "1", "triton": "3"}
+    )
+    assert seen == {"torch==9.9": ["torch==9.9", "sympy==1"]}, "a CUDA build brings its own triton"
+
+
+def test_another_torch_chooses_what_it_needs() -> None:
+    pins = {"torch": "2.13.0", "triton": "3.6.0", "sympy": "1.14.0", "trl": "1.16.0"}
+    same = bootstrap.pins_beside("2.13.0+cpu", None, {"sympy"}, pins)
+    assert same == pins | {"torch": "2.13.0+cpu"}
+    other = bootstrap.pins_beside("2.12.1", "3.5.0", {"sympy"}, pins)
+    assert other == {"torch": "2.12.1", "triton": "3.5.0", "trl": "1.16.0"}
+
+
+def test_constraints_are_written_from_pips_report() -> None:
+    entries = [("huggingface_hub", "2.0"), ("accelerate", "1.15.0")]
+    report = {"install": [{"metadata": {"name": name, "version": version}} for name, version in entries]}
+    text = constraints.text_of(constraints.versions_in(report), {"torch": "2.13.0"})
+    assert text == constraints.HEAD + "accelerate==1.15.0\nhuggingface-hub==2.0\ntorch==2.13.0\n"
+
+
+# ---- the oldest and the newest versions: scripts/versions.py ----
+
+
+def test_the_oldest_release_of_a_range() -> None:
+    have = ["5.2.0", "4.57.10", "4.57.9", "4.56.0"]
+    assert versions.oldest("transformers>=4.57,<6", have) == "transformers==4.57.9"
+    with pytest.raises(constraints.Unresolved, match="no release for 'trl>=9'; it has 5.2.0"):
+        versions.oldest("trl>=9", have)
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.a.test_one" name="test_x"/>
+<testcase classname="tests.a.test_one" name="test_y"><failure message="m"/></testcase>
+<testcase classname="tests.a.test_two" name="test_z"><skipped message="could not import 'requests'"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_file_of_which_nothing_ran_fails_its_combination(tmp_path: Path) -> None:
+    (tmp_path / "results.xml").write_text(REPORT)
+    outcome = versions.Outcome("oldest")
+    versions.read_results(outcome, tmp_path / "results.xml", ["tests/a/test_one.py", "tests/a/test_two.py"])
+    assert (outcome.passed, outcome.failed, outcome.ok) == (1, ["tests.a.test_one::test_y"], False)
+    assert outcome.problem == "no test ran of tests/a/test_two.py"
+    shown = versions.table([outcome])
+    assert "oldest: FAILED tests.a.test_one::test_y" in shown and "skipped 1: could not import 'requests'" in shown
+
+
+def test_a_combination_that_cannot_be_made_fails_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(*_, **__):
+        raise constraints.Unresolved("no release of trl suits transformers 4.57")
+
+    monkeypatch.setattr(versions, "resolve", refuse)
+    assert versions.main(["newest"]) == 1
+    assert "newest: could not be made: no release of trl suits transformers 4.57" in capsys.readouterr().out
+
+
+def test_the_versions_tests_exist() -> None:
+    assert len(versions.test_files()) >= len(versions.TESTS)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +402,9 @@ def test_a_second_set_up_is_instant(tmp_path: Path) -> None:
 
 def test_ci_runs_what_a_newcomer_runs() -> None:
     script = ROOT / ".ci/run"
-    assert os.access(script, os.X_OK) and script.read_text().splitlines()[-1] == "make test"
+    commands = [line for line in script.read_text().splitlines() if line.startswith("make")]
+    assert os.access(script, os.X_OK) and commands[0] == "make test"
+    assert commands[1].startswith('make test-versions ARGS="newest --if-new')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
