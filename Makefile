@@ -29,6 +29,8 @@ ifeq ($(ISA),avx2)
 export ONEDNN_MAX_CPU_ISA := AVX2
 export ATEN_CPU_CAPABILITY := avx2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
+# Inductor would take code from its cache that was made for the CPU as it is, and compute wrong results.
+export TORCHINDUCTOR_CACHE_DIR := $(abspath $(VENV))/inductor-avx2
 else ifneq ($(ISA),)
 $(error ISA=$(ISA): expected avx2 or nothing)
 endif
