@@ -311,15 +311,19 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.a.test_one" name="test_x"/>
 <testcase classname="tests.a.test_one" name="test_y"><failure message="m"/></testcase>
 <testcase classname="tests.a.test_two" name="test_z"><skipped message="could not import 'requests'"/></testcase>
+<testcase classname="" name="tests.a.test_three"><skipped message="collection skipped">('three.py', 9, 'Skipped:
+transformers 4 asks accelerate for FSDP in a way')</skipped></testcase>
+<testcase classname="" name="tests.a.test_four"><skipped message="collection skipped">no trl</skipped></testcase>
 </testsuite></testsuites>"""
 
 
 def test_a_file_of_which_nothing_ran_fails_its_combination(tmp_path: Path) -> None:
     (tmp_path / "results.xml").write_text(REPORT)
     outcome = versions.Outcome("oldest")
-    versions.read_results(outcome, tmp_path / "results.xml", ["tests/a/test_one.py", "tests/a/test_two.py"])
+    files = [f"tests/a/test_{name}.py" for name in ("one", "two", "three", "four")]
+    versions.read_results(outcome, tmp_path / "results.xml", files)
     assert (outcome.passed, outcome.failed, outcome.ok) == (1, ["tests.a.test_one::test_y"], False)
-    assert outcome.problem == "no test ran of tests/a/test_two.py"
+    assert outcome.problem == "no test ran of tests/a/test_two.py, tests/a/test_four.py"
     shown = versions.table([outcome])
     assert "oldest: FAILED tests.a.test_one::test_y" in shown and "skipped 1: could not import 'requests'" in shown
 
