@@ -335,9 +335,10 @@ class Trainer:
             policy = build_tiny_vlm(model.tiny, self.sources.texts(), seed=self.settings.seed, images=images)
             policy.model.to(self.settings.device)
         if model.gradient_checkpointing:
-            # Renamed in transformers 5.24, which warns of the old name.
+            # Renamed in transformers 5.24, which warns of the old name. What transformers 4 does by default loses the
+            # gradients of blocks whose input needs none.
             renamed = getattr(policy.model, "activation_checkpointing_enable", None)
-            (renamed or policy.model.gradient_checkpointing_enable)()
+            (renamed or policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
         return policy
 
     @contextmanager

@@ -98,6 +98,13 @@ def check_same_run(found: Path, wanted: Path) -> None:
     assert names[0] - {"config.yaml"} == names[1]  # which the command line writes
 
 
+def test_recomputed_activations_train_the_same_model(straight, tmp_path):
+    trainer = Trainer(settings_in(tmp_path, "model.gradient_checkpointing=true"))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.policy.model.modules())
+    trainer.run()
+    check_same_run(trainer.folder, straight)
+
+
 # ------------------------------------------------------------------------------------------------ killing
 
 
