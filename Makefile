@@ -54,8 +54,9 @@ lint: $(VENV)/.stamp-dev
 	$(RUN) -m ruff format --check .
 
 # One thread a worker: on few cores, workers beat threads. A file stays on one worker, so its fixtures are made once.
+# A worker that dies ends the run: xdist waits for ever for the file that it hands to a dead worker's successor.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(MARK)" --durations=15 $(PYTEST)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 -m "$(MARK)" --durations=15 $(PYTEST)
 
 test-versions: $(VENV)/.stamp-dev
 	$(RUN) -m scripts.versions --jobs $(JOBS) $(ARGS)
