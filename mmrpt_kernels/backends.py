@@ -30,7 +30,7 @@ __all__ = [
     "use_backend",
 ]
 
-BACKENDS = ("cuda", "triton", "triton-fused", "sdpa+mass", "portable", "reference")
+BACKENDS = ("cuda", "triton", "sdpa+mass", "portable", "reference")
 OPERATORS = ("attention", "visual_mass", "logprobs", "policy_loss", "token_loss", "divergence", "perception")
 ENV_VARIABLE = "MMRPT_KERNELS_BACKEND"
 
@@ -99,13 +99,10 @@ for _op in ("logprobs", "policy_loss", "token_loss"):
 for _op in ("logprobs", "policy_loss", "token_loss"):
     _why = "Triton's row kernels between the vendor's products; compute capability 8.0 or newer; not yet timed"
     TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
-    _why = "a matrix product in Triton that leaves exponentials, no logits; by name until it is measured"
-    TABLE.append(Row(_op, "triton-fused", ("cuda",), FLOATS[1:2], (), _why, by_name=True, missing=TRITON_MISSING))
     if _INTERPRETED:
         _why = "Triton's interpreter, for tests"
-        _how = {"by_name": True, "missing": TRITON_MISSING}
-        TABLE += [Row(_op, name, ("cpu",), FLOATS[:3], (), _why, **_how) for name in ("triton", "triton-fused")]
-_why = "one sweep over both views' logits (two for js and hellinger); gradients in the products' dtype"
+        TABLE.append(Row(_op, "triton", ("cpu",), FLOATS[:3], (), _why, by_name=True, missing=TRITON_MISSING))
+_why = "one sweep over both views' logits (two for js); gradients in the products' dtype"
 TABLE.append(Row("divergence", "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
 if _INTERPRETED:  # no products in its kernels: bfloat16 too
     _why = "Triton's interpreter, for tests"

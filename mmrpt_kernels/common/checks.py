@@ -1,4 +1,4 @@
-"""Argument checks at the door of the public functions.
+"""Argument checks of the public functions.
 
 Every message has three parts: what was got, what was expected, how to mend it. Inner layers call none: they trust.
 All checks read metadata only (shape, dtype, device), so `torch.compile` evaluates them while tracing and nothing is
@@ -13,7 +13,15 @@ from collections.abc import Iterable
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["check", "check_dtype", "check_range", "check_reverse_mode", "check_same_device", "check_shape"]
+__all__ = [
+    "check",
+    "check_dtype",
+    "check_range",
+    "check_reverse_mode",
+    "check_same_device",
+    "check_shape",
+    "gradients_wanted",
+]
 
 
 def check(condition: bool, message: str) -> None:
@@ -90,3 +98,9 @@ def check_reverse_mode(op: str, *tensors: torch.Tensor | None) -> None:
             f"{op}: got a forward-mode tangent (jvp, jacfwd), but it has reverse-mode derivatives only; use "
             "torch.autograd.grad, or backend='reference'"
         )
+
+
+def gradients_wanted(*tensors: torch.Tensor | None) -> tuple[bool, ...]:
+    """Whether autograd will ask for the gradient of each tensor."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and t is not None and t.requires_grad for t in tensors)

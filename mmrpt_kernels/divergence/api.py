@@ -1,4 +1,4 @@
-"""The public function: checks, dispatch, and the custom operator with its autograd formula."""
+"""The public function `linear_token_divergence`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mmrpt_kernels.backends import TRITON_MISSING, select
-from mmrpt_kernels.common.autocast import autocast_dtype, cast_to, dtypes_of, without_autocast
+from mmrpt_kernels.common.autocast import autocast_dtype, cast_to
 from mmrpt_kernels.common.checks import check, check_dtype, check_reverse_mode, check_same_device, check_shape
-from mmrpt_kernels.common.head import FLOAT_DTYPES, HeadOptions, check_head, statistics_dtype
-from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
-from mmrpt_kernels.common.shards import find_shard
-from mmrpt_kernels.divergence import portable, reference, stream
-from mmrpt_kernels.divergence.rows import RowValues
+from mmrpt_kernels.common.dtypes import FLOAT_DTYPES, statistics_dtype
+from mmrpt_kernels.divergence import operator, reference
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions, check_head, check_word_ids, select_backend
+from mmrpt_kernels.lm_head.vocab_parallel import group_name, local_head
 
 __all__ = ["KINDS", "TokenDivergence", "linear_token_divergence"]
 
-KINDS = ("kl", "reverse_kl", "js", "hellinger", "k3")
-# What makes the row kernels of a call, by backend.
-ROW_KERNELS = {"portable": portable.row_kernels}
-if not TRITON_MISSING:
-    from mmrpt_kernels.divergence import triton
-
-    ROW_KERNELS["triton"] = triton.row_kernels
+KINDS = ("kl", "reverse_kl", "js", "k3")
 
 
 class TokenDivergence(NamedTuple):
@@ -60,7 +52,6 @@ def linear_token_divergence(
         "kl"          KL(p || q) = sum p log(p / q)
         "reverse_kl"  KL(q || p)
         "js"          Jensen-Shannon divergence, in [0, log 2]
-        "hellinger"   squared Hellinger distance 1 - sum sqrt(p q), in [0, 1]
         "k3"          exp(d) - d - 1 with d = clamp(logq_t - logp_t, -20, 20), clamped to [0, 10], on targets t: an
                       estimate of KL(p || q) when the targets were sampled from the p view. VPPO scores perception with
                       p = the response given the image, q = given the perturbed image (arXiv 2510.09285 and its code).
@@ -74,7 +65,7 @@ def linear_token_divergence(
         kind: one kind, or a tuple of kinds computed in one sweep, which adds a last dimension.
         weight_q: (V, H_q) another head for q, e.g. a reference model's.
         bias: (V,) added to both views' logits; -inf bans a word (0 log 0 counts as 0).
-        temperature, softcap, logit_scale: head options, see mmrpt_kernels.common.head.
+        temperature, softcap, logit_scale: head options, see mmrpt_kernels.lm_head.options.
         chunk_size: rows of logits held at once; default from a memory budget. Never changes results beyond rounding.
         backend: see mmrpt_kernels.backends.
         vocab_group: process group over which the vocabulary is cut: weight (V_r, H), weight_q (V_r, H_q) and bias
@@ -82,8 +73,8 @@ def linear_token_divergence(
             other arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call
             and its backward. Results are then bit-identical on all ranks; gradients of heads and bias are this rank's
             part, those of hidden states the whole sums. Collectives, forward as backward: one a call, which waits for
-            the device; one a chunk of n rows, of 10 n numbers; for js and hellinger, which need the whole softmax word
-            by word, a second of 3 n. Backward besides: two for each hidden state that needs a gradient.
+            the device; one a chunk of n rows, of 10 n numbers; for js, which needs the whole softmax word by word, a
+            second of 2 n. Backward besides: two for each hidden state that needs a gradient.
 
     Under autocast the inputs are cast inside, and their gradients come in their own dtypes, as in `linear_logprobs`.
 
@@ -106,12 +97,10 @@ def linear_token_divergence(
     weight, weight_q, bias, vocab_group = _local_heads(views, heads, bias, targets, vocab_group)
     part = vocab_group is not None
     _check(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, part=part)
-    dtype, cast = hidden_p.dtype, autocast_dtype(hidden_p)
+    cast, lead = autocast_dtype(hidden_p), hidden_p.shape[:-1]
     if statistics_dtype(hidden_p, hidden_q, weight, weight_q, bias) == torch.float64:  # of both views, then
-        dtype, hidden_p, hidden_q = torch.float64, hidden_p.double(), hidden_q.double()
-    traits = group_traits(vocab_group)
-    name = select("divergence", device=hidden_p.device, dtype=dtype, requested=backend, traits=traits)
-    lead = hidden_p.shape[:-1]
+        hidden_p, hidden_q = hidden_p.double(), hidden_q.double()
+    name = select_backend("divergence", hidden_p, weight, bias, backend, vocab_group)
     flat_p, flat_q = hidden_p.reshape(-1, hidden_p.shape[-1]), hidden_q.reshape(-1, hidden_q.shape[-1])
     flat_targets = None if targets is None else targets.reshape(-1)
     if name == "reference":
@@ -119,8 +108,9 @@ def linear_token_divergence(
         rows = reference.token_divergence(*heads, flat_targets, kinds, options)
     else:
         check_reverse_mode("linear_token_divergence", hidden_p, hidden_q, weight, weight_q, bias)
+        loop = LoopOptions(name, chunk_size, vocab_group=group_name(vocab_group), cast=cast)
         tensors = (flat_p, flat_q, weight, weight_q, bias, flat_targets)
-        rows = _operator(*tensors, ",".join(kinds), *options, chunk_size, name, group_name(vocab_group), cast)
+        rows = operator.linear_token_divergence(*tensors, ",".join(kinds), *options, *loop)
     divergence, logps_p, logps_q, entropy_p, entropy_q = rows
     divergence = divergence[:, 0].reshape(lead) if isinstance(kind, str) else divergence.reshape(*lead, len(kinds))
     if targets is None:
@@ -149,7 +139,7 @@ def _local_heads(views, heads, bias, targets, vocab_group):
 def _check(
     hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, *, part: bool = False
 ) -> None:
-    """The door check; `part`: heads and bias are one rank's words, and targets are looked at when all are known."""
+    """The argument checks; `part`: heads and bias are one rank's words, and targets are checked when all are known."""
     check_head(hidden_p, weight, bias, options, chunk_size, part=part)
     last = hidden_p.shape[-1] if weight_q is None else None
     check_shape("hidden_q", hidden_q, (*hidden_p.shape[:-1], last), "(..., H): as hidden_p, the second view")
@@ -168,144 +158,4 @@ def _check(
     check_shape("targets", targets, tuple(hidden_p.shape[:-1]), "(...): one token id per row of hidden_p")
     check_dtype("targets", targets, (torch.int64,))
     if not part and not torch.compiler.is_compiling():
-        _check_targets(targets, weight.shape[0])
-
-
-def _check_targets(targets: torch.Tensor | None, vocab: int) -> None:
-    """Raise ValueError for ids beyond the vocabulary. CPU only: elsewhere it would wait for the device."""
-    if targets is not None and targets.device.type == "cpu" and targets.numel():
-        top = int(targets.max())
-        check(
-            top < vocab, f"targets: got id {top}, expected ids below the vocabulary size {vocab}; check the tokenizer"
-        )
-
-
-def _problem(
-    tensors: tuple,
-    kinds: str,
-    options: HeadOptions,
-    chunk_size: int | None,
-    group: str | None,
-    *,
-    work: torch.Tensor,
-    alike: tuple = (),
-) -> stream.Problem:
-    """The call as the stream takes it. With a group its ranks find out whether they do the same.
-
-    Args:
-        tensors: hidden_p, hidden_q, weight, weight_q, bias, targets.
-        work: (N,) bool, the rows that something will be done for.
-        alike: what else all ranks must have in common.
-    """
-    problem = stream.Problem(*tensors, options, tuple(kinds.split(",")), chunk_size)
-    if group is None:
-        return problem
-    hidden_p, hidden_q, weight, weight_q, bias, targets = tensors
-    given = (hidden_q.shape, hidden_q.dtype, None if weight_q is None else weight_q.dtype, bias is None)
-    ids = torch.zeros_like(work, dtype=torch.int64) if targets is None else targets
-    alike = (kinds, options, chunk_size, given, targets is None, *alike)
-    shard = find_shard(group, hidden_p, weight, ids, work, alike)
-    _check_targets(targets, shard.vocab)
-    return problem._replace(shard=shard)
-
-
-@torch.library.custom_op("mmrpt_kernels::linear_token_divergence", mutates_args=())
-@without_autocast
-def _operator(
-    hidden_p: torch.Tensor,
-    hidden_q: torch.Tensor,
-    weight: torch.Tensor,
-    weight_q: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    kinds: str,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    chunk_size: int | None,
-    backend: str,
-    vocab_group: str | None = None,
-    cast: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The public function's results for (N, H) rows. vocab_group: the name of the group that cuts the vocabulary. cast:
-    what autocast casts the views, the heads and the bias to, for this pass alone; None: nothing."""
-    tensors = (*cast_to(cast, hidden_p, hidden_q, weight, weight_q, bias), targets)
-    options = HeadOptions(temperature, softcap, logit_scale)
-    all_rows = hidden_p.new_ones(hidden_p.shape[:1], dtype=torch.bool)
-    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=all_rows)
-    return stream.forward(ROW_KERNELS[backend](problem), problem)
-
-
-@_operator.register_fake
-def _(hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, *_settings):
-    rows, dtype = hidden_p.shape[0], statistics_dtype(hidden_p, hidden_q, weight)
-    with_targets = 0 if targets is None else rows
-    divergence = hidden_p.new_empty(rows, len(kinds.split(",")), dtype=dtype)
-    sizes = (with_targets, with_targets, rows, rows)
-    return (divergence, *(hidden_p.new_empty(size, dtype=dtype) for size in sizes))
-
-
-@torch.library.custom_op("mmrpt_kernels::linear_token_divergence_backward", mutates_args=())
-@without_autocast
-def _operator_backward(
-    grad_divergence: torch.Tensor | None,
-    grad_logps_p: torch.Tensor | None,
-    grad_logps_q: torch.Tensor | None,
-    grad_entropy_p: torch.Tensor | None,
-    grad_entropy_q: torch.Tensor | None,
-    hidden_p: torch.Tensor,
-    hidden_q: torch.Tensor,
-    weight: torch.Tensor,
-    weight_q: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor | None,
-    kinds: str,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    chunk_size: int | None,
-    backend: str,
-    vocab_group: str | None,
-    cast: torch.dtype | None,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden_p, hidden_q, weight, weight_q and bias, each empty where `needs` is False."""
-    dtypes = dtypes_of(hidden_p, hidden_q, weight, weight_q, bias)
-    tensors = (*cast_to(cast, hidden_p, hidden_q, weight, weight_q, bias), targets)
-    on_targets = (None, None) if targets is None else (grad_logps_p, grad_logps_q)
-    grads = RowValues(grad_divergence, *on_targets, grad_entropy_p, grad_entropy_q)
-    options, active = HeadOptions(temperature, softcap, logit_scale), stream.active_rows(grads)
-    alike = (needs, [grad is None for grad in grads])
-    problem = _problem(tensors, kinds, options, chunk_size, vocab_group, work=active, alike=alike)
-    rows = active.nonzero()[:, 0]
-    made = stream.backward(ROW_KERNELS[backend](problem), problem, grads, rows, needs, dtypes[:2])
-    return tuple(
-        hidden_p.new_empty(0) if grad is None else grad.to(dtype) for grad, dtype in zip(made, dtypes, strict=True)
-    )
-
-
-@_operator_backward.register_fake
-def _(gd, glp, glq, gep, geq, hidden_p, hidden_q, weight, weight_q, bias, *settings_and_needs):
-    sources = (hidden_p, hidden_q, weight, weight_q, bias)
-    return tuple(
-        source.new_empty(source.shape) if need else hidden_p.new_empty(0)
-        for source, need in zip(sources, settings_and_needs[-1], strict=True)
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.settings = inputs[6:]
-    ctx.set_materialize_grads(False)  # an entropy that no loss reads must not cost its gradient
-
-
-def _backward(ctx, *grads):
-    needs = [bool(need) for need in ctx.needs_input_grad[:5]]
-    nothing = (None,) * (1 + len(ctx.settings))
-    if all(grad is None for grad in grads):
-        return (*(None for _ in needs), *nothing)
-    made = _operator_backward(*grads, *ctx.saved_tensors, *ctx.settings, needs)
-    return (*(grad if need else None for grad, need in zip(made, needs, strict=True)), *nothing)
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
+        check_word_ids(targets, weight.shape[0])

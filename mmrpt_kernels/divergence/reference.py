@@ -7,7 +7,8 @@ import math
 import torch
 
 from mmrpt_kernels.common.autocast import without_autocast
-from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
+from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.lm_head.options import HeadOptions, transform_logits
 
 
 @without_autocast
@@ -65,8 +66,6 @@ def _divergence(kind, logp, logq, target_p, target_q):
         return (0.5 * (_expectation(logp, logp - log_mean) + _expectation(logq, logq - log_mean))).clamp(
             0.0, math.log(2)
         )
-    if kind == "hellinger":
-        return (0.5 * ((0.5 * logp).exp() - (0.5 * logq).exp()).square().sum(-1)).clamp(0.0, 1.0)
     if kind == "k3":
         d = (target_q - target_p).clamp(-20.0, 20.0)
         return (torch.expm1(d) - d).clamp(0.0, 10.0)

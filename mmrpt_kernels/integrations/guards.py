@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from mmrpt_kernels.common.autocast import without_autocast
-from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
-from mmrpt_kernels.common.shards import gather
+from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.lm_head.options import HeadOptions, transform_logits
+from mmrpt_kernels.lm_head.vocab_parallel import gather
 from mmrpt_kernels.testing import assert_close_to_truth
 
 __all__ = ["SelfCheck", "SelfCheckError", "UnsupportedError", "check_parameters", "check_version"]

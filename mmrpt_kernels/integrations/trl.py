@@ -23,15 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
-from mmrpt_kernels.common.head import (
-    HeadOptions,
-    chunk_rows,
-    gpu_chunk_rows,
-    project,
-    statistics_dtype,
-    transform_logits,
-)
+from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
+from mmrpt_kernels.lm_head import gemm
+from mmrpt_kernels.lm_head.chunk_sizes import chunk_rows
+from mmrpt_kernels.lm_head.options import HeadOptions, transform_logits
 from mmrpt_kernels.logprobs import linear_logprobs
 
 __all__ = ["Head", "HeadCall", "disable_fused_head", "enable_fused_head", "fused_head", "replaced_head", "unshard_head"]
@@ -41,10 +37,8 @@ ATTRIBUTE = "_ChunkedLogProbFunction"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # A target of log-probability above this has more than half of the mass: no other word can be ahead of it.
 SURELY_FIRST = math.log(0.5) + 1e-3
-# On a GPU a visit's product of n rows does n FLOPs a byte of a bfloat16 head, and an H100 needs about 300. A logit is
-# held up to five times over where log(sum p^2) is asked for.
-GPU_ROWS = 1024
-GPU_MATRICES = 5
+# A logit is held up to five times over where log(sum p^2) is asked for.
+LOGIT_COPIES = 5
 # log-probs, entropy, log(sum p^2), mean logit, whether the target is the first of the largest logits; None: not asked
 Results = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -204,17 +198,11 @@ def _other_outputs(call: HeadCall, logps: torch.Tensor) -> dict[str, torch.Tenso
     rows = (~decided).nonzero().squeeze(-1)
     for name in wanted:
         found[name] = decided.clone() if name == "is_top1" else torch.zeros_like(logps)
-    for chunk in rows.split(_rows_per_chunk(rows.numel(), weight, statistics_dtype(hidden, weight, bias))):
+    dtype = statistics_dtype(hidden, weight, bias)
+    for chunk in rows.split(max(1, chunk_rows(rows.numel(), weight, dtype, views=LOGIT_COPIES).logits)):
         for name, values in _row_outputs(hidden[chunk], weight, bias, call.targets[chunk], options, wanted).items():
             found[name][chunk] = values
     return found
-
-
-def _rows_per_chunk(num_rows: int, weight: torch.Tensor, dtype: torch.dtype) -> int:
-    """Rows of logits in `dtype` that a visit of weight (V, H) holds at once."""
-    if weight.device.type == "cpu":
-        return chunk_rows(num_rows, weight.shape[0], None, dtype)
-    return gpu_chunk_rows(weight.shape[0], GPU_ROWS, GPU_MATRICES * dtype.itemsize)
 
 
 @without_autocast
@@ -228,7 +216,8 @@ def _mean_logits(hidden, weight, bias, options: HeadOptions) -> torch.Tensor:
 @without_autocast
 def _row_outputs(hidden, weight, bias, targets, options: HeadOptions, wanted: set[str]) -> dict[str, torch.Tensor]:
     """The wanted outputs of a chunk of rows: hidden (n, H), targets (n,)."""
-    z = transform_logits(project(hidden, weight, bias), options, inplace=True)
+    raw = gemm.logits(hidden, weight)
+    z = transform_logits(raw if bias is None else raw.add_(bias), options, inplace=True)
     found = {}
     if "is_top1" in wanted:
         found["is_top1"] = z.argmax(-1) == targets  # the first of equals, as TRL has it

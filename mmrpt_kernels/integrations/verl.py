@@ -18,9 +18,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.common.sharding import divide_gradient
 from mmrpt_kernels.integrations.guards import SelfCheck, UnsupportedError, check_parameters, check_version
+from mmrpt_kernels.lm_head.options import HeadOptions
+from mmrpt_kernels.lm_head.vocab_parallel import divide_gradient
 from mmrpt_kernels.logprobs import linear_logprobs
 
 __all__ = ["disable_fused_head", "enable_fused_head", "fused_head"]

@@ -1,244 +1,257 @@
-"""The stream over the vocabulary: rows of tokens in chunks, each chunk of logits visited once.
+"""The loop of every operator of the lm head, and the two ways in which it reads a softmax.
 
-For every chunk: project to logits -> sums of the rows, finished to log-prob and entropy -> two coefficients per token,
-asked of the caller -> gradient of the logits -> two matrix products for d hidden and d weight. The loop knows no loss;
-the row arithmetic comes as a set of functions (`rows.RowKernels`), so that a faster set can take their place.
+Logits never exist for all rows at once: they are made for some rows, read by row kernels, and turned into the matrix of
+their gradient. Logits are float32 and short-lived, the matrix is in the dtype of the products that follow and taller:
+one d hidden and one d weight product per tall matrix.
 
 Runs outside autograd: its callers are custom operators and autograd functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
-from mmrpt_kernels.common.head import (
-    chunk_rows,
-    even_rows,
-    gpu_chunk_rows,
-    products_dtype,
-    project,
-    statistics_dtype,
+from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.lm_head import gemm
+from mmrpt_kernels.lm_head.chunk_sizes import ChunkRows, chunk_rows
+from mmrpt_kernels.lm_head.head_gradients import HeadGradients, unit_slopes
+from mmrpt_kernels.lm_head.options import Head, LoopOptions
+from mmrpt_kernels.lm_head.row_selection import RowSelection
+from mmrpt_kernels.lm_head.row_softmax import (
+    Exponentials,
+    Slopes,
+    finish_exponentials,
+    finish_partials,
+    has_slope,
+    row_kernels,
 )
-from mmrpt_kernels.logprobs.gradients import Gradients, Head, unit_slopes
-from mmrpt_kernels.logprobs.places import Places
-from mmrpt_kernels.logprobs.rows import RowKernels, Slopes, finish, finish_exponentials, has_slope
-from mmrpt_kernels.logprobs.shards import merge
+from mmrpt_kernels.lm_head.vocab_parallel import merge_partials
 
-__all__ = ["Coefficients", "check_targets", "visit"]
+__all__ = [
+    "OneSweep",
+    "Projection",
+    "TokenLoss",
+    "TokenValues",
+    "TwoSweeps",
+    "chunk_loop",
+    "matrix_dtype",
+    "softmax_loop",
+]
 
-# On a CPU taller chunks gain nothing more.
-MAX_TALL_ROWS = 1024
-# On a GPU a chunk is sized by what the weight gradient costs: the product that adds n rows to it does 2 n H V FLOPs and
-# reads and writes 8 H V bytes of float32 accumulator, n / 4 FLOPs a byte. An H100 needs about 300 (990 TFLOP/s dense in
-# bfloat16, 3.35 TB/s), an H200 about 200: 4096 rows give 1024, so that the accumulator's traffic is at most a third of
-# that one product's time even where nothing overlaps.
-GPU_ROWS = 4096
-
-# (logps (n,), entropy (n,) or None, rows (n,) int64) -> d loss / d logps (n,), d loss / d entropy (n,) or None
-Coefficients = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], Slopes]
-# Slopes -> matrix (n, V) and scale (n,) or None, as `Gradients.add` takes them; it may be called once
-Grade = Callable[[Slopes], tuple[torch.Tensor, torch.Tensor | None]]
+# (logps (n,), entropy (n,) or None, rows (n,) int64) -> losses (n,) or None, d loss / d logps (n,), d loss / d entropy
+# (n,) or None
+TokenLoss = Callable[..., tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]]
 
 
-def check_targets(targets: torch.Tensor, places: Places, vocab: int) -> None:
-    """Raise ValueError when a wanted row's target is no word. CPU only: elsewhere it would wait for the device."""
-    if targets.device.type != "cpu":
-        return
-    wanted = targets[places.rows if places.counts is None else places.rows[places.counts]]
-    if wanted.numel() == 0:
-        return
-    low, high = torch.aminmax(wanted)
-    if int(low) < 0 or int(high) >= vocab:
-        raise ValueError(
-            f"targets: got ids from {int(low)} to {int(high)}, expected 0 to {vocab - 1}, the lm head's rows; mask "
-            "these tokens out, set them to ignore_index, or keep placeholder ids out of sampling"
-        )
+class Projection(NamedTuple):
+    """Hidden states and the head that projects them; several of one head share its products, their rows stacked."""
+
+    hiddens: tuple[torch.Tensor, ...]  # (N, H) each
+    head: Head
+    gradients: HeadGradients | None
+    matrix_dtype: torch.dtype | None  # of the logits' gradient; None: no matrix
+
+    def gather(self, selection: RowSelection) -> torch.Tensor:
+        """(views, n, H); padding rows are 0: 0 * NaN would reach d weight."""
+        hidden = torch.stack([hidden[selection.rows] for hidden in self.hiddens])
+        return hidden if selection.valid is None else hidden.masked_fill_(~selection.valid[:, None], 0.0)
+
+    def new_matrix(self, rows: int) -> torch.Tensor | None:
+        """(views * rows, V), uninitialised. On a GPU its rows start at multiples of 32 bytes, as tensor cores want."""
+        if self.matrix_dtype is None:
+            return None
+        weight = self.head.weight
+        vocab, padding = weight.shape[0], -weight.shape[0] % 16 if weight.is_cuda else 0
+        return weight.new_empty(len(self.hiddens) * rows, vocab + padding, dtype=self.matrix_dtype)[:, :vocab]
+
+    def new_logits(self, rows: int) -> torch.Tensor | None:
+        """(views * rows, V) for every chunk's logits on a CPU, where fresh memory is slow; None on a GPU, and where the
+        logits take the memory of their matrix."""
+        weight, dtype = self.head.weight, self.logits_dtype()
+        if weight.device.type != "cpu" or self.matrix_dtype == dtype:
+            return None
+        return weight.new_empty(len(self.hiddens) * rows, weight.shape[0], dtype=dtype)
+
+    def logits_dtype(self) -> torch.dtype:
+        return statistics_dtype(*self.hiddens, self.head.weight)
+
+    def logits(self, hidden: torch.Tensor, scratch: torch.Tensor | None, matrix: torch.Tensor | None) -> torch.Tensor:
+        """(views * n, V) of hidden (views, n, H), in the matrix's memory where that has their dtype."""
+        hidden = hidden.flatten(0, 1)
+        out = matrix if self.matrix_dtype == self.logits_dtype() else scratch
+        return gemm.logits(hidden, self.head.weight, out=None if out is None else out[: hidden.shape[0]])
 
 
-def rows_per_chunk(num_rows: int, head: Head, chunk_size: int | None, dtype: torch.dtype, *, matrices: int = 1) -> int:
-    """Rows a chunk: `chunk_size` or a memory budget at most, and all chunks alike so that the last is no stub.
+class Sweep(Protocol):
+    """How an operator reads logits: some rows at a time, then what all rows of a tall chunk have in common."""
 
-    Every chunk reads and writes the whole weight gradient, which only tall chunks pay back: on a CPU the budget may
-    grow to an eighth of the weight gradient's own size.
+    def read(self, part: RowSelection, logits: list[torch.Tensor], out: list[torch.Tensor | None]) -> None:
+        """logits: (n, V) of each view, to be overwritten at will; out: where the matrix of their gradient goes."""
 
-    dtype: of the logits. matrices: how many of that dtype the row kernels hold of a chunk; a gradient in half precision
-        may come on top.
+    def finish(self, tall: RowSelection) -> torch.Tensor | None:
+        """(n,) what each row's matrix is to be multiplied by, or None for 1."""
+
+
+def chunk_loop(
+    projections: Sequence[Projection],
+    selection: RowSelection,
+    sweep: Sweep,
+    size: ChunkRows,
+    *,
+    matrices: list[torch.Tensor | None] | None = None,
+) -> None:
+    """Visit the rows of `selection` once: logits -> `sweep` -> matrix -> d hidden, d weight, d bias.
+
+    matrices: (views * size.products, V) of each projection to use; None: made here.
     """
-    vocab, width = head.weight.shape
-    if head.shard is not None:
-        vocab = head.shard.largest  # the same chunks on every rank
-    if chunk_size is not None:
-        limit = chunk_size
-    elif head.weight.is_cuda:
-        limit = gpu_chunk_rows(vocab, GPU_ROWS, matrices * dtype.itemsize + 2)
-    else:
-        limit = max(chunk_rows(num_rows, vocab, None, dtype), min(width // 8, MAX_TALL_ROWS))
-    return even_rows(num_rows, limit)
+    if len(selection) == 0:
+        return
+    if matrices is None:
+        matrices = [p.new_matrix(min(size.products, len(selection))) for p in projections]
+    scratch = [p.new_logits(min(size.logits, len(selection))) for p in projections]
+    for tall in selection.split(size.products):
+        hiddens = [p.gather(tall) for p in projections]
+        used = [None if m is None else m[: h.shape[0] * h.shape[1]] for m, h in zip(matrices, hiddens, strict=True)]
+        for start in range(0, len(tall), size.logits):
+            part = tall.slice(start, start + size.logits)
+            rows = slice(start, start + len(part))
+            logits, out = [], []
+            for p, hidden, matrix, memory in zip(projections, hiddens, used, scratch, strict=True):
+                views = len(p.hiddens)
+                logits += p.logits(hidden[:, rows], memory, matrix).chunk(views)
+                out += [None] * views if matrix is None else [m[rows] for m in matrix.chunk(views)]
+            sweep.read(part, logits, out)
+            logits = out = None  # the next chunk's logits take their memory
+        factor = sweep.finish(tall)
+        for p, hidden, matrix in zip(projections, hiddens, used, strict=True):
+            if p.gradients is not None:
+                only = len(tall) == len(selection)
+                p.gradients.add(tall.rows, hidden.flatten(0, 1), matrix, factor, only_chunk=only)
 
 
-def logits_of(hidden_rows: torch.Tensor, head: Head, held: torch.Tensor | None) -> torch.Tensor:
-    """Raw logits (n, V), in memory that every chunk takes (held) or in fresh memory."""
-    return project(hidden_rows, head.weight, head.bias, out=None if held is None else held[: hidden_rows.shape[0]])
+class TokenValues:
+    """What the loop learns of every row, (N,) each, and the loss that is made of it."""
 
+    def __init__(self, targets: torch.Tensor, dtype: torch.dtype, want_entropy: bool, loss: TokenLoss | None) -> None:
+        """targets: (N,) int64. loss: None where log-probs and entropies are all that is wanted."""
+        self.targets, self.loss, self.want_entropy = targets, loss, want_entropy
+        self.logps = torch.zeros_like(targets, dtype=dtype)
+        self.entropy = torch.zeros_like(targets, dtype=dtype) if want_entropy else None
+        self.losses = torch.zeros_like(targets, dtype=dtype)
 
-def read_once(
-    kernels: RowKernels,
-    head: Head,
-    want_entropy: bool,
-    hidden_rows: torch.Tensor,
-    targets: torch.Tensor,
-    into: torch.Tensor | None,
-    *,
-    held: torch.Tensor | None,
-    may_wait: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
-    """logps (n,), entropy (n,) or None and the gradient of a chunk, whose logits become exponentials in one sweep."""
-    made = None
-    if kernels.product is not None and may_wait:
-        made = kernels.product(hidden_rows, head.weight, head.bias, targets, head.options, want_entropy, into)
-    if made is None:
-        raw = logits_of(hidden_rows, head, held)
-        made = kernels.exponentials(raw, targets, head.options, want_entropy, into)
-    sums, matrix = made
-    logps, entropy, total = finish_exponentials(sums, head.vocab, want_entropy)
-    slope = head.options.logit_scale / head.options.temperature
-
-    def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor]:
-        # What a broken row's total is does not matter where it has no slope.
-        return matrix, torch.where(slopes[0] == 0, 0.0, slopes[0] * (-slope / total))
-
-    return logps, entropy, grade
-
-
-def read_twice(
-    kernels: RowKernels,
-    head: Head,
-    want_entropy: bool,
-    hidden_rows: torch.Tensor,
-    targets: torch.Tensor,
-    into: torch.Tensor | None,
-    *,
-    held: torch.Tensor | None,
-    keep_logits: bool,
-    units: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, Grade]:
-    """Likewise, in two sweeps of the logits; units: make the gradient in units of its own row (`unit_slopes`)."""
-    raw = logits_of(hidden_rows, head, held)
-    partials, state = kernels.statistics(raw, targets, head.options, want_entropy, keep_logits)
-    if head.shard is not None:
-        partials = merge(partials, head.shard)
-    logps, entropy, softmax = finish(partials, head.vocab, want_entropy)
-
-    def grade(slopes: Slopes) -> tuple[torch.Tensor, torch.Tensor | None]:
-        slopes, factor = unit_slopes(slopes, head.vocab, head.options) if units else (slopes, None)
-        return kernels.gradient(state, targets, head.options, softmax, slopes, into), factor
-
-    return logps, entropy, grade
-
-
-def visit(
-    kernels: RowKernels,
-    hidden: torch.Tensor,
-    head: Head,
-    targets: torch.Tensor,
-    places: Places,
-    *,
-    want_entropy: bool,
-    entropy_learns: bool = False,
-    chunk_size: int | None = None,
-    coefficients: Coefficients | None = None,
-    gradients: Gradients | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Visit the logits of `places` once, chunk by chunk.
-
-    Args:
-        hidden: (N, H). targets: (N,) int64, valid at the places that count.
-        places: n tokens to visit; all others cost nothing. Those that do not count have log-prob and entropy 0 and give
-            no gradient, whatever they hold.
-        want_entropy: compute the entropy.
-        entropy_learns: `coefficients` may give a second coefficient; False saves a second buffer of logits.
-        chunk_size: rows a chunk at most; None: from a memory budget.
-        coefficients: called once a chunk; None: statistics only.
-        gradients: where the chunks' gradients go; None: `coefficients` is called for what else it does.
-
-    Returns:
-        logps (n,), entropy (n,) or None, in the order of `places`, float32 (float64 where an input is).
-    """
-    dtype = statistics_dtype(hidden, head.weight, head.bias)
-    rows, counts = places
-    logps = hidden.new_empty(rows.shape, dtype=dtype)
-    entropy = hidden.new_empty(rows.shape, dtype=dtype) if want_entropy else None
-    count = rows.shape[0]
-    if coefficients is None or gradients is None or not gradients.wanted():
-        gradients = None
-    matrices = 1 if kernels.rounds else 2  # those that write over the logits keep exponentials beside them
-    step = rows_per_chunk(count, head, chunk_size, dtype, matrices=matrices)
-    how = {"want_entropy": want_entropy, "entropy_learns": entropy_learns, "may_wait": counts is None}
-    read, into = reader(kernels, hidden, head, gradients, min(step, count), **how)
-    for start in range(0, count, step):
-        chunk = slice(start, start + step)
-        taken, some = rows[chunk], None if counts is None else counts[chunk]
-        hidden_rows, wanted = hidden[taken], targets[taken]
-        if some is not None:  # 0 * NaN would reach d weight, and a target that is no word would be looked up
-            hidden_rows.masked_fill_(~some[:, None], 0.0)
-            wanted = torch.where(some, wanted, 0)
-        if head.shard is not None:
-            wanted = wanted - head.shard.start
-        seen, uncertain, grade = read(hidden_rows, wanted, None if into is None else into[: taken.shape[0]])
-        if some is not None:
-            seen, uncertain = (None if t is None else torch.where(some, t, 0.0) for t in (seen, uncertain))
-        logps[chunk] = seen
+    def put(self, rows: RowSelection, logps: torch.Tensor, entropy: torch.Tensor | None) -> Slopes | None:
+        """Store what was found of some rows (n,); gives their loss's slopes, 0 at padding."""
+        logps, entropy = rows.masked(logps), rows.masked(entropy)
+        rows.scatter(logps, self.logps)
         if entropy is not None:
-            entropy[chunk] = uncertain
-        if coefficients is not None:
-            slopes = coefficients(seen, uncertain, taken)
-            if gradients is not None:
-                if some is not None:
-                    slopes = tuple(None if t is None else torch.where(some, t, 0.0) for t in slopes)
-                    # Of a token that only statistics look at neither: 0 * NaN again.
-                    hidden_rows.masked_fill_(~has_slope(slopes)[:, None], 0.0)
-                matrix, scale = grade(slopes)
-                grade = None  # two sweeps' logits, which the products need no more
-                gradients.add(taken, hidden_rows, matrix, scale, alone=step >= count)
-        grade = matrix = None  # the next chunk's logits take this one's memory
-    return logps, entropy
+            rows.scatter(entropy, self.entropy)
+        if self.loss is None:
+            return None
+        losses, *slopes = self.loss(logps, entropy, rows.rows)
+        if losses is not None:
+            rows.scatter(losses.to(self.losses.dtype), self.losses)
+        return tuple(rows.masked(slope) for slope in slopes)
 
 
-def reader(
-    kernels: RowKernels,
+class OneSweep:
+    """Losses of log-probabilities alone: the logits become exponentials, which are their gradient up to a factor."""
+
+    def __init__(self, head: Head, backend: str, values: TokenValues) -> None:
+        self.head, self.kernels, self.values = head, row_kernels(backend), values
+        self.bias = None if head.bias is None else head.bias.to(values.logps.dtype)
+        self.sums: list[Exponentials] = []
+
+    def read(self, part: RowSelection, logits: list[torch.Tensor], out: list[torch.Tensor]) -> None:
+        targets, options = part.masked(self.values.targets[part.rows]), self.head.options
+        want_entropy = self.values.want_entropy
+        self.sums.append(self.kernels.exponentials(logits[0], self.bias, targets, options, want_entropy, out[0]))
+
+    def finish(self, tall: RowSelection) -> torch.Tensor | None:
+        sums = Exponentials(*(torch.cat(columns) for columns in zip(*self.sums, strict=True)))
+        self.sums.clear()
+        logps, entropy, total = finish_exponentials(sums, self.head.vocab, self.values.want_entropy)
+        slopes = self.values.put(tall, logps, entropy)
+        self.total = total
+        # What the total of a row with NaN is does not matter where it has no slope.
+        return None if slopes is None else torch.where(slopes[0] == 0, 0.0, slopes[0] * (-self.head.slope / total))
+
+
+class TwoSweeps:
+    """Any loss, a vocabulary cut over ranks, float16: sums first, then the gradient from the loss's slopes."""
+
+    def __init__(self, head: Head, backend: str, values: TokenValues, keep_logits: bool) -> None:
+        self.head, self.kernels, self.values, self.keep_logits = head, row_kernels(backend), values, keep_logits
+        self.bias = None if head.bias is None else head.bias.to(values.logps.dtype)
+        self.factors: list[torch.Tensor] = []
+
+    def read(self, part: RowSelection, logits: list[torch.Tensor], out: list[torch.Tensor | None]) -> None:
+        head, values = self.head, self.values
+        targets = part.masked(values.targets[part.rows])
+        if head.shard is not None:
+            targets = targets - head.shard.start
+        partials, state = self.kernels.statistics(
+            logits[0], self.bias, targets, head.options, values.want_entropy, self.keep_logits
+        )
+        if head.shard is not None:
+            partials = merge_partials(partials, head.shard)
+        logps, entropy, softmax = finish_partials(partials, head.vocab, values.want_entropy)
+        slopes = values.put(part, logps, entropy)
+        if out[0] is None:
+            return
+        if out[0].dtype == torch.float16:
+            slopes, factor = unit_slopes(slopes, head.vocab, head.options)
+        else:
+            factor = has_slope(slopes).to(
+                logps.dtype
+            )  # rows without one give nothing, whatever their hidden states are
+        self.kernels.gradient(state, self.bias, targets, head.options, softmax, slopes, out[0])
+        self.factors.append(factor)
+
+    def finish(self, tall: RowSelection) -> torch.Tensor | None:
+        factor = torch.cat(self.factors) if self.factors else None
+        self.factors.clear()
+        return factor
+
+
+def matrix_dtype(hidden: torch.Tensor, head: Head, backend: str) -> torch.dtype:
+    """The dtype of the logits' gradient, which its products are made in: a half precision where the device multiplies
+    those faster (the kernels of GPUs write it on a CPU too, where tests run them)."""
+    half = gemm.products_dtype(hidden, head.weight, scaled=True)
+    fast = backend != "portable" or gemm.multiplies_halves(hidden.device, half)
+    return half if fast else statistics_dtype(hidden, head.weight, head.bias)
+
+
+def softmax_loop(
     hidden: torch.Tensor,
     head: Head,
-    gradients: Gradients | None,
-    most_rows: int,
+    values: TokenValues,
+    selection: RowSelection,
+    options: LoopOptions,
     *,
-    want_entropy: bool,
-    entropy_learns: bool,
-    may_wait: bool,
-) -> tuple[Callable, torch.Tensor | None]:
-    """How a chunk's logits are read, and the buffer (most_rows, V) of the products' dtype that the gradient goes to.
+    gradients: HeadGradients | None = None,
+    entropy_learns: bool = False,
+) -> None:
+    """The loop over one view's softmax: fills `values`, and `gradients` with those of the loss in `values`.
 
-    One sweep where the gradient needs nothing but the log-probability's slope and a row's own words; no buffer where it
-    overwrites the logits.
+    hidden: (N, H). entropy_learns: the loss may give slopes of entropies.
     """
-    dtype = statistics_dtype(hidden, head.weight, head.bias)
-    scales = gradients is not None and gradients.takes_scale()
-    rounded = products_dtype(hidden, head.weight, scaled=scales)
-    units = scales and rounded == torch.float16 and (kernels.rounds or hidden.is_cuda)
-    into = None
-    if gradients is not None and kernels.rounds and rounded != dtype:
-        vocab = head.weight.shape[0]
-        # Tensor cores want rows that start at multiples of 16 bytes. A CPU's bfloat16 product (AMX, torch 2.13) reads
-        # what lies behind a row, and a NaN there reaches its result.
-        behind = -vocab % 16 if hidden.is_cuda else 0
-        into = hidden.new_empty(most_rows, vocab + behind, dtype=rounded)[:, :vocab]
-    held = None  # elsewhere an allocator keeps what is freed; on a CPU fresh memory costs a visit of its own
-    if not hidden.is_cuda:
-        held = hidden.new_empty(most_rows, head.weight.shape[0], dtype=dtype)
-    if scales and not (units or entropy_learns or head.shard is not None):
-        return partial(read_once, kernels, head, want_entropy, held=held, may_wait=may_wait), into
-    keep_logits = gradients is not None and (entropy_learns or head.options.softcap > 0.0)
-    how = {"held": held, "keep_logits": keep_logits, "units": units}
-    return partial(read_twice, kernels, head, want_entropy, **how), into
+    learns = gradients is not None and gradients.wanted()
+    dtype = matrix_dtype(hidden, head, options.backend) if learns else None
+    if learns and not (entropy_learns or head.shard is not None or dtype == torch.float16):
+        sweep = OneSweep(head, options.backend, values)
+    else:
+        keep_logits = learns and (entropy_learns or head.options.softcap > 0.0)
+        sweep = TwoSweeps(head, options.backend, values, keep_logits)
+    projection = Projection((hidden,), head, gradients if learns else None, dtype)
+    size = chunk_rows(
+        len(selection),
+        head.weight,
+        statistics_dtype(hidden, head.weight),
+        dtype,
+        chunk_size=options.chunk_size,
+        vocab=None if head.shard is None else head.shard.largest,
+    )
+    chunk_loop([projection], selection, sweep, size)

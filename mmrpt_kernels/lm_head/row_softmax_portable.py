@@ -1,6 +1,7 @@
 """Row kernels in plain PyTorch for any device: what CPU users run.
 
-The exponentials overwrite the logits, and the gradient overwrites them: on a CPU an exp costs more than the memory.
+All passes over a block of rows that fits a CPU's level-2 cache are made before the next block, and exponentials and
+gradient overwrite the logits: on a CPU an exp costs more than the memory.
 """
 
 from __future__ import annotations
@@ -9,56 +10,101 @@ from typing import NamedTuple
 
 import torch
 
-from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
-from mmrpt_kernels.logprobs.rows import (
-    FAR_BELOW,
-    Exponentials,
-    Partials,
-    RowKernels,
-    Slopes,
-    Softmax,
-    register_rows,
-)
+from mmrpt_kernels.lm_head.options import HeadOptions, transform_backward, transform_logits
+from mmrpt_kernels.lm_head.row_softmax import FAR_BELOW, Exponentials, Partials, RowKernels, Slopes, Softmax
 
 __all__ = ["ROW_KERNELS"]
 
 # Logits that a CPU takes through several elementwise passes at a time: 1 MiB of float32 stays in a level-2 cache.
 CACHED_ELEMENTS = 2**18
-# And elsewhere, 64 MiB of float32: each pass's launch is short beside it, and its result beside a chunk of 4096 rows.
+# And elsewhere, 64 MiB of float32: each pass's launch is short beside it, and its result beside a chunk of 2048 rows.
 GPU_ELEMENTS = 2**24
 
 
 class RowState(NamedTuple):
-    """A chunk between its forward and its backward; exps and z own the chunk's memory."""
+    """A chunk between its statistics and its gradient; exps and z own the chunk's memory."""
 
     exps: torch.Tensor  # (n, V) exp(z - top)
     z: torch.Tensor | None  # (n, V) transformed logits, where they are kept for the gradient
     top: torch.Tensor  # (n,) max z of these words, which exps are relative to
 
 
-def row_statistics(
-    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool, keep_logits: bool
-) -> tuple[Partials, RowState]:
-    """`RowKernels.statistics`; raw (n, V) is overwritten.
-
-    The sum is torch's pairwise one: torch.softmax's own running sum is off by 5e-6 at 152,000 words.
-    """
-    z = transform_logits(raw, options, inplace=True)
-    exps = torch.empty_like(z) if keep_logits else z
-    blocks = zip(*(t.split(rows_at_a_time(z)) for t in (z, exps, targets)), strict=True)
-    parts = [block_statistics(*block, want_entropy) for block in blocks]
-    partials = Partials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True)))
-    return partials, RowState(exps, z if keep_logits else None, partials.top)
+def rows_at_a_time(logits: torch.Tensor) -> int:
+    """Rows of logits (n, V) that several elementwise passes take together; their temporaries are as large."""
+    return max(1, (CACHED_ELEMENTS if logits.device.type == "cpu" else GPU_ELEMENTS) // logits.shape[-1])
 
 
-def rows_at_a_time(z: torch.Tensor) -> int:
-    """Rows of z (n, V) that several elementwise passes take together; what they leave on the way is as large."""
-    return max(1, (CACHED_ELEMENTS if z.device.type == "cpu" else GPU_ELEMENTS) // z.shape[-1])
+def raw_to_z(raw: torch.Tensor, bias: torch.Tensor | None, options: HeadOptions) -> torch.Tensor:
+    """z of raw logits, in their memory."""
+    return transform_logits(raw if bias is None else raw.add_(bias), options, inplace=True)
 
 
 def words_here(targets: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """targets (n, 1) brought into [0, vocab), and whether they were there."""
     return targets.clamp(0, vocab - 1), (targets >= 0) & (targets < vocab)
+
+
+def exponentials(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    out: torch.Tensor,
+) -> Exponentials:
+    """`RowKernels.exponentials`; overwrites logits."""
+    blocks = zip(*(t.split(rows_at_a_time(logits)) for t in (logits, targets, out)), strict=True)
+    parts = [block_exponentials(block, bias, *rest, options, want_entropy) for block, *rest in blocks]
+    return Exponentials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True)))
+
+
+def block_exponentials(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    out: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three sums of some rows, each (n, 1), and their matrix in out (n, V)."""
+    z, word = raw_to_z(logits, bias, options), targets[:, None]
+    own, base = z.gather(-1, word), z.amax(-1, keepdim=True)
+    cap_slope = None
+    if options.softcap > 0.0:
+        cap_slope = (z * (options.temperature / options.softcap)).square_().neg_().add_(1.0)
+    shifted = z.sub_(base)
+    finite = shifted.clamp_min(FAR_BELOW) if want_entropy else None
+    exps = shifted.exp_().scatter_(-1, word, 0.0)
+    rest = exps.sum(-1, keepdim=True)
+    dots = finite.mul_(exps).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(rest)
+    exps.scatter_(-1, word, -rest)
+    if cap_slope is not None:
+        exps.mul_(cap_slope)
+    broken = rest.isfinite().logical_not_().logical_or_((own - base).isnan())  # a lone word has a rest of 0
+    if broken.device.type != "cpu" or bool(broken.any()):
+        exps.masked_fill_(broken, 0.0)
+    if out.data_ptr() != exps.data_ptr():
+        out.copy_(exps)
+    return own - base, rest, dots
+
+
+def statistics(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    keep_logits: bool,
+) -> tuple[Partials, RowState]:
+    """`RowKernels.statistics`; overwrites logits.
+
+    The sum is torch's pairwise one: torch.softmax's own running sum is off by 5e-6 at 152,000 words.
+    """
+    exps = torch.empty_like(logits) if keep_logits else logits
+    blocks = zip(*(t.split(rows_at_a_time(logits)) for t in (logits, exps, targets)), strict=True)
+    parts = [block_statistics(raw_to_z(block, bias, options), *rest, want_entropy) for block, *rest in blocks]
+    partials = Partials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True)))
+    return partials, RowState(exps, logits if keep_logits else None, partials.top)
 
 
 def block_statistics(
@@ -79,16 +125,16 @@ def block_statistics(
     return top, total, dots, chosen
 
 
-def row_gradient(
+def gradient(
     state: RowState,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     options: HeadOptions,
     softmax: Softmax,
     slopes: Slopes,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`RowKernels.gradient`, written over exps (n, V)."""
-    assert into is None, "portable row kernels write over the logits"
+    out: torch.Tensor,
+) -> None:
+    """`RowKernels.gradient`; overwrites the state's exponentials."""
     d_logps, d_entropy = (None if t is None else t[:, None] for t in slopes)
     top, total = softmax.top[:, None], softmax.total[:, None]
     scale = (state.top[:, None] - top).exp_().div_(total)  # exps * scale = p
@@ -102,11 +148,13 @@ def row_gradient(
     columns = (state.exps, state.z, top, words, at_target, idle, slope, offset)
     step = rows_at_a_time(state.exps)
     for start in range(0, targets.shape[0], step):
-        block_gradient(*(None if t is None else t[start : start + step] for t in columns), options)
-    return state.exps
+        rows = slice(start, start + step)
+        grad = block_gradient(*(None if t is None else t[rows] for t in columns), options)
+        if out.data_ptr() != state.exps.data_ptr():
+            out[rows].copy_(grad)
 
 
-def block_gradient(grad, z, top, words, at_target, idle, slope, offset, options: HeadOptions) -> None:
+def block_gradient(grad, z, top, words, at_target, idle, slope, offset, options: HeadOptions) -> torch.Tensor:
     """exps (n, V) of some rows becomes exps * (slope * (z - top) + offset) + at_target at their words, then d raw.
 
     The per-row arguments are (n, 1); slope is None where no entropy has a gradient.
@@ -116,47 +164,10 @@ def block_gradient(grad, z, top, words, at_target, idle, slope, offset, options:
     else:
         grad.mul_((z - top).clamp_min_(FAR_BELOW).mul_(slope).add_(offset))
     grad.scatter_add_(-1, words, at_target)
-    transform_backward(grad, z, options, inplace=True)
+    transform_backward(grad, z, options)
     if idle.device.type != "cpu" or bool(idle.any()):  # looking is free on a CPU and waits for the queue elsewhere
         grad.masked_fill_(idle, 0.0)
+    return grad
 
 
-def row_exponentials(
-    raw: torch.Tensor,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    into: torch.Tensor | None = None,
-) -> tuple[Exponentials, torch.Tensor]:
-    """`RowKernels.exponentials`, written over raw (n, V)."""
-    assert into is None, "portable row kernels write over the logits"
-    blocks = zip(*(t.split(rows_at_a_time(raw)) for t in (raw, targets)), strict=True)
-    parts = [block_exponentials(*block, options, want_entropy) for block in blocks]
-    return Exponentials(*(torch.cat(part).squeeze(-1) for part in zip(*parts, strict=True))), raw
-
-
-def block_exponentials(
-    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three sums of some rows, each (n, 1); raw (n, V) becomes their matrix."""
-    z, word = transform_logits(raw, options, inplace=True), targets[:, None]
-    own, base = z.gather(-1, word), z.amax(-1, keepdim=True)
-    bend = None
-    if options.softcap > 0.0:
-        bend = (z * (options.temperature / options.softcap)).square_().neg_().add_(1.0)
-    shifted = z.sub_(base)
-    finite = shifted.clamp_min(FAR_BELOW) if want_entropy else None
-    exps = shifted.exp_().scatter_(-1, word, 0.0)
-    rest = exps.sum(-1, keepdim=True)
-    dots = finite.mul_(exps).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(rest)
-    exps.scatter_(-1, word, -rest)
-    if bend is not None:
-        exps.mul_(bend)
-    broken = rest.isfinite().logical_not_().logical_or_((own - base).isnan())  # a lone word has a rest of 0
-    if broken.device.type != "cpu" or bool(broken.any()):
-        exps.masked_fill_(broken, 0.0)
-    return own - base, rest, dots
-
-
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=False)
-register_rows("portable", ROW_KERNELS)
+ROW_KERNELS = RowKernels(exponentials, statistics, gradient)

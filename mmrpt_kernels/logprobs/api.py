@@ -7,16 +7,15 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mmrpt_kernels import backends
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import autocast_dtype, cast_to, dtypes_of
-from mmrpt_kernels.common.head import HeadOptions, as_wide, check_head, statistics_dtype
-from mmrpt_kernels.common.sharding import group_name, group_traits, local_head
-from mmrpt_kernels.logprobs import operator, portable, reference  # noqa: F401 (portable registers itself)
-from mmrpt_kernels.logprobs.columns import skip_threshold
-from mmrpt_kernels.logprobs.places import most_places
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions, as_wide, check_compact, check_head, select_backend
+from mmrpt_kernels.lm_head.sparse_vocab import skip_threshold
+from mmrpt_kernels.lm_head.vocab_parallel import group_name, local_head
+from mmrpt_kernels.logprobs import operator, reference
+from mmrpt_kernels.logprobs.fused import LogProbsFunction
 
-__all__ = ["LogProbs", "linear_logprobs", "load_rows", "select_backend"]
+__all__ = ["LogProbs", "linear_logprobs"]
 
 
 class LogProbs(NamedTuple):
@@ -24,23 +23,6 @@ class LogProbs(NamedTuple):
 
     logps: torch.Tensor
     entropy: torch.Tensor | None
-
-
-def select_backend(op: str, hidden, weight, bias, requested: str | None, vocab_group=None) -> str:
-    """The table's choice for a head of any mixture of dtypes: one float64 tensor makes the logits float64."""
-    wide = statistics_dtype(hidden, weight, bias) == torch.float64
-    dtype = torch.float64 if wide else hidden.dtype
-    traits = group_traits(vocab_group)
-    return backends.select(op, device=hidden.device, dtype=dtype, requested=requested, traits=traits)
-
-
-def load_rows(backend: str) -> str:
-    """Import a backend's row kernels, if that has not happened yet; gives the name back."""
-    if backend in ("triton", "triton-fused"):
-        from mmrpt_kernels.logprobs import triton  # noqa: F401
-    elif backend == "cuda":
-        from mmrpt_kernels.logprobs import cuda  # noqa: F401
-    return backend
 
 
 def linear_logprobs(
@@ -55,7 +37,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     chunk_size: int | None = None,
-    compact: bool | int = True,
+    compact: bool = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -82,16 +64,14 @@ def linear_logprobs(
         return_entropy: also compute the entropy, about a tenth more work.
         chunk_size: rows of logits held at once; None: from a memory budget. Results do not depend on it beyond
             rounding.
-        compact: gather the rows that count and compute no others, which waits for the device once, in the forward and
-            in the backward pass. A number: so many of them at most, known to the caller, so that nothing waits, as CUDA
-            graphs need it (more raise, on a GPU by a device-side assertion). False: all rows, likewise. Same results.
+        compact: True: compute the rows that count and no others; the forward and the backward pass each wait for the
+            device once, to count them. False: compute all rows, without a wait, as CUDA graphs need it. Same results.
         skip_below: None: exact gradients. A number: the words that together have at most this share of a chunk's
             gradient (sum of its absolute values over rows) may leave the backward's products, their part replaced by an
             estimate of rank one; rows that would lose far more than others are computed whole. "auto": half the inputs'
             eps, 2^-8 for bfloat16, which keeps the error near eager's; exact for inputs wider than half precision. Pays
             where few words get nearly all the probability (a trained model's); waits for the device twice a chunk.
-        backend: "cuda", "triton", "triton-fused", "portable", "reference" or None for the table's choice
-            (`mmrpt_kernels.backends`).
+        backend: "cuda", "triton", "portable", "reference" or None for the table's choice (`mmrpt_kernels.backends`).
         vocab_group: process group over which the vocabulary is cut: weight (V_r, H) and bias (V_r,) are then this
             rank's words, ranks in word order, any V_r >= 1; targets stay ids of the whole vocabulary. All other
             arguments, and the incoming gradients, must be the same on all its ranks, which must all make the call and
@@ -118,6 +98,7 @@ def linear_logprobs(
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
     check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
+    check_compact(compact)
     checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
     checks.check_dtype("targets", targets, (torch.int64,))
     checks.check_same_device(hidden=hidden, targets=targets)
@@ -131,8 +112,11 @@ def linear_logprobs(
     checks.check_reverse_mode("linear_logprobs", hidden, weight, bias)
     flat, shape = as_wide(hidden, weight, bias).reshape(-1, hidden.shape[-1]), targets.shape
     skipped = skip_threshold(skip_below, dtypes_of(flat, weight, cast=cast), compact)
-    how = (chunk_size, most_places(compact, targets.numel()), load_rows(name), skipped, group_name(vocab_group), cast)
-    logps, entropy = operator.linear_logprobs(
-        flat, weight, bias, targets.reshape(-1), *options, ignore_index, return_entropy, *how
-    )
+    loop = LoopOptions(name, chunk_size, compact, skipped, group_name(vocab_group), cast)
+    arguments = (flat, weight, bias, targets.reshape(-1), ignore_index, return_entropy)
+    if torch.compiler.is_compiling():
+        logps, entropy = operator.linear_logprobs(*arguments, *options, *loop)
+    else:
+        need = checks.gradients_wanted(flat, weight, bias)
+        logps, entropy = LogProbsFunction.apply(*arguments, need, options, loop)
     return LogProbs(logps.view(shape), entropy.view(shape) if return_entropy else None)

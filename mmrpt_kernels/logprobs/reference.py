@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mmrpt_kernels.common.autocast import without_autocast
-from mmrpt_kernels.common.head import HeadOptions, statistics_dtype, transform_logits
+from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.lm_head.options import HeadOptions, transform_logits
 
 __all__ = ["linear_logprobs"]
 

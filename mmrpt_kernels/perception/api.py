@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mmrpt_kernels.backends import select
 from mmrpt_kernels.common.checks import check, check_dtype, check_range, check_same_device, check_shape
-from mmrpt_kernels.common.head import FLOAT_DTYPES
+from mmrpt_kernels.common.dtypes import FLOAT_DTYPES
 from mmrpt_kernels.perception import portable, reference
 from mmrpt_kernels.perception.shaping import trajectory_weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,16 +10,17 @@ import torch.distributed as dist
 
 from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import autocast_dtype, cast_to, dtypes_of
-from mmrpt_kernels.common.head import HeadOptions, as_wide, check_head, statistics_dtype
-from mmrpt_kernels.common.sharding import group_name, local_head
-from mmrpt_kernels.logprobs.api import linear_logprobs, load_rows, select_backend
-from mmrpt_kernels.logprobs.columns import skip_threshold
-from mmrpt_kernels.logprobs.places import most_places
-from mmrpt_kernels.policy_loss import operator, reference
-from mmrpt_kernels.policy_loss.inputs import check_options, gather_tokens, loss_weights
+from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions, as_wide, check_compact, check_head, select_backend
+from mmrpt_kernels.lm_head.sparse_vocab import skip_threshold
+from mmrpt_kernels.lm_head.vocab_parallel import group_name, local_head
+from mmrpt_kernels.logprobs.api import linear_logprobs
+from mmrpt_kernels.policy_loss import fused, operator, reference
+from mmrpt_kernels.policy_loss.checks import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
 from mmrpt_kernels.policy_loss.statistics import policy_statistics
-from mmrpt_kernels.policy_loss.token_loss import Checked, TokenLoss, check_losses
+from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, learning_rows
+from mmrpt_kernels.policy_loss.token_loss import DifferentiatedTokenLoss, TokenLoss, check_losses
 
 __all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_loss"]
 
@@ -26,8 +28,8 @@ __all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_loss"]
 class PolicyLoss(NamedTuple):
     """loss: scalar, differentiable in hidden, weight and bias. The rest are constants for logging.
 
-    logps (B, T) and entropy (B, T): 0 where not computed. With return_statistics=False entropy is None and statistics
-    is empty; logps then covers the tokens that can learn.
+    logps (B, T) and entropy (B, T): 0 where not computed. With return_statistics=False they cover the tokens that can
+    learn, and entropy is None unless an exact entropy term needs it.
     """
 
     loss: torch.Tensor
@@ -65,9 +67,9 @@ def linear_policy_loss(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    return_statistics: bool = True,
+    return_statistics: bool = False,
     chunk_size: int | None = None,
-    compact: bool | int = True,
+    compact: bool = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -113,13 +115,11 @@ def linear_policy_loss(
         normalizer: number or 0-d tensor, on the CPU or where hidden is, that replaces the aggregation's own count
             (tokens, sequences, 1): across ranks and micro-batches the caller's number.
         temperature, softcap, logit_scale: of the logits, as in `linear_logprobs`.
-        return_statistics: False: only tokens with a gradient are computed.
+        return_statistics: True: also log-probs and entropies of response tokens that get no gradient, at the price of
+            their forward product. False: only tokens with a gradient are computed, and statistics cover them alone.
         chunk_size: rows of logits held at once; None: from a memory budget.
-        compact: gather the rows that count and compute no others, which waits for the device once (sequence ratios:
-            twice). A number: so many tokens have a gradient at most, known to the caller (a top-k perception mask: the
-            sum of ceil(keep_ratio * length)), so that nothing waits, as CUDA graphs need it; with return_statistics all
-            other tokens are visited too (more raise, on a GPU by a device-side assertion). False: all rows, likewise.
-            Same results.
+        compact: True: compute the rows that count and no others, after one wait for the device to count them (sequence
+            ratios: two). False: compute all rows, without a wait, as CUDA graphs need it. Same results.
         skip_below: None (exact gradients), "auto" or a share of the gradient: as in `linear_logprobs`.
         backend: "cuda", "triton", "portable", "reference" or None for the table's choice.
         vocab_group: process group over which the vocabulary is cut, as in `linear_logprobs`: weight and bias are this
@@ -137,20 +137,12 @@ def linear_policy_loss(
         BackendError: `backend` cannot serve the call.
     """
     head = HeadOptions(float(temperature), float(softcap), float(logit_scale))
-    options = PolicyOptions(
-        float(kl_coef),
-        kl_estimator,
-        float(clip_low),
-        float(clip_high),
-        None if dual_clip is None else float(dual_clip),
-        float(entropy_coef),
-        entropy_scope,
-        entropy_kind,
-        ratio_level,
-        surrogate,
-    )
+    dual_clip = None if dual_clip is None else float(dual_clip)
+    clips, terms = (float(clip_low), float(clip_high), dual_clip), (float(entropy_coef), entropy_scope, entropy_kind)
+    options = PolicyOptions(float(kl_coef), kl_estimator, *clips, *terms, ratio_level, surrogate)
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
     check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
+    check_compact(compact)
     check_options(options, aggregation, normalizer, ref_logps, hidden)
     dtype = statistics_dtype(hidden, weight, bias)
     tokens = gather_tokens(
@@ -174,31 +166,31 @@ def linear_policy_loss(
             hidden, weight, targets, bias, head, tokens, options, aggregation, normalizer, return_statistics
         )
     else:
-        per_token = loss_weights(tokens.response, aggregation, normalizer, dtype)
-        how = {
-            "see_all": return_statistics,
-            "chunk_size": chunk_size,
-            "most": most_places(compact, targets.numel()),
-            "rows": load_rows(name),
-            "skip_below": skip_threshold(skip_below, dtypes_of(hidden, weight, cast=cast), compact),
-            "vocab_group": group_name(vocab_group),
-            "cast": cast,
-        }
-        loss, logps, entropy = _fused(hidden, weight, bias, (targets, *tokens, per_token), (head, options), how)
-    logps, entropy = logps.detach(), entropy.detach()
-    if not return_statistics:
-        return PolicyLoss(loss, logps, None, {})
-    return PolicyLoss(loss, logps, entropy, policy_statistics(logps, entropy, tokens, options))
+        weights = loss_weights(tokens.response, aggregation, normalizer, dtype)
+        skipped = skip_threshold(skip_below, dtypes_of(hidden, weight, cast=cast), compact)
+        loop = LoopOptions(name, chunk_size, compact, skipped, group_name(vocab_group), cast)
+        token_loss = PolicyTokenLoss(tokens.flat(), weights.reshape(-1), options)
+        loss, logps, entropy = _fused((hidden, weight, bias), targets, token_loss, return_statistics, head, loop)
+    logps, entropy = (
+        logps.detach().view(targets.shape),
+        None if entropy is None else entropy.detach().view(targets.shape),
+    )
+    seen = tokens.response if return_statistics else learning_rows(tokens, options)
+    flat = (logps.reshape(-1), None if entropy is None else entropy.reshape(-1), tokens.flat(), options)
+    statistics = policy_statistics(*flat, seen.reshape(-1), tuple(targets.shape))
+    return PolicyLoss(loss, logps, entropy, statistics)
 
 
-def _fused(hidden, weight, bias, constants: tuple, options: tuple, how: dict):
-    """Compiled: the operator itself. Eager: the same operator, with a backward that saves a copy of d weight."""
-    grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    named = options[0]._asdict() | options[1]._asdict() | how | {"need": need}
-    if torch.compiler.is_compiling():
-        return operator.linear_policy_loss(hidden, weight, bias, *constants, **named)[:3]
-    return operator.PolicyLossFunction.apply(hidden, weight, bias, constants, named)
+def _fused(tensors, targets, token_loss: PolicyTokenLoss, see_all: bool, head: HeadOptions, loop: LoopOptions):
+    """loss, logps (N,), entropy (N,) or None. Compiled: a custom operator, whose backward saves a copy of d weight."""
+    need = checks.gradients_wanted(*tensors)
+    if not torch.compiler.is_compiling():
+        settings = {"token_loss": token_loss, "see_all": see_all, "need": need, "options": head, "loop": loop}
+        return fused.FusedLoss.apply(*tensors, partial(fused.policy_loss, targets=targets, **settings))
+    tokens, weights, options, _ = token_loss
+    constants = (targets, *tokens, weights, see_all, list(need))
+    loss, logps, entropy, *_ = operator.linear_policy_loss(*tensors, *constants, *head, *options, *loop)
+    return loss, logps, entropy if entropy.shape == logps.shape else None
 
 
 def linear_token_loss(
@@ -215,7 +207,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     use_entropy: bool = True,
     chunk_size: int | None = None,
-    compact: bool | int = True,
+    compact: bool = True,
     skip_below: float | str | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -256,6 +248,7 @@ def linear_token_loss(
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
     check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
+    check_compact(compact)
     checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
     checks.check_dtype("targets", targets, (torch.int64,))
     if active_mask is not None:
@@ -268,31 +261,28 @@ def linear_token_loss(
     if active_mask is not None:
         active = active & active_mask.reshape(-1)
     if torch.compiler.is_compiling():
-        how = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
-        head = {"bias": bias, "vocab_group": vocab_group, **options._asdict(), **how}
-        return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head)
+        options_of_head = {"bias": bias, "vocab_group": vocab_group, **options._asdict()}
+        options_of_loop = {"chunk_size": chunk_size, "compact": compact, "skip_below": skip_below, "backend": name}
+        log_probs = partial(linear_logprobs, return_entropy=use_entropy, **options_of_head, **options_of_loop)
+        return _token_loss_in_two_steps(flat, weight, ids, active, token_loss, log_probs)
     flat, cast = as_wide(flat, weight, bias), autocast_dtype(hidden)
-    checked = Checked(token_loss, use_entropy)
+    need = checks.gradients_wanted(flat, weight, bias)
+    differentiated = DifferentiatedTokenLoss(token_loss, use_entropy, any(need))
     if name == "reference":
         flat, weight, bias = cast_to(cast, flat, weight, bias)
         rows = active.nonzero().squeeze(-1)
-        return reference.linear_token_loss(flat, weight, ids, bias, options, rows, checked, use_entropy)
-    how = {
-        "most": most_places(compact, ids.shape[0]),
-        "chunk_size": chunk_size,
-        "kernels": load_rows(name),
-        "skip_below": skip_threshold(skip_below, dtypes_of(flat, weight, cast=cast), compact),
-        "vocab_group": group_name(vocab_group),
-        "cast": cast,
-    }
-    return operator.linear_token_loss(flat, weight, ids, bias, options, active, checked, use_entropy, **how)
+        arguments = (rows, differentiated.losses, use_entropy)
+        return reference.linear_token_loss(flat, weight, ids, bias, options, *arguments)
+    skipped = skip_threshold(skip_below, dtypes_of(flat, weight, cast=cast), compact)
+    loop = LoopOptions(name, chunk_size, compact, skipped, group_name(vocab_group), cast)
+    settings = {"token_loss": differentiated, "need": need, "options": options, "loop": loop}
+    compute = partial(fused.token_loss, targets=ids, active=active, **settings)
+    return fused.FusedLoss.apply(flat, weight, bias, compute)[0]
 
 
-def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, use_entropy, head) -> torch.Tensor:
+def _token_loss_in_two_steps(flat, weight, ids, active, token_loss, log_probs) -> torch.Tensor:
     """log-probs of all rows (N,), then the caller's function on them: what a compiler can trace without a break."""
-    found = linear_logprobs(
-        flat, weight, torch.where(active, ids, -100), ignore_index=-100, return_entropy=use_entropy, **head
-    )
+    found = log_probs(flat, weight, torch.where(active, ids, -100), ignore_index=-100)
     losses = token_loss(found.logps, found.entropy, torch.arange(ids.shape[0], device=ids.device))
     check_losses(losses, found.logps)
     return torch.where(active, losses, 0.0).sum()

@@ -62,3 +62,7 @@ class PolicyTokens(NamedTuple):
     def at(self, rows: torch.Tensor) -> PolicyTokens:
         """The entries at flat indices `rows` (n,)."""
         return PolicyTokens(*(None if t is None else t.reshape(-1)[rows] for t in self))
+
+    def flat(self) -> PolicyTokens:
+        """(N,) each, N = B * T."""
+        return PolicyTokens(*(None if t is None else t.reshape(-1) for t in self))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.lm_head.options import HeadOptions
 from mmrpt_kernels.logprobs import reference as logprobs_reference
 from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO, PolicyOptions, PolicyTokens
 

@@ -1,23 +1,18 @@
-"""The surrogate: n numbers in, n numbers out, plain PyTorch. All that the fused loss knows of PPO stands here.
+"""The policy loss of single tokens: n numbers in, n numbers out. All that the fused loss knows of PPO stands here.
 
-`token_losses` gives the per-token loss from log-probs and entropies; `differentiate` gives the two coefficients per
-token that the stream back over the vocabulary needs.
+From log-probs and entropies come the losses and their derivatives by both, in closed form: two coefficients a token are
+what the chunk loop needs. `reference.py` is the same by autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO, PolicyOptions, PolicyTokens
 
-__all__ = ["differentiate", "learning_rows", "policy_rows", "sequence_log_ratio", "token_losses"]
-
-TokenLoss = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-# A custom operator's body runs with these keys switched off, torch.enable_grad or not.
-AUTOGRAD_KEYS = ("AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS", "ADInplaceOrView")
+__all__ = ["PolicyTokenLoss", "learning_rows", "policy_rows", "sequence_log_ratio", "token_losses"]
 
 
 def policy_rows(tokens: PolicyTokens) -> torch.Tensor:
@@ -42,31 +37,20 @@ def sequence_log_ratio(logps: torch.Tensor, tokens: PolicyTokens, shape: tuple[i
     return (gaps.sum(1, keepdim=True) / lengths).expand(shape).reshape(-1)
 
 
-def saturate(log_ratio: torch.Tensor) -> torch.Tensor:
-    """At most MAX_LOG_RATIO, with gradient zero there; unlike clamp's, a NaN's gradient stays NaN and is seen."""
-    return torch.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
+class PolicyTokenLoss(NamedTuple):
+    """The chunk loop's `TokenLoss`: aggregated losses of rows of the batch, and their slopes."""
 
+    tokens: PolicyTokens  # (N,) each
+    weights: torch.Tensor  # (N,) what a token's loss is multiplied by in the aggregate
+    options: PolicyOptions
+    sequence_ratio: torch.Tensor | None = None  # (N,) `sequence_log_ratio`; None: ratios of single tokens
 
-def clipped_surrogate(log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
-    """min(r A, clip(r) A), and for A < 0 at least dual_clip * A. Args (n,)."""
-    ratio = saturate(log_ratio).exp()
-    low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
-    rises = advantages > 0
-    # The minimum takes the clipped branch above for A > 0 and below for A < 0, and nowhere else.
-    clips = torch.where(rises, ratio > high, ratio < low)
-    surrogate = torch.where(clips, ratio.clamp(low, high), ratio) * advantages
-    if options.dual_clip is None:
-        return surrogate
-    floor = options.dual_clip * advantages
-    return torch.where(~rises & (surrogate < floor), floor, surrogate)
-
-
-def cispo_surrogate(
-    logps: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
-) -> torch.Tensor:
-    """The clipped ratio, a constant, times A logp: every token keeps a gradient. Args (n,)."""
-    ratio = saturate(log_ratio.detach()).exp().clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
-    return ratio * advantages * logps
+    def __call__(self, logps: torch.Tensor, entropy: torch.Tensor | None, rows: torch.Tensor):
+        tokens, ratio = self.tokens.at(rows), None if self.sequence_ratio is None else self.sequence_ratio[rows]
+        weights = torch.where(learning_rows(tokens, self.options), self.weights[rows], 0.0)
+        found = token_losses(logps, entropy, tokens, self.options, ratio)
+        # Not 0 * NaN from a row that only statistics look at.
+        return tuple(None if t is None else torch.where(weights == 0, 0.0, t * weights) for t in found)
 
 
 def token_losses(
@@ -75,59 +59,78 @@ def token_losses(
     tokens: PolicyTokens,
     options: PolicyOptions,
     sequence_ratio: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Per-token losses (n,) of learning rows, before aggregation; differentiable in logps and entropy.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Losses (n,) of learning rows before aggregation, d loss / d logps (n,), d loss / d entropy (n,) or None.
 
     Args:
         logps: (n,). entropy: (n,), read only for an exact entropy term.
         tokens: entries at the same n rows, all inside the response.
-        sequence_ratio: (n,) `sequence_log_ratio` at these rows; None: ratios of single tokens.
+        sequence_ratio: (n,) at these rows. Its gradient is each token's own (GSPO-token's stop-gradient form).
     """
     policy = policy_rows(tokens)
-    if tokens.old_logps is None:
-        log_ratio = logps - logps.detach()
-    elif sequence_ratio is None:
-        log_ratio = logps - torch.where(policy, tokens.old_logps, logps.detach())
-    else:
-        log_ratio = logps - logps.detach() + torch.where(policy, sequence_ratio, 0.0)
     advantages = torch.where(policy, tokens.advantages, 0.0)
-    if options.surrogate == "cispo":
-        surrogate = cispo_surrogate(logps, log_ratio, advantages, options)
+    if tokens.old_logps is None:
+        log_ratio = torch.zeros_like(logps)
     else:
-        surrogate = clipped_surrogate(log_ratio, advantages, options)
+        log_ratio = torch.where(policy, logps - tokens.old_logps if sequence_ratio is None else sequence_ratio, 0.0)
+    term = cispo_surrogate if options.surrogate == "cispo" else clipped_surrogate
+    surrogate, slope = term(logps, log_ratio, advantages, options)
     if tokens.sampler_weights is not None:
-        surrogate = torch.where(policy, tokens.sampler_weights, 0.0) * surrogate
-    losses = -surrogate
+        weights = torch.where(policy, tokens.sampler_weights, 0.0)
+        surrogate, slope = surrogate * weights, slope * weights
+    losses, d_logps, d_entropy = -surrogate, -slope, None
     if options.kl_coef != 0.0:
-        gap = saturate(tokens.ref_logps - logps)
-        kl = {"k1": lambda: -gap, "k2": lambda: gap.square() / 2, "k3": lambda: gap.expm1() - gap}
-        losses = losses + options.kl_coef * kl[options.kl_estimator]()
+        kl, slope = kl_divergence(logps, tokens.ref_logps, options.kl_estimator)
+        losses, d_logps = losses + options.kl_coef * kl, d_logps + options.kl_coef * slope
     if options.entropy_coef != 0.0:
-        term = entropy if options.entropy_kind == "exact" else -logps
         in_scope = tokens.response if options.entropy_scope == "response" else tokens.perception
-        losses = losses - options.entropy_coef * torch.where(in_scope, term, 0.0)
-    return losses
+        coef = in_scope.to(logps.dtype) * options.entropy_coef
+        if options.entropy_kind == "exact":
+            losses, d_entropy = losses - torch.where(in_scope, entropy, 0.0) * coef, -coef
+        else:  # -logp in the entropy's place
+            losses, d_logps = losses + torch.where(in_scope, logps, 0.0) * coef, d_logps + coef
+    return losses, d_logps, d_entropy
 
 
-def differentiate(
-    function: TokenLoss, logps: torch.Tensor, entropy: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """function(logps, entropy) (n,) and the derivatives of its sum, d logps (n,) and d entropy (n,) or None.
+def clipped_surrogate(
+    logps: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(r A, clip(r) A), for A < 0 at least dual_clip * A, and its derivative by the log-ratio. Args (n,)."""
+    saturated = log_ratio > MAX_LOG_RATIO  # not a clamp: a NaN's gradient stays NaN and is seen
+    ratio = torch.where(saturated, MAX_LOG_RATIO, log_ratio).exp()
+    low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
+    rises = advantages > 0
+    # The minimum takes the clipped branch above for A > 0 and below for A < 0, and nowhere else.
+    clips = torch.where(rises, ratio > high, ratio < low)
+    unclipped = ratio * advantages
+    surrogate = torch.where(clips, ratio.clamp(low, high) * advantages, unclipped)
+    slope = torch.where(clips | saturated, 0.0, unclipped)
+    if options.dual_clip is None:
+        return surrogate, slope
+    floor = options.dual_clip * advantages
+    below = ~rises & (surrogate < floor)
+    return torch.where(below, floor, surrogate), torch.where(below, 0.0, slope)
 
-    Works inside a custom operator, whose body torch runs below autograd: the keys are switched on again around these
-    few numbers. A row-local function's derivative is each row's own.
-    """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in AUTOGRAD_KEYS:
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        leaves = [logps.detach().requires_grad_()]
-        if entropy is not None:
-            leaves.append(entropy.detach().requires_grad_())
-        losses = function(leaves[0], leaves[1] if len(leaves) > 1 else None)
-        if not losses.requires_grad:
-            return losses, torch.zeros_like(logps), None
-        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-    d_logps = torch.zeros_like(logps) if grads[0] is None else grads[0]
-    return losses.detach(), d_logps, grads[1] if len(grads) > 1 else None
+
+def cispo_surrogate(
+    logps: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clipped ratio, a constant, times A logp, whose derivative by logp no clip takes away. Args (n,)."""
+    ratio = torch.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio).exp()
+    slope = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high) * advantages
+    return slope * logps, slope
+
+
+def kl_divergence(logps: torch.Tensor, ref_logps: torch.Tensor, estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An estimate of KL(policy || reference) from sampled tokens, and its derivative by logps. Args (n,)."""
+    gap = ref_logps - logps
+    saturated = gap > MAX_LOG_RATIO
+    gap = torch.where(saturated, MAX_LOG_RATIO, gap)
+    if estimator == "k1":
+        kl, slope = -gap, torch.ones_like(gap)
+    elif estimator == "k2":
+        kl, slope = gap.square() / 2, -gap
+    else:
+        rise = gap.expm1()
+        kl, slope = rise - gap, -rise
+    return kl, torch.where(saturated, 0.0, slope)

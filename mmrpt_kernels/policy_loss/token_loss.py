@@ -1,4 +1,4 @@
-"""The caller's function of `linear_token_loss`, its results looked at."""
+"""The caller's function of `linear_token_loss`, as the chunk loop takes it: checked, and with its derivatives."""
 
 from __future__ import annotations
 
@@ -8,32 +8,54 @@ import torch
 
 from mmrpt_kernels.common import checks
 
-__all__ = ["Checked", "TokenLoss", "check_losses"]
+__all__ = ["DifferentiatedTokenLoss", "TokenLoss", "check_losses"]
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
 
-class Checked:
-    """The caller's function, its results looked at; the search for captured tensors runs on the first chunk only."""
+class DifferentiatedTokenLoss:
+    """losses (n,), d loss / d logps (n,) and d loss / d entropy (n,) or None of a user's function, by autograd.
 
-    def __init__(self, token_loss: TokenLoss, use_entropy: bool) -> None:
-        self.token_loss, self.use_entropy, self.first = token_loss, use_entropy, True
+    A row-local function's derivative is each row's own.
+    """
 
-    def __call__(self, logps: torch.Tensor, entropy: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-        losses = self.token_loss(logps, entropy if self.use_entropy else None, rows)
+    def __init__(self, token_loss: TokenLoss, use_entropy: bool, differentiate: bool) -> None:
+        self.token_loss, self.use_entropy, self.differentiate = token_loss, use_entropy, differentiate
+        self.first = True  # captured tensors are looked for in the first chunk only
+
+    def __call__(self, logps: torch.Tensor, entropy: torch.Tensor | None, rows: torch.Tensor):
+        entropy = entropy if self.use_entropy else None
+        if not self.differentiate:
+            return self.losses(logps, entropy, rows), torch.zeros_like(logps), None
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (logps, entropy) if t is not None]
+            losses = self.losses(*leaves, *(() if self.use_entropy else (None,)), rows)
+            self.check_captured(losses, leaves)
+            if not losses.requires_grad:
+                return losses, torch.zeros_like(logps), None
+            d_logps, *d_entropy = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        d_logps = torch.zeros_like(logps) if d_logps is None else d_logps
+        return losses.detach(), d_logps, d_entropy[0] if d_entropy else None
+
+    def losses(self, logps: torch.Tensor, entropy: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """What the user's function gives (n,), its shape checked."""
+        losses = self.token_loss(logps, entropy, rows)
         check_losses(losses, logps)
-        if self.first and logps.is_leaf:
+        return losses
+
+    def check_captured(self, losses: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+        """Raise ValueError where the losses depend on a tensor besides `leaves` that requires a gradient."""
+        if self.first:
             self.first = False
-            own = {id(t) for t in (logps, entropy) if t is not None}
             checks.check(
-                not reaches_other_leaf(losses.grad_fn, own),
+                not reaches_other_leaf(losses.grad_fn, {id(leaf) for leaf in leaves}),
                 "token_loss: its result depends on a captured tensor that requires a gradient, which would get none "
                 "here; detach that tensor, or use linear_logprobs and plain autograd",
             )
-        return losses
 
 
 def check_losses(losses: torch.Tensor, logps: torch.Tensor) -> None:
+    """Raise ValueError unless there is one loss a row."""
     checks.check(
         isinstance(losses, torch.Tensor) and losses.shape == logps.shape,
         f"token_loss: got {tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__}, "
@@ -42,7 +64,7 @@ def check_losses(losses: torch.Tensor, logps: torch.Tensor) -> None:
 
 
 def reaches_other_leaf(node, own: set[int]) -> bool:
-    """Whether the graph behind `node` ends in a leaf that is not one of `own`."""
+    """Whether the graph above `node` ends in a leaf that is not one of `own`."""
     waiting, seen = [node], set()
     while waiting:
         node = waiting.pop()

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
+from mmrpt_kernels.common.head import HeadOptions
 
 from mmrpt_kernels.common import checks, head
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
-from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.testing import (
     ATTENTION_CASES,
     HEAD_CASES,

@@ -527,6 +527,7 @@ class TestIntegration:
 
         made = head_inputs(HeadCase("long", 400, 4, 500, ignored="none"))
         from mmrpt_kernels.common.head import HeadOptions
+
         from mmrpt_kernels.divergence import portable, stream
 
         tensors = (made["hidden"], made["hidden_q"], made["weight"], None, None, made["targets"])

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.divergence.api import KINDS
 from mmrpt_kernels.divergence.triton import backward, forward
+
+from mmrpt_kernels.divergence.api import KINDS
 from mmrpt_kernels.testing.aot import KernelSpec, check_resources, compile_kernels, recorded_launches
 
 ROWS = 256

@@ -13,12 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from mmrpt_kernels.common.head import HeadOptions
+from mmrpt_kernels.divergence.triton import words
+
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import BackendError
-from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.divergence import rows, stream, triton
 from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
-from mmrpt_kernels.divergence.triton import words
 from mmrpt_kernels.testing import (
     HEAD_CASES,
     HeadCase,

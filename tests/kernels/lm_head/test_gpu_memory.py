@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from mmrpt_kernels.common.head import GPU_BYTES, HeadOptions
+from mmrpt_kernels.divergence.stream import GPU_LEARN_ROWS, Problem
+from mmrpt_kernels.logprobs.gradients import Head
+from mmrpt_kernels.logprobs.rows import Softmax
+from mmrpt_kernels.logprobs.stream import rows_per_chunk
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmrpt_kernels.common.head import GPU_BYTES, HeadOptions
-from mmrpt_kernels.divergence.stream import GPU_LEARN_ROWS, Problem
 from mmrpt_kernels.logprobs import portable
-from mmrpt_kernels.logprobs.gradients import Head
-from mmrpt_kernels.logprobs.rows import Softmax
-from mmrpt_kernels.logprobs.stream import rows_per_chunk
 
 VOCAB = 151_936
 CAPPED = HeadOptions(0.7, 30.0, 1.0)

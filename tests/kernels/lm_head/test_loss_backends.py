@@ -12,15 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels import backends
 from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.logprobs import linear_logprobs, places
-from mmrpt_kernels.logprobs.api import load_rows
 from mmrpt_kernels.logprobs.gradients import Head
 from mmrpt_kernels.logprobs.places import COUNTED, split
+from mmrpt_kernels.policy_loss.visits import LossStream
+
+from mmrpt_kernels import backends
+from mmrpt_kernels.logprobs import linear_logprobs, places
+from mmrpt_kernels.logprobs.api import load_rows
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
-from mmrpt_kernels.policy_loss.visits import LossStream
 from mmrpt_kernels.testing import (
     HEAD_CASES,
     HeadCase,

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence
 from mmrpt_kernels.divergence.triton import backward, forward
 from mmrpt_kernels.logprobs.triton import product, rows
+
+from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence
 from mmrpt_kernels.testing.aot import recorded_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

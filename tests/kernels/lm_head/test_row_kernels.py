@@ -9,11 +9,11 @@ import importlib
 
 import pytest
 import torch
+from mmrpt_kernels.common.head import HeadOptions, transform_logits
+from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Softmax, finish, finish_exponentials, row_kernels
 
 from mmrpt_kernels.backends import TRITON_MISSING
 from mmrpt_kernels.common.extension import extension
-from mmrpt_kernels.common.head import HeadOptions, transform_logits
-from mmrpt_kernels.logprobs.rows import Partials, RowKernels, Softmax, finish, finish_exponentials, row_kernels
 from mmrpt_kernels.testing import assert_close_to_truth, poisoned_memory, sum_cap
 
 PLAIN = HeadOptions()

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mmrpt_kernels import backends, linear_logprobs
-from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.common.head import HeadOptions, transform_logits
 from mmrpt_kernels.logprobs.cuda import row_exponentials, row_gradient, row_statistics
 from mmrpt_kernels.logprobs.rows import Exponentials, Softmax, finish, most_above
+
+from mmrpt_kernels import backends, linear_logprobs
+from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.testing import poisoned_memory
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.logprobs.rows import Softmax
 from mmrpt_kernels.logprobs.triton import rows
+
 from mmrpt_kernels.testing.aot import KernelSpec, compile_kernels, recorded_launches
 
 CAPPED = HeadOptions(0.7, 30.0, 1.0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from mmrpt_kernels.common.head import HeadOptions
 from mmrpt_kernels.logprobs.gradients import HALF_UNIT, Gradients, Head, scaled_rows, unit_slopes
+
 from mmrpt_kernels.testing import assert_close_to_truth, poisoned_memory
 
 ROWS, HIDDEN, VOCAB = 11, 7, 37

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmrpt_kernels.policy_loss.hand_out import as_factor
 
 from mmrpt_kernels import linear_policy_loss, linear_token_loss
-from mmrpt_kernels.policy_loss.hand_out import as_factor
 
 FACTOR = 1.0 / 12.0  # gradient accumulation over 12 batches; 0.2 % from the next bfloat16
 

@@ -1,12 +1,13 @@
-"""d loss / d raw logits of both views, in one sweep; the formulas are in portable.py's head.
+"""The divergence's gradient in Triton: d loss / d raw logits of both views, in one sweep.
 
-For view p, with g the row's incoming gradients, r = log p - log q and E_p a mean under p,
+The formulas are at the head of pair_softmax_portable.py. For view p, with g the row's incoming gradients,
+r = log p - log q and E_p a mean under p,
 
-    d z_p = p (u - E_p u) + g_reverse (p - q) + g_hellinger (p BC - sqrt(p q)) / 2 + g_logp (onehot_t - p)
+    d z_p = p (u - E_p u) + g_reverse (p - q) + g_logp (onehot_t - p)
         u = g_kl r + g_js log(p / m) / 2 - g_entropy log p
 
-and view q the same with p and q, and with kl and reverse_kl, changed over. E_p u is made of what the forward sweep
-found. Each part vanishes by itself where it should: a sure word gets no gradient, not one of rounding errors.
+and view q the same with p and q, and with kl and reverse_kl, exchanged. E_p u is made of what the forward sweep found.
+Each part vanishes by itself where it should: a word of probability near 1 gets no gradient, not one of rounding errors.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions, bend_factors
-from mmrpt_kernels.divergence.triton.forward import (
+from mmrpt_kernels.divergence.pair_softmax import PairHead
+from mmrpt_kernels.divergence.triton_forward import (
     ENTROPY_P,
     ENTROPY_Q,
     FIELDS,
-    HELLINGER,
     KL,
     LOG_P,
     LOG_Q,
@@ -30,13 +30,16 @@ from mmrpt_kernels.divergence.triton.forward import (
     REVERSE_KL,
     TOP_P,
     TOP_Q,
+    head_arguments,
+    load_words,
+    log_to_mean,
+    tiles,
 )
-from mmrpt_kernels.divergence.triton.words import load_words, mean_logs, tiles
 
 __all__ = ["GRADIENTS", "gradient"]
 
-# A row's incoming gradients: kl, reverse_kl, js, hellinger, the targets' log-probabilities, the entropies.
-GRADIENTS = tl.constexpr(8)
+# A row's incoming gradients: kl, reverse_kl, js, the targets' log-probabilities, the entropies.
+GRADIENTS = tl.constexpr(7)
 
 
 @triton.jit
@@ -46,18 +49,14 @@ def _view(
     log_own,
     difference,
     to_mean,
-    root,
     mean,
     g_own,
     g_other,
     g_js,
-    g_hellinger,
     g_entropy,
-    overlap,
     WITH_OWN: tl.constexpr,
     WITH_OTHER: tl.constexpr,
     WITH_JS: tl.constexpr,
-    WITH_HELLINGER: tl.constexpr,
 ):
     """d z (BLOCK,) of one view but for its log-probability's part; `mean` = E u, g_own of KL(own || other)."""
     u = -mean - g_entropy * log_own
@@ -68,8 +67,6 @@ def _view(
     d = tl.where(own == 0.0, 0.0, own * u)  # not 0 * log 0
     if WITH_OTHER:
         d += g_other * (own - other)
-    if WITH_HELLINGER:
-        d += 0.5 * g_hellinger * (own * overlap - root)
     return d
 
 
@@ -77,6 +74,7 @@ def _view(
 def _gradient(
     raw_p,
     raw_q,
+    bias,
     rows,
     means,
     grads,
@@ -91,17 +89,17 @@ def _gradient(
     inner,
     outer,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_REVERSE: tl.constexpr,
     WITH_JS: tl.constexpr,
-    WITH_HELLINGER: tl.constexpr,
     WANT_P: tl.constexpr,
     WANT_Q: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (row, part). raw, out (n, V), out may be raw; rows (n, FIELDS), means (n, MEANS), grads (n, 8)."""
+    """Program (row, part). raw, out (n, V), out may be raw; rows (n, FIELDS); means (n, MEANS); grads (n, 7)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     raw_p += row * stride_p
     raw_q += row * stride_q
@@ -110,10 +108,10 @@ def _gradient(
     top_p, log_p = tl.load(rows + TOP_P), tl.load(rows + LOG_P)
     top_q, log_q = tl.load(rows + TOP_Q), tl.load(rows + LOG_Q)
     g_kl, g_reverse = tl.load(grads + 0), tl.load(grads + 1)
-    g_js, g_hellinger = tl.load(grads + 2), tl.load(grads + 3)
-    g_logp_p, g_logp_q = tl.load(grads + 4), tl.load(grads + 5)
-    g_entropy_p, g_entropy_q = tl.load(grads + 6), tl.load(grads + 7)
-    idle = (g_kl == 0.0) & (g_reverse == 0.0) & (g_js == 0.0) & (g_hellinger == 0.0)
+    g_js = tl.load(grads + 2)
+    g_logp_p, g_logp_q = tl.load(grads + 3), tl.load(grads + 4)
+    g_entropy_p, g_entropy_q = tl.load(grads + 5), tl.load(grads + 6)
+    idle = (g_kl == 0.0) & (g_reverse == 0.0) & (g_js == 0.0)
     idle_p = idle & (g_logp_p == 0.0) & (g_entropy_p == 0.0)
     idle_q = idle & (g_logp_q == 0.0) & (g_entropy_q == 0.0)
     mean_p = g_entropy_p * tl.load(rows + ENTROPY_P)
@@ -125,34 +123,26 @@ def _gradient(
     if WITH_JS:
         mean_p += 0.5 * g_js * tl.load(means + row * MEANS + MEAN_P)
         mean_q += 0.5 * g_js * tl.load(means + row * MEANS + MEAN_Q)
-    overlap = 1.0
-    if WITH_HELLINGER:
-        overlap = 1.0 - tl.load(means + row * MEANS + HELLINGER)
     target = -1
     if HAS_TARGETS:
         target = tl.load(targets + row)
     for start in range(part * SPAN, min((part + 1) * SPAN, vocab), BLOCK):
         word = start + tl.arange(0, BLOCK)
-        z_p, slope_p = load_words(raw_p, word, vocab, inner, outer, CAPPED)
-        z_q, slope_q = load_words(raw_q, word, vocab, inner, outer, CAPPED)
+        z_p, slope_p = load_words(raw_p, bias, word, vocab, inner, outer, CAPPED, HAS_BIAS)
+        z_q, slope_q = load_words(raw_q, bias, word, vocab, inner, outer, CAPPED, HAS_BIAS)
         lp, lq = (z_p - top_p) - log_p, (z_q - top_q) - log_q
         p, q, difference = tl.exp(lp), tl.exp(lq), lp - lq
-        to_mean_p, to_mean_q = mean_logs(difference)
-        root = tl.exp(0.5 * (lp + lq))  # sqrt(p q)
+        to_mean_p, to_mean_q = log_to_mean(difference)
         if WANT_P:
-            d = _view(
-                *(p, q, lp, difference, to_mean_p, root, mean_p, g_kl, g_reverse, g_js, g_hellinger, g_entropy_p),
-                *(overlap, WITH_KL, WITH_REVERSE, WITH_JS, WITH_HELLINGER),
-            )
+            slopes = (g_kl, g_reverse, g_js, g_entropy_p)
+            d = _view(p, q, lp, difference, to_mean_p, mean_p, *slopes, WITH_KL, WITH_REVERSE, WITH_JS)
             if HAS_TARGETS:
                 d += g_logp_p * (tl.where(word == target, 1.0, 0.0) - p)
             d = tl.where(idle_p, 0.0, d * slope_p)
             tl.store(out_p + row * stride_out_p + word, d.to(out_p.dtype.element_ty), mask=word < vocab)
         if WANT_Q:
-            d = _view(
-                *(q, p, lq, -difference, to_mean_q, root, mean_q, g_reverse, g_kl, g_js, g_hellinger, g_entropy_q),
-                *(overlap, WITH_REVERSE, WITH_KL, WITH_JS, WITH_HELLINGER),
-            )
+            slopes = (g_reverse, g_kl, g_js, g_entropy_q)
+            d = _view(q, p, lq, -difference, to_mean_q, mean_q, *slopes, WITH_REVERSE, WITH_KL, WITH_JS)
             if HAS_TARGETS:
                 d += g_logp_q * (tl.where(word == target, 1.0, 0.0) - q)
             d = tl.where(idle_q, 0.0, d * slope_q)
@@ -160,11 +150,10 @@ def _gradient(
 
 
 def gradient(
-    raw_p: torch.Tensor,
-    raw_q: torch.Tensor,
+    raw: tuple[torch.Tensor, torch.Tensor],
     targets: torch.Tensor | None,
     kinds: tuple[str, ...],
-    options: HeadOptions,
+    head: PairHead,
     *,
     rows: torch.Tensor,
     means: torch.Tensor | None,
@@ -174,35 +163,36 @@ def gradient(
     """Write d loss / d raw of each view to `outs`, (n, V) of any float dtype or None; raw itself will do.
 
     Args:
-        raw_p, raw_q: (n, V) float32, last dimension contiguous, as `row_sums` read them.
-        rows, means: (n, FIELDS) and (n, MEANS) float32 of whole rows; means None without js and hellinger.
+        raw: (n, V) float32 of both views, last dimension contiguous, as `row_sums` read them.
+        rows, means: (n, FIELDS) and (n, MEANS) float32 of whole rows; means None without js.
         targets: (n,) int64; one outside [0, V) is none of these words.
         grads: (n, GRADIENTS) float32; the k3's are in those of the log-probabilities, 0 in rows without a target.
             Rows of zeros get zeros, whatever their logits are.
     """
+    (raw_p, raw_q), (out_p, out_q) = raw, outs
     count, vocab = raw_p.shape
-    tile, (out_p, out_q) = tiles(), outs
+    tile = tiles()
     if vocab % 16:  # loads of one word each keep more addresses in registers
         tile["num_warps"] *= 2
-    strides = (raw_p.stride(0), raw_q.stride(0), *(1 if out is None else out.stride(0) for out in outs))
     _gradient[(count, triton.cdiv(vocab, tile["SPAN"]))](
         raw_p,
         raw_q,
-        rows,
-        means,
-        grads,
-        targets,
-        out_p,
-        out_q,
-        *strides,
-        vocab,
-        *bend_factors(options),
-        CAPPED=options.softcap > 0.0,
+        rows=rows,
+        means=means,
+        grads=grads,
+        targets=targets,
+        out_p=out_p,
+        out_q=out_q,
+        stride_p=raw_p.stride(0),
+        stride_q=raw_q.stride(0),
+        stride_out_p=1 if out_p is None else out_p.stride(0),
+        stride_out_q=1 if out_q is None else out_q.stride(0),
+        vocab=vocab,
+        **head_arguments(head),
         HAS_TARGETS=targets is not None,
         WITH_KL="kl" in kinds,
         WITH_REVERSE="reverse_kl" in kinds,
         WITH_JS="js" in kinds,
-        WITH_HELLINGER="hellinger" in kinds,
         WANT_P=out_p is not None,
         WANT_Q=out_q is not None,
         **tile,

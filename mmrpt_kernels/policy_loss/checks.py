@@ -1,4 +1,4 @@
-"""The door of `linear_policy_loss`: checks, and the caller's many shapes brought to (B, T)."""
+"""Argument checks of `linear_policy_loss`, and the caller's many shapes brought to (B, T)."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What both views' rows of logits come to: softmax sums, sums that entropies and divergences are made of.
+"""The divergence's sums in Triton: what both views' rows of logits come to.
 
-One sweep over the logits gives all but two kinds: with x = z - max z, e = exp(x) and S = sum e per view,
+One sweep over the logits gives all kinds but one: with x = z - max z, e = exp(x) and S = sum e per view,
 
     KL(p || q) = sum e_p (x_p - x_q) / S_p - log(S_p / S_q)       entropy = log S - sum e x / S
 
 Every lane keeps the sums of its own words under its own running maximum, so that no thread waits for another; lanes
-merge at the end of a program, programs of a row in `_join`. Jensen-Shannon and Hellinger need both views' S word by
-word: a second sweep, which adds what is zero where the views are equal rather than taking a sum from 1. Everything is
-float32, and exactly 0 for equal logits.
+merge at the end of a program, programs of a row in `_join`. Jensen-Shannon needs both views' S word by word: a second
+sweep, which adds what is zero where the views are equal rather than taking a sum from 1. Everything is float32, and
+exactly 0 for equal logits.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions, bend_factors
-from mmrpt_kernels.divergence.rows import Sums
-from mmrpt_kernels.divergence.triton.words import LOWEST, load_words, mean_logs, tiles, transformed
+from mmrpt_kernels.common.tanh import tanh
+from mmrpt_kernels.divergence.pair_softmax import PairHead, Sums
+from mmrpt_kernels.lm_head.options import softcap_factors
 
 __all__ = [
     "ENTROPY_P",
     "ENTROPY_Q",
     "FIELDS",
-    "HELLINGER",
     "KL",
     "LOG_P",
     "LOG_Q",
@@ -34,21 +33,70 @@ __all__ = [
     "REVERSE_KL",
     "TOP_P",
     "TOP_Q",
+    "head_arguments",
+    "load_words",
+    "log_to_mean",
     "mean_sums",
     "row_sums",
+    "tiles",
 ]
 
 # What kernels read of whole rows: max z, log S of each view; for the gradient also entropies and divergences.
 TOP_P, LOG_P, TOP_Q, LOG_Q = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 ENTROPY_P, ENTROPY_Q, KL, REVERSE_KL = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 FIELDS = tl.constexpr(8)
-# Fields of the second sweep: KL(p || m), KL(q || m), squared Hellinger distance.
-MEAN_P, MEAN_Q, HELLINGER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-MEANS = tl.constexpr(3)
+# Fields of the second sweep: KL(p || m), KL(q || m).
+MEAN_P, MEAN_Q = tl.constexpr(0), tl.constexpr(1)
+MEANS = tl.constexpr(2)
 # Partial sums of a view: max, sum, dots, cross.
 SUMS = tl.constexpr(4)
 # Words that a lane takes at a time under one maximum: 16 bytes, what a thread loads at once.
 GROUP = tl.constexpr(4)
+
+# Words that a program takes at a time, and in all; fixed, so that a row's sums are the same in every batch and chunk.
+# 152k words are 19 programs a row: a chunk of a few rows still fills a GPU. Chosen by compiling
+# (tests/kernels/divergence/test_divergence_compile.py), not yet timed.
+BLOCK = 1024
+SPAN = 8192
+WARPS = 4
+
+# The maximum of no words. Finite, because inf - inf is NaN.
+LOWEST = tl.constexpr(-1e38)
+
+
+def tiles() -> dict[str, int]:
+    """What the sweeps over the vocabulary are launched with."""
+    return {"SPAN": SPAN, "BLOCK": BLOCK, "num_warps": WARPS}
+
+
+@triton.jit
+def transformed(raw, inner, outer, CAPPED: tl.constexpr):
+    """(z, d z / d raw) of raw logits: z = outer * tanh(inner * raw) where CAPPED, else outer * raw."""
+    if CAPPED:
+        capped = tanh(raw * inner)
+        return capped * outer, (1.0 - capped * capped) * (inner * outer)
+    else:
+        return raw * outer, outer
+
+
+@triton.jit
+def load_words(row, bias, word, vocab, inner, outer, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """(z, d z / d raw) of some words of one row; z = -inf beyond the vocabulary, which has probability 0."""
+    raw = tl.load(row + word, mask=word < vocab, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias + word, mask=word < vocab, other=0.0)
+    z, slope = transformed(raw, inner, outer, CAPPED)
+    return tl.where(word < vocab, z, float("-inf")), slope
+
+
+@triton.jit
+def log_to_mean(difference):
+    """log(p / m) and log(q / m), m = (p + q) / 2, from log p - log q; exactly 0 where that is 0, and never inf - inf.
+
+    log(p / m) = -log((1 + exp(-r)) / 2); for r < 0 the same is r - log((1 + exp(r)) / 2).
+    """
+    both = -tl.log(0.5 + 0.5 * tl.exp(-tl.abs(difference)))
+    return both + tl.where(difference < 0.0, difference, 0.0), both - tl.where(difference > 0.0, difference, 0.0)
 
 
 @triton.jit
@@ -91,6 +139,7 @@ def _store_sums(partials, parts, top, total, dots, cross):
 def _sums(
     raw_p,
     raw_q,
+    bias,
     partials,
     stride_p,
     stride_q,
@@ -99,6 +148,7 @@ def _sums(
     inner,
     outer,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_REVERSE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -120,8 +170,8 @@ def _sums(
     tile = tl.arange(0, lanes)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (lanes, GROUP)
     for start in range(part * SPAN, min((part + 1) * SPAN, vocab), BLOCK):
         word = start + tile
-        z_p, _ = load_words(raw_p, word, vocab, inner, outer, CAPPED)
-        z_q, _ = load_words(raw_q, word, vocab, inner, outer, CAPPED)
+        z_p, _ = load_words(raw_p, bias, word, vocab, inner, outer, CAPPED, HAS_BIAS)
+        z_q, _ = load_words(raw_q, bias, word, vocab, inner, outer, CAPPED, HAS_BIAS)
         top_p, total_p, dots_p, cross_p = _push(z_p, z_p - z_q, top_p, total_p, dots_p, cross_p, WITH_KL)
         top_q, total_q, dots_q, cross_q = _push(z_q, z_q - z_p, top_q, total_q, dots_q, cross_q, WITH_REVERSE)
     partials += row * (2 * SUMS) * parts + part
@@ -141,15 +191,34 @@ def _load_sums(partials, part, parts):
 
 
 @triton.jit
-def _store_row(out, rows, raw, target, vocab, top, total, dots, cross, gap, inner, outer, CAPPED: tl.constexpr):
+def _store_row(
+    out,
+    rows,
+    raw,
+    bias,
+    target,
+    vocab,
+    top,
+    total,
+    dots,
+    cross,
+    gap,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """One view's `Sums` of a row, to out (5, 2, rows) at the row and view; gap: max z less the other view's."""
-    value = tl.load(raw + target, mask=(target >= 0) & (target < vocab), other=0.0)
+    here = (target >= 0) & (target < vocab)
+    value = tl.load(raw + target, mask=here, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + target, mask=here, other=0.0)
     z, _ = transformed(value, inner, outer, CAPPED)
     tl.store(out, top)
     tl.store(out + 2 * rows, total)
     tl.store(out + 4 * rows, dots)
     tl.store(out + 6 * rows, cross - gap * total)
-    tl.store(out + 8 * rows, tl.where((target >= 0) & (target < vocab), z, float("-inf")))
+    tl.store(out + 8 * rows, tl.where(here, z, float("-inf")))
 
 
 @triton.jit(do_not_specialize_on_alignment=["targets"])  # a chunk's may start anywhere, and one is read
@@ -157,6 +226,7 @@ def _join(
     partials,
     raw_p,
     raw_q,
+    bias,
     targets,
     out,
     stride_p,
@@ -166,6 +236,7 @@ def _join(
     inner,
     outer,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -180,14 +251,16 @@ def _join(
         target = tl.load(targets + row)
     at_p, at_q = raw_p + row * stride_p, raw_q + row * stride_q
     gap = top_p - top_q
-    _store_row(out + row, rows, at_p, target, vocab, top_p, total_p, dots_p, cross_p, gap, inner, outer, CAPPED)
-    _store_row(out + rows + row, rows, at_q, target, vocab, top_q, total_q, dots_q, cross_q, -gap, inner, outer, CAPPED)
+    head = (inner, outer, CAPPED, HAS_BIAS)
+    _store_row(out + row, rows, at_p, bias, target, vocab, top_p, total_p, dots_p, cross_p, gap, *head)
+    _store_row(out + rows + row, rows, at_q, bias, target, vocab, top_q, total_q, dots_q, cross_q, -gap, *head)
 
 
 @triton.jit
 def _means(
     raw_p,
     raw_q,
+    bias,
     rows,
     partials,
     stride_p,
@@ -197,8 +270,7 @@ def _means(
     inner,
     outer,
     CAPPED: tl.constexpr,
-    WITH_JS: tl.constexpr,
-    WITH_HELLINGER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -211,56 +283,52 @@ def _means(
     top_q, log_q = tl.load(rows + TOP_Q), tl.load(rows + LOG_Q)
     mean_p = tl.zeros((BLOCK,), tl.float32)
     mean_q = tl.zeros((BLOCK,), tl.float32)
-    hellinger = tl.zeros((BLOCK,), tl.float32)
     for start in range(part * SPAN, min((part + 1) * SPAN, vocab), BLOCK):
         word = start + tl.arange(0, BLOCK)
-        z_p, _ = load_words(raw_p, word, vocab, inner, outer, CAPPED)
-        z_q, _ = load_words(raw_q, word, vocab, inner, outer, CAPPED)
+        z_p, _ = load_words(raw_p, bias, word, vocab, inner, outer, CAPPED, HAS_BIAS)
+        z_q, _ = load_words(raw_q, bias, word, vocab, inner, outer, CAPPED, HAS_BIAS)
         lp, lq = (z_p - top_p) - log_p, (z_q - top_q) - log_q
-        root_p, root_q = tl.exp(0.5 * lp), tl.exp(0.5 * lq)
-        if WITH_JS:
-            p, q = root_p * root_p, root_q * root_q
-            to_mean_p, to_mean_q = mean_logs(lp - lq)
-            mean_p += tl.where(p == 0.0, 0.0, p * to_mean_p)
-            mean_q += tl.where(q == 0.0, 0.0, q * to_mean_q)
-        if WITH_HELLINGER:
-            hellinger += (root_p - root_q) * (root_p - root_q)
+        p, q = tl.exp(lp), tl.exp(lq)
+        to_mean_p, to_mean_q = log_to_mean(lp - lq)
+        mean_p += tl.where(p == 0.0, 0.0, p * to_mean_p)
+        mean_q += tl.where(q == 0.0, 0.0, q * to_mean_q)
     partials += row * MEANS * parts + part
     tl.store(partials + MEAN_P * parts, tl.sum(mean_p, 0))
     tl.store(partials + MEAN_Q * parts, tl.sum(mean_q, 0))
-    tl.store(partials + HELLINGER * parts, 0.5 * tl.sum(hellinger, 0))
+
+
+def head_arguments(head: PairHead) -> dict:
+    """What every kernel takes of the head."""
+    inner, outer = softcap_factors(head.options)
+    flags = {"CAPPED": head.options.softcap > 0.0, "HAS_BIAS": head.bias is not None}
+    return {"bias": head.bias, "inner": inner, "outer": outer, **flags}
 
 
 def row_sums(
-    raw_p: torch.Tensor,
-    raw_q: torch.Tensor,
-    targets: torch.Tensor | None,
-    kinds: tuple[str, ...],
-    options: HeadOptions,
+    raw_p: torch.Tensor, raw_q: torch.Tensor, targets: torch.Tensor | None, kinds: tuple[str, ...], head: PairHead
 ) -> Sums:
     """Of n rows of raw logits (n, V) float32, last dimension contiguous; targets (n,) int64 or None."""
     count, vocab = raw_p.shape
     tile = tiles()
     parts = triton.cdiv(vocab, tile["SPAN"])
-    strides, scalars = (raw_p.stride(0), raw_q.stride(0)), (*bend_factors(options), options.softcap > 0.0)
-    sums = raw_p.new_empty(count, 2, SUMS.value, parts)
-    flags = ("kl" in kinds, "reverse_kl" in kinds)
-    _sums[(count, parts)](raw_p, raw_q, sums, *strides, vocab, parts, *scalars, *flags, **tile)
-    joined = raw_p.new_empty(5, 2, count)
-    lone = {"HAS_TARGETS": targets is not None, "PARTS": triton.next_power_of_2(parts), "num_warps": 1}
-    _join[(count,)](sums, raw_p, raw_q, targets, joined, *strides, vocab, parts, *scalars, **lone)
+    views = {"raw_p": raw_p, "raw_q": raw_q, "stride_p": raw_p.stride(0), "stride_q": raw_q.stride(0)}
+    common = {**views, "vocab": vocab, "parts": parts, **head_arguments(head)}
+    sums, joined = raw_p.new_empty(count, 2, SUMS.value, parts), raw_p.new_empty(5, 2, count)
+    flags = {"WITH_KL": "kl" in kinds, "WITH_REVERSE": "reverse_kl" in kinds}
+    _sums[(count, parts)](partials=sums, **common, **flags, **tile)
+    alone = {"HAS_TARGETS": targets is not None, "PARTS": triton.next_power_of_2(parts), "num_warps": 1}
+    _join[(count,)](partials=sums, targets=targets, out=joined, **common, **alone)
     return Sums(*joined)
 
 
-def mean_sums(
-    raw_p: torch.Tensor, raw_q: torch.Tensor, rows: torch.Tensor, kinds: tuple[str, ...], options: HeadOptions
-) -> torch.Tensor:
+def mean_sums(raw_p: torch.Tensor, raw_q: torch.Tensor, rows: torch.Tensor, head: PairHead) -> torch.Tensor:
     """The second sweep, (n, MEANS), of raw logits as `row_sums` reads them; rows (n, FIELDS) float32 of whole rows."""
     count, vocab = raw_p.shape
     tile = tiles()
     parts = triton.cdiv(vocab, tile["SPAN"])
-    strides, scalars = (raw_p.stride(0), raw_q.stride(0)), (*bend_factors(options), options.softcap > 0.0)
     means = raw_p.new_empty(count, MEANS.value, parts)
-    flags = ("js" in kinds, "hellinger" in kinds)
-    _means[(count, parts)](raw_p, raw_q, rows, means, *strides, vocab, parts, *scalars, *flags, **tile)
+    strides = {"stride_p": raw_p.stride(0), "stride_q": raw_q.stride(0), "vocab": vocab, "parts": parts}
+    _means[(count, parts)](
+        raw_p=raw_p, raw_q=raw_q, rows=rows, partials=means, **strides, **head_arguments(head), **tile
+    )
     return means.sum(-1)

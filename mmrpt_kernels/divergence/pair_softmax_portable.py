@@ -1,16 +1,13 @@
-"""The row arithmetic of linear_token_divergence in plain PyTorch, any device: some rows of both views' logits.
+"""The divergence's row kernels in plain PyTorch, any device.
 
 With p = softmax(z_p), q = softmax(z_q), lp and lq their logarithms and m = log((p + q) / 2), the derivatives are
 
     kl           d/dz_p = p (lp - lq - KL)             d/dz_q = q - p
     reverse_kl   d/dz_p = p - q                        d/dz_q = q (lq - lp - RKL)
     js           d/dz_p = p (lp - m - KL(p||m)) / 2    d/dz_q = q (lq - m - KL(q||m)) / 2
-    hellinger    d/dz_p = (p BC - sqrt(p q)) / 2       d/dz_q = (q BC - sqrt(p q)) / 2      BC = sum sqrt(p q)
     k3           through the targets' log-probabilities: d/d lq_t = exp(d) - 1 = - d/d lp_t
     entropy_p    d/dz_p = -p (lp + H_p)
     logps_p      d/dz_p = onehot_t - p
-
-where hellinger is the squared distance, sum (sqrt p - sqrt q)^2 / 2 = 1 - BC.
 
 On a CPU the passes over the words are most of the work besides the products. So probabilities are never written out:
 p = e f with e = exp(x), x = z - max z, and f one number a row, which goes into the numbers that a pass multiplies by.
@@ -19,32 +16,25 @@ p = e f with e = exp(x), x = z - max z, and f one number a row, which goes into 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import softplus
 
-from mmrpt_kernels.common.head import HeadOptions, transform_backward, transform_logits
-from mmrpt_kernels.divergence.rows import RowKernels, Slopes, Statistics, Sums, Wanted, log_scales
-from mmrpt_kernels.divergence.stream import Problem
+from mmrpt_kernels.divergence.pair_softmax import (
+    PairHead,
+    PairKernels,
+    Slopes,
+    Statistics,
+    Sums,
+    Wanted,
+    log_scales,
+)
+from mmrpt_kernels.lm_head.options import transform_backward, transform_logits
 
-__all__ = ["row_kernels"]
+__all__ = ["PAIR_KERNELS"]
 
 LOG_2 = math.log(2.0)
-
-
-def row_kernels(problem: Problem) -> RowKernels:
-    """The kernels for one call."""
-    options = problem.options
-    first = partial(sums, options=options, careful=has_empty_words(problem))
-    return RowKernels(first, means, partial(gradients, options=options), (problem.dtype(), problem.dtype()))
-
-
-def has_empty_words(problem: Problem) -> bool:
-    """Whether a word may have probability zero through a bias of -inf; then 0 * log 0 needs care (two passes more)."""
-    bias = problem.bias
-    return bias is not None and problem.options.softcap == 0.0 and not bool(torch.isfinite(bias).all())
 
 
 class _State(NamedTuple):
@@ -57,10 +47,15 @@ class _State(NamedTuple):
     z: tuple[torch.Tensor | None, torch.Tensor | None]  # where a soft cap's slope needs them
 
 
-def _softmax_rows(raw: torch.Tensor, options: HeadOptions, careful: bool, keep: bool):
+def _has_empty_words(head: PairHead) -> bool:
+    """Whether a word may have probability zero through a bias of -inf; then 0 * log 0 needs care (two passes more)."""
+    return head.bias is not None and head.options.softcap == 0.0 and not bool(torch.isfinite(head.bias).all())
+
+
+def _softmax_rows(raw: torch.Tensor, head: PairHead, careful: bool, keep: bool):
     """max z (n,), x and e (n, V), and z where it is to be kept; overwrites raw."""
-    z = transform_logits(raw, options, inplace=True)
-    kept = z.clone() if keep and options.softcap > 0.0 else None
+    z = transform_logits(raw if head.bias is None else raw.add_(head.bias), head.options, inplace=True)
+    kept = z.clone() if keep and head.options.softcap > 0.0 else None
     top = z.amax(-1)
     x = z.sub_(top.clamp_min(torch.finfo(top.dtype).min)[:, None])  # a row of -inf alone: not inf - inf
     e = x.exp()
@@ -79,9 +74,10 @@ def _chosen(x: torch.Tensor, top: torch.Tensor, e: torch.Tensor, targets: torch.
     return (x.gather(-1, at) + top[:, None]).masked_fill_(impossible | ~inside[:, None], -torch.inf)[:, 0]
 
 
-def sums(raw_p, raw_q, targets, wanted: Wanted, *, options: HeadOptions, careful: bool) -> tuple[Sums, _State]:
-    """RowKernels.sums; `careful`: words may have probability zero. Sums in a tree, which a matrix product is not."""
-    views = [_softmax_rows(raw, options, careful, wanted.learns) for raw in (raw_p, raw_q)]
+def sums(raw_p, raw_q, targets, head: PairHead, wanted: Wanted) -> tuple[Sums, _State]:
+    """`PairKernels.sums`. Sums in a tree, which a matrix product is not."""
+    careful = _has_empty_words(head)
+    views = [_softmax_rows(raw, head, careful, wanted.learns) for raw in (raw_p, raw_q)]
     tops, xs, es, zs = zip(*views, strict=True)
     top, totals = torch.stack(tops), torch.stack([e.sum(-1) for e in es])
     dots, crosses, difference = top, [tops[0], tops[1]], None
@@ -98,24 +94,17 @@ def sums(raw_p, raw_q, targets, wanted: Wanted, *, options: HeadOptions, careful
     return found, _State(found, xs, es, difference, zs)
 
 
-def _to_mean(difference):
+def _log_to_mean(difference):
     """log(own / mean), mean = (own + other) / 2, from `difference` = log own - log other; exactly 0 for equal ones."""
     return LOG_2 - softplus(-difference, threshold=40.0)
 
 
-def means(state: _State, found: Statistics, kinds: tuple[str, ...]) -> torch.Tensor:
-    """RowKernels.means."""
-    dtype, scales = state.e[0].dtype, log_scales(state.sums, found)  # (2, n)
-    factors, out = scales.exp(), scales.new_zeros(3, scales.shape[1])
-    if "js" in kinds:
-        difference = state.difference + (scales[0] - scales[1]).to(dtype)[:, None]
-        out[0] = torch.linalg.vecdot(state.e[0], _to_mean(difference)).mul(factors[0])
-        out[1] = torch.linalg.vecdot(state.e[1], _to_mean(difference.neg_())).mul(factors[1])
-    if "hellinger" in kinds:
-        roots = [e.sqrt().mul_(f.sqrt().to(dtype)[:, None]) for e, f in zip(state.e, factors, strict=True)]
-        roots = roots[0].sub_(roots[1])
-        out[2] = torch.linalg.vecdot(roots, roots).mul_(0.5)
-    return out
+def to_mean(state: _State, found: Statistics, head: PairHead) -> torch.Tensor:
+    """`PairKernels.to_mean`."""
+    scales = log_scales(state.sums, found)  # (2, n)
+    difference = state.difference + (scales[0] - scales[1]).to(state.difference.dtype)[:, None]
+    own = torch.linalg.vecdot(state.e[0], _log_to_mean(difference))
+    return torch.stack([own, torch.linalg.vecdot(state.e[1], _log_to_mean(difference.neg_()))]).mul(scales.exp())
 
 
 class _View(NamedTuple):
@@ -124,7 +113,6 @@ class _View(NamedTuple):
     forward: torch.Tensor | None  # d loss / d KL(own || other), times f: of x_own - x_other in u
     backward: torch.Tensor | None  # d loss / d KL(other || own), times the other's f: of -e_other
     js: torch.Tensor | None  # half of d loss / d js, times f: of log(own / m) in u
-    hellinger: torch.Tensor | None  # half of d loss / d hellinger, times sqrt(f_own f_other): of -sqrt(e_own e_other)
     entropy: torch.Tensor | None  # - d loss / d entropy, times f: of x in u
     logp: torch.Tensor | None  # d loss / d log-probability of the target: of onehot
     level: torch.Tensor  # of e: all that does not depend on the word
@@ -143,9 +131,7 @@ def _view(v: int, found: Statistics, g: Slopes, scales: torch.Tensor) -> _View:
     if g_backward is not None:
         level += g_backward
     if g.js is not None:
-        level -= 0.5 * g.js * found.means[v]
-    if g.hellinger is not None:
-        level += 0.5 * g.hellinger * (1.0 - found.means[2])
+        level -= 0.5 * g.js * found.to_mean[v]
     if g.entropy is not None:
         level -= g.entropy[v] * (scales[v] + found.entropy[v])
     if g.logps is not None:
@@ -154,15 +140,14 @@ def _view(v: int, found: Statistics, g: Slopes, scales: torch.Tensor) -> _View:
         None if g_forward is None else g_forward * own,
         None if g_backward is None else g_backward * other,
         None if g.js is None else 0.5 * g.js * own,
-        None if g.hellinger is None else 0.5 * g.hellinger * (own * other).sqrt_(),
         None if g.entropy is None else -g.entropy[v] * own,
         None if g.logps is None else g.logps[v],
         level * own,
     )
 
 
-def _write_gradient(view: _View, v: int, state: _State, to_mean, targets, out: torch.Tensor) -> None:
-    """d loss / d z (n, V) of view v to `out`, which may be its x. to_mean: log(own / m) (n, V), for js."""
+def _write_gradient(view: _View, v: int, state: _State, log_to_mean, targets, out: torch.Tensor) -> None:
+    """d loss / d z (n, V) of view v to `out`, which may be its x. log_to_mean: log(own / m) (n, V), for js."""
     own, other = state.e[v], state.e[1 - v]
     started = True
     if view.entropy is not None:
@@ -174,7 +159,7 @@ def _write_gradient(view: _View, v: int, state: _State, to_mean, targets, out: t
     else:
         started = False
     if view.js is not None:
-        out.addcmul_(to_mean, view.js[:, None]) if started else torch.mul(to_mean, view.js[:, None], out=out)
+        out.addcmul_(log_to_mean, view.js[:, None]) if started else torch.mul(log_to_mean, view.js[:, None], out=out)
         started = True
     if started:
         out.add_(view.level[:, None]).mul_(own)
@@ -182,16 +167,15 @@ def _write_gradient(view: _View, v: int, state: _State, to_mean, targets, out: t
         torch.mul(own, view.level[:, None], out=out)
     if view.backward is not None:
         out.addcmul_(other, view.backward[:, None], value=-1.0)
-    if view.hellinger is not None:
-        out.addcmul_((own * other).sqrt_(), view.hellinger[:, None], value=-1.0)
     if view.logp is not None:
         inside = (targets >= 0) & (targets < out.shape[-1])
         onehot = view.logp.masked_fill(~inside, 0.0)[:, None]
         out.scatter_add_(-1, torch.where(inside, targets, 0)[:, None], onehot)
 
 
-def gradients(state: _State, targets, found: Statistics, slopes: Slopes, outs, *, options: HeadOptions) -> None:
-    """RowKernels.gradients."""
+def gradients(state: _State, targets, found: Statistics, slopes: Slopes, head: PairHead, outs) -> None:
+    """`PairKernels.gradients`."""
+    options = head.options
     if options.softcap == 0.0:  # where z = factor * raw the factor needs no pass of its own
         factor = options.logit_scale / options.temperature
         slopes = Slopes(*(None if slope is None else slope * factor for slope in slopes))
@@ -201,11 +185,14 @@ def gradients(state: _State, targets, found: Statistics, slopes: Slopes, outs, *
     for v, out in enumerate(outs):
         if out is None:
             continue
-        to_mean = None
+        log_to_mean = None
         if slopes.js is not None:
             difference = state.difference + shift
-            to_mean = _to_mean(difference if v == 0 else difference.neg_())
+            log_to_mean = _log_to_mean(difference if v == 0 else difference.neg_())
         view = _View(*(None if each is None else each.to(dtype) for each in _view(v, found, slopes, scales)))
-        _write_gradient(view, v, state, to_mean, targets, out)
+        _write_gradient(view, v, state, log_to_mean, targets, out)
         if options.softcap > 0.0:
-            transform_backward(out, state.z[v], options, inplace=True)
+            transform_backward(out, state.z[v], options)
+
+
+PAIR_KERNELS = PairKernels(sums, to_mean, gradients)

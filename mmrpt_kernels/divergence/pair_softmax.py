@@ -1,40 +1,50 @@
-"""What the divergence's row kernels give and take, and the arithmetic on a row's few numbers that all of them share.
+"""The protocol of the divergence's row kernels, and the arithmetic on a row's few numbers that all of them share.
 
 A row kernel sees the raw logits of both views over the vocabulary, or over one part of it, and gives sums (`Sums`).
-Plain PyTorch finishes them (`finish`): between the two the sums of several parts of one vocabulary can be merged.
-Jensen-Shannon and Hellinger compare the views' probabilities word by word, which are known only then: a second sweep.
+Plain PyTorch finishes them (`finish`); between the two the sums of several parts of one vocabulary can be merged.
+Jensen-Shannon compares the views' probabilities word by word, which are known only then: a second sweep.
 
-    z = softcap(logit_scale * raw) / temperature        as in `mmrpt_kernels.common.head`
+    z = softcap(logit_scale * (raw + bias)) / temperature          as in `mmrpt_kernels.lm_head.options`
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 
-from mmrpt_kernels.common.shards import Shard
+from mmrpt_kernels.lm_head.options import HeadOptions
+from mmrpt_kernels.lm_head.vocab_parallel import Shard
 
 __all__ = [
-    "RowKernels",
+    "PairHead",
+    "PairKernels",
     "RowValues",
     "Slopes",
     "Statistics",
     "Sums",
     "Wanted",
-    "finish",
     "log_scales",
-    "merge",
-    "slopes",
+    "pair_kernels",
+    "row_values",
+    "slopes_of",
     "statistics",
-    "values",
 ]
 
-SECOND_SWEEP = frozenset({"js", "hellinger"})
 # The logarithm of no probability: finite, as it is multiplied, and its exponential is 0 in float64.
 NO_WORD = -1e4
+
+
+class PairHead(NamedTuple):
+    """What both views' logits have in common besides a weight. With a shard, bias is of this rank's words."""
+
+    bias: torch.Tensor | None  # (V,) in the statistics dtype
+    options: HeadOptions
+    vocab: int  # words of the whole vocabulary
+    shard: Shard | None
 
 
 class Wanted(NamedTuple):
@@ -48,7 +58,7 @@ class Wanted(NamedTuple):
 class Sums(NamedTuple):
     """Of every row over its words, or a part of them: (2, n) each, view p first, in the statistics dtype.
 
-    x = z - top, e = exp(x). Words whose z is -inf count nothing; a row of no others: top -inf or a very low number,
+    x = z - top, e = exp(x). Words whose z is -inf add nothing; a row of no others: top -inf or a very low number,
     sums 0. A row with NaN or +inf: a NaN total.
     """
 
@@ -60,7 +70,7 @@ class Sums(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of whole rows, (2, n) each but `means`, view p first; float64, because differences of them are taken."""
+    """Of whole rows, (2, n) each, view p first; float64, because differences of them are taken."""
 
     top: torch.Tensor
     total: torch.Tensor
@@ -68,7 +78,7 @@ class Statistics(NamedTuple):
     entropy: torch.Tensor  # in [0, log V]; anything where it was not wanted
     kl: torch.Tensor  # KL(p || q), KL(q || p), >= 0; anything where not wanted
     logps: torch.Tensor  # <= 0; 0 where the target is negative or there are no targets, NaN where it is no word
-    means: torch.Tensor | None = None  # (3, n): KL(p || m), KL(q || m), Hellinger; None without js and hellinger
+    to_mean: torch.Tensor | None = None  # KL(p || m), KL(q || m) with m = (p + q) / 2; None without js
 
 
 class RowValues(NamedTuple):
@@ -87,25 +97,30 @@ class Slopes(NamedTuple):
     kl: torch.Tensor | None
     reverse_kl: torch.Tensor | None
     js: torch.Tensor | None
-    hellinger: torch.Tensor | None
     logps: torch.Tensor | None  # (2, n), k3's part in it; 0 where there is no target
     entropy: torch.Tensor | None  # (2, n)
 
 
-class RowKernels(NamedTuple):
+class PairKernels(NamedTuple):
     """Arithmetic on some rows' raw logits, (n, V) of each view in the statistics dtype, which it may overwrite.
 
-    sums(raw_p, raw_q, targets (n,) or None, wanted) -> Sums, state
-        targets outside [0, V) are none of these words; state is whatever the other two want to see again
-    means(state, statistics, kinds) -> (3, n) of any float dtype, `Statistics.means` of these words alone
-    gradients(state, targets, statistics, slopes, outs) writes d loss / d raw of each view to outs, (n, V) of `dtypes`
-        or None where it is not wanted; outs may be the raw logits themselves
+    targets: (n,) int64 or None; outside [0, V) they are none of these words.
+
+    sums(raw_p, raw_q, targets, head, wanted) -> Sums, state           state: what the other two read again
+    to_mean(state, statistics, head) -> (2, n) of any float dtype, `Statistics.to_mean` of these words alone
+    gradients(state, targets, statistics, slopes, head, outs)
+        Writes d loss / d raw of each view to outs, (n, V) of any float dtype or None where it is not wanted; outs may
+        be the raw logits themselves.
     """
 
     sums: Callable[..., tuple[Sums, Any]]
-    means: Callable[..., torch.Tensor]
+    to_mean: Callable[..., torch.Tensor]
     gradients: Callable[..., None]
-    dtypes: tuple[torch.dtype, torch.dtype]  # of each view's gradient, for the products that follow
+
+
+def pair_kernels(backend: str) -> PairKernels:
+    """The kernels of backend "portable" or "triton", imported on first use."""
+    return import_module(f"mmrpt_kernels.divergence.pair_softmax_{backend}").PAIR_KERNELS
 
 
 def merge(own: Sums, shard: Shard) -> Sums:
@@ -121,7 +136,7 @@ def merge(own: Sums, shard: Shard) -> Sums:
 
 
 def finish(sums: Sums, targets: torch.Tensor | None, vocab: int) -> Statistics:
-    """Statistics of whole rows, without their means; targets (n,) as ids of the `vocab` words."""
+    """Statistics of whole rows, without `to_mean`; targets (n,) as ids of the `vocab` words."""
     top, total, dots, cross, chosen = (each.double() for each in sums)
     log_total = total.log()
     # The logarithm of the quotient: the difference of two would round at their size, not at its own.
@@ -140,23 +155,23 @@ def log_scales(sums: Sums, found: Statistics) -> torch.Tensor:
 
 
 def statistics(
-    kernels: RowKernels,
+    kernels: PairKernels,
     raw: tuple[torch.Tensor, torch.Tensor],
     targets: torch.Tensor | None,
     wanted: Wanted,
-    vocab: int,
-    shard: Shard | None = None,
+    head: PairHead,
 ) -> tuple[Statistics, Any]:
-    """What both views' rows of `raw` (n, V) come to, and the kernels' state; targets (n,) ids of the `vocab` words.
+    """What both views' rows of `raw` (n, V) come to, and the kernels' state; targets (n,) ids of all words.
 
-    With a shard, `raw` is this rank's part: one collective, and a second for js and hellinger.
+    With a shard, `raw` is this rank's part: one collective, and a second for js.
     """
+    shard = head.shard
     own = targets if targets is None or shard is None else targets - shard.start
-    sums, state = kernels.sums(*raw, own, wanted)
-    found = finish(sums if shard is None else merge(sums, shard), targets, vocab)
-    if SECOND_SWEEP.intersection(wanted.kinds):
-        means = kernels.means(state, found, wanted.kinds).double()
-        found = found._replace(means=means if shard is None else shard.gather(means).sum(0))
+    sums, state = kernels.sums(*raw, own, head, wanted)
+    found = finish(sums if shard is None else merge(sums, shard), targets, head.vocab)
+    if "js" in wanted.kinds:
+        to_mean = kernels.to_mean(state, found, head).double()
+        found = found._replace(to_mean=to_mean if shard is None else shard.gather(to_mean).sum(0))
     return found, state
 
 
@@ -173,32 +188,30 @@ def k3_slope(logps: torch.Tensor) -> torch.Tensor:
     return slope.masked_fill_((d.abs() > 20.0) | (slope - d > 10.0), 0.0)
 
 
-def _column(kind: str, found: Statistics) -> torch.Tensor:
-    """One divergence (n,)."""
+def divergence_of(kind: str, found: Statistics) -> torch.Tensor:
+    """(n,)."""
     if kind == "k3":
         return k3(found.logps)
     if kind == "js":
-        return (found.means[0] + found.means[1]).mul_(0.5).clamp_(0.0, math.log(2.0))
-    if kind == "hellinger":
-        return found.means[2].clamp(0.0, 1.0)
+        return found.to_mean.sum(0).mul_(0.5).clamp_(0.0, math.log(2.0))
     return found.kl[0 if kind == "kl" else 1]
 
 
-def values(found: Statistics, kinds: tuple[str, ...], with_targets: bool) -> RowValues:
+def row_values(found: Statistics, kinds: tuple[str, ...], with_targets: bool) -> RowValues:
     """The operator's outputs of some rows, float64."""
     logps = found.logps if with_targets else (None, None)
-    return RowValues(torch.stack([_column(kind, found) for kind in kinds], -1), *logps, *found.entropy)
+    return RowValues(torch.stack([divergence_of(kind, found) for kind in kinds], -1), *logps, *found.entropy)
 
 
 def _pair(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
     """(2, n) of two (n,), of which either may be None for zeros."""
     if first is None and second is None:
         return None
-    some = second if first is None else first
-    return torch.stack([torch.zeros_like(some) if one is None else one for one in (first, second)]).double()
+    like = second if first is None else first
+    return torch.stack([torch.zeros_like(like) if one is None else one for one in (first, second)]).double()
 
 
-def slopes(grads: RowValues, found: Statistics, targets: torch.Tensor | None, kinds: tuple[str, ...]) -> Slopes:
+def slopes_of(grads: RowValues, found: Statistics, targets: torch.Tensor | None, kinds: tuple[str, ...]) -> Slopes:
     """What the gradient of n rows' logits is made of; a kind may have several columns in `grads`."""
     by_kind: dict[str, torch.Tensor] = {}
     for column, kind in enumerate(kinds if grads.divergence is not None else ()):
@@ -212,5 +225,4 @@ def slopes(grads: RowValues, found: Statistics, targets: torch.Tensor | None, ki
         logps = by_k3 if logps is None else logps.add_(by_k3)
     if logps is not None:
         logps = logps.masked_fill_(targets < 0, 0.0)
-    kinds_of_words = (by_kind.get(kind) for kind in ("kl", "reverse_kl", "js", "hellinger"))
-    return Slopes(*kinds_of_words, logps, entropy)
+    return Slopes(*(by_kind.get(kind) for kind in ("kl", "reverse_kl", "js")), logps, entropy)

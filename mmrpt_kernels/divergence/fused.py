@@ -1,0 +1,201 @@
+"""`linear_token_divergence` over the chunk loop, forward and backward; the backward projects again.
+
+Learning in both views and the head takes eight products of 2 n H V FLOPs, where kept logits would take six: d weight is
+a sum over rows, each times a gradient that only the backward knows, so it cannot be made before; and without it, d
+hidden made in the forward would be lost on the rows that a loss leaves out. In exchange both views' rows are projected
+together where they share a weight, one product of twice the height in the place of two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mmrpt_kernels.common.autocast import cast_to, dtypes_of
+from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.divergence.pair_softmax import (
+    PairHead,
+    RowValues,
+    Wanted,
+    pair_kernels,
+    row_values,
+    slopes_of,
+    statistics,
+)
+from mmrpt_kernels.lm_head import gemm
+from mmrpt_kernels.lm_head.chunk_loop import Projection, chunk_loop
+from mmrpt_kernels.lm_head.chunk_sizes import chunk_rows
+from mmrpt_kernels.lm_head.head_gradients import HeadGradients
+from mmrpt_kernels.lm_head.options import Head, HeadOptions, LoopOptions, build_head, check_word_ids
+from mmrpt_kernels.lm_head.row_selection import RowSelection, select_rows
+
+__all__ = ["Pair", "backward", "forward"]
+
+# On a CPU the row kernels' passes go over a chunk some rows at a time: what a view's rows may take of a core's cache.
+BLOCK_BYTES = 2**20
+
+
+class Pair(NamedTuple):
+    """One call's tensors and what is asked of them. Over a vocab_group heads and bias are this rank's words."""
+
+    hidden_p: torch.Tensor  # (N, H)
+    hidden_q: torch.Tensor  # (N, H_q)
+    weight: torch.Tensor  # (V, H)
+    weight_q: torch.Tensor | None  # (V, H_q); None: weight serves both views
+    bias: torch.Tensor | None  # (V,)
+    targets: torch.Tensor | None  # (N,) int64, negative: no target
+    kinds: tuple[str, ...]
+    options: HeadOptions
+    loop: LoopOptions
+
+    def cast(self) -> Pair:
+        """As autocast would have it."""
+        tensors = cast_to(self.loop.cast, *self[:5])
+        return self._replace(**dict(zip(self._fields, tensors, strict=False)))
+
+    def head(self, work: torch.Tensor, same: tuple) -> Head:
+        """That of the first view; over a vocab_group its ranks compare what they were asked for (work: (N,) bool)."""
+        given = (self.hidden_q.shape, self.hidden_q.dtype, self.bias is None, self.targets is None, self.kinds)
+        weight_q = None if self.weight_q is None else self.weight_q.dtype
+        ids = torch.zeros_like(work, dtype=torch.int64) if self.targets is None else self.targets
+        tensors = (self.hidden_p, self.weight, self.bias)
+        return build_head(tensors, self.options, self.loop, ids, work, (*given, weight_q, *same))
+
+    def dtype(self) -> torch.dtype:
+        """Of statistics and accumulators."""
+        return statistics_dtype(self.hidden_p, self.hidden_q, self.weight)
+
+
+class PairSweep:
+    """Reads both views' logits of the same rows: their values, and the logits' gradient from those of the values."""
+
+    def __init__(self, pair: Pair, head: Head, values: RowValues | None, grads: RowValues | None) -> None:
+        """values: (N, ..) to fill, or None; grads: (N, ..) incoming gradients, or None."""
+        self.kernels, self.targets, self.kinds = pair_kernels(pair.loop.backend), pair.targets, pair.kinds
+        bias = None if head.bias is None else head.bias.to(pair.dtype())
+        self.head = PairHead(bias, head.options, head.vocab, head.shard)
+        self.values, self.grads = values, grads
+        self.wanted = Wanted(self.kinds)
+        if grads is not None:
+            entropy = grads.entropy_p is not None or grads.entropy_q is not None
+            self.wanted = Wanted(self.kinds if grads.divergence is not None else (), entropy, learns=True)
+
+    def read(self, part: RowSelection, logits: list[torch.Tensor], out: list[torch.Tensor | None]) -> None:
+        for block in self.blocks(logits[0]):
+            outs = [None if o is None else o[block] for o in out]
+            self.read_block(part.rows[block], [raw[block] for raw in logits], outs)
+
+    def read_block(self, rows: torch.Tensor, raw, outs) -> None:
+        targets = None if self.targets is None else self.targets[rows]
+        found, state = statistics(self.kernels, raw, targets, self.wanted, self.head)
+        if self.values is not None:
+            given = row_values(found, self.kinds, targets is not None)
+            for whole, some in zip(self.values, given, strict=True):
+                if some is not None:
+                    whole[rows] = some.to(whole.dtype)
+        if self.grads is not None:
+            grads = RowValues(*(None if grad is None else grad[rows] for grad in self.grads))
+            slopes, shard = slopes_of(grads, found, targets, self.wanted.kinds), self.head.shard
+            own = targets if targets is None or shard is None else targets - shard.start
+            self.kernels.gradients(state, own, found, slopes, self.head, outs)
+
+    def blocks(self, raw: torch.Tensor) -> list[slice]:
+        """Rows of a chunk that row kernels take at a time: on a CPU few; all where ranks wait for each other."""
+        count, step = raw.shape[0], raw.shape[0]
+        if self.head.shard is None and raw.device.type == "cpu":
+            step = max(1, BLOCK_BYTES // (raw.shape[1] * raw.element_size())) * torch.get_num_threads()
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def finish(self, tall: RowSelection) -> None:
+        """The matrix is the gradient: no factor."""
+
+
+def _loop(pair: Pair, head: Head, selection: RowSelection, sweep: PairSweep, projections: list[Projection]) -> None:
+    weight, vocab = head.weight, None if head.shard is None else head.shard.largest
+    dtypes = [p.matrix_dtype for p in projections if p.matrix_dtype is not None]
+    matrix = max(dtypes, key=lambda dtype: dtype.itemsize) if dtypes else None
+    size = chunk_rows(
+        len(selection), weight, pair.dtype(), matrix, chunk_size=pair.loop.chunk_size, vocab=vocab, views=2
+    )
+    chunk_loop(projections, selection, sweep, size)
+
+
+def forward(pair: Pair) -> RowValues:
+    """divergence (N, K), logps_p, logps_q (N,) or (0,) without targets, entropy_p, entropy_q (N,)."""
+    pair, count = pair.cast(), pair.hidden_p.shape[0]
+    every = pair.hidden_p.new_ones(count, dtype=torch.bool)
+    head = pair.head(every, ())
+    check_word_ids(pair.targets, head.vocab)
+    with_targets, dtype = count if pair.targets is not None else 0, pair.dtype()
+    vectors = (pair.hidden_p.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, count, count))
+    values = RowValues(pair.hidden_p.new_empty(count, len(pair.kinds), dtype=dtype), *vectors)
+    if pair.weight_q is None:
+        projections = [Projection((pair.hidden_p, pair.hidden_q), head, None, None)]
+    else:
+        head_q = head._replace(weight=pair.weight_q)
+        projections = [Projection((pair.hidden_p,), head, None, None), Projection((pair.hidden_q,), head_q, None, None)]
+    _loop(
+        pair,
+        head,
+        select_rows(every, compact=False)._replace(valid=None),
+        PairSweep(pair, head, values, None),
+        projections,
+    )
+    return values
+
+
+def backward(pair: Pair, grads: RowValues, need: tuple[bool, ...]) -> list[torch.Tensor | None]:
+    """Gradients of (hidden_p, hidden_q, weight, weight_q, bias), None where `need` is False.
+
+    Where one weight serves both views its gradient is the sum over them. Over a vocab_group, those of the hidden states
+    are sums over its ranks.
+    """
+    dtypes, pair = dtypes_of(*pair[:5]), pair.cast()
+    active = active_rows(grads)
+    head = pair.head(active, (need, [grad is None for grad in grads]))
+    heads = (head, head if pair.weight_q is None else head._replace(weight=pair.weight_q))
+    needs_q = need[1] or need[4] or (need[2] if pair.weight_q is None else need[3])
+    projections = _learning_projections(pair, heads, need, needs_q, dtypes)
+    _loop(pair, head, select_rows(active, compact=True), PairSweep(pair, head, None, grads), projections)
+    return _collect(projections, pair, need, dtypes)
+
+
+def _learning_projections(pair: Pair, heads: tuple[Head, Head], need, needs_q: bool, dtypes) -> list[Projection]:
+    """One projection of both views where they share a head and both learn, else one each."""
+    wide = pair.dtype()
+    needs_p = need[0] or need[2] or need[4]
+    matrix = [
+        gemm.products_dtype(hidden, head.weight) if pair.loop.backend != "portable" else wide
+        for hidden, head in zip(pair[:2], heads, strict=True)
+    ]
+    if pair.weight_q is None and needs_p and needs_q:
+        made = HeadGradients(pair[:2], heads[0], need=(need[:2], need[2], need[4]), dtypes=(*dtypes[:3], wide))
+        return [Projection(pair[:2], heads[0], made, matrix[0])]
+    weights = (need[2], need[2] if pair.weight_q is None else need[3])
+    weight_dtypes = (dtypes[2], dtypes[2] if pair.weight_q is None else dtypes[3])
+    projections = []
+    for view, learns in enumerate((needs_p, needs_q)):
+        hidden, made = pair[view], None
+        if learns:
+            needed = ((need[view],), weights[view], need[4])
+            made = HeadGradients((hidden,), heads[view], need=needed, dtypes=(dtypes[view], weight_dtypes[view], wide))
+        projections.append(Projection((hidden,), heads[view], made, matrix[view] if learns else None))
+    return projections
+
+
+def _collect(projections: list[Projection], pair: Pair, need, dtypes) -> list[torch.Tensor | None]:
+    """The five gradients from those of one projection, or of two."""
+    results = [([None], None, None) if p.gradients is None else p.gradients.result() for p in projections]
+    hiddens = [grad for result in results for grad in result[0]]
+    # Where a weight that both views share has two projections, one view alone learns and the weight does not.
+    weights = [results[0][1], None if pair.weight_q is None else results[1][1]]
+    biases = [result[2] for result in results if result[2] is not None]
+    bias = sum(biases[1:], start=biases[0]).to(dtypes[4]) if biases else None
+    return [*hiddens, *weights, bias]
+
+
+def active_rows(grads: RowValues) -> torch.Tensor:
+    """(N,) bool: the rows with a gradient other than exactly zero; others cost nothing and spread no NaN."""
+    given = [grad for grad in grads if grad is not None]
+    return torch.stack([(grad != 0) if grad.dim() == 1 else (grad != 0).any(-1) for grad in given]).any(0)
