@@ -138,7 +138,7 @@ def forward(pair: Pair) -> RowValues:
     _loop(
         pair,
         head,
-        select_rows(every, compact=False)._replace(valid=None),
+        RowSelection(torch.arange(count, device=every.device), None),
         PairSweep(pair, head, values, None),
         projections,
     )

@@ -7,14 +7,15 @@ all rows, without a wait, and `valid` marks the selected ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 __all__ = ["RowSelection", "select_rows", "select_two"]
 
 
-class RowSelection(NamedTuple):
+@dataclass(frozen=True)
+class RowSelection:
     """Rows to visit, each at most once."""
 
     rows: torch.Tensor  # (n,) int64
@@ -58,7 +59,7 @@ def select_two(first: torch.Tensor, second: torch.Tensor, compact: bool) -> tupl
     """The rows of two disjoint masks (N,), for one wait. Not compact: all rows in the first selection, none left for
     the second."""
     if not compact:
-        return select_rows(first | second, compact), RowSelection(*(t[:0] for t in select_rows(second, compact)))
+        return select_rows(first | second, compact), select_rows(second, compact).slice(0, 0)
     order = torch.where(first, 0, torch.where(second, 1, 2)).to(torch.int8).argsort(stable=True)
     here, there = torch.stack([first.sum(), second.sum()]).tolist()
     return RowSelection(order[:here], None), RowSelection(order[here : here + there], None)
