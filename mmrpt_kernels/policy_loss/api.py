@@ -128,9 +128,10 @@ def linear_policy_loss(
     Log-ratios above 80 count as 80, with gradient zero, where float32's exp would overflow.
 
     Returns:
-        PolicyLoss. statistics, means over response tokens: tokens, kept_fraction, logp_mean, max_logp (a fused head
-        that works gives <= 0), entropy_mean, ratio_mean, ratio_max, approx_kl (k3 of old against new), ref_kl (k3, when
-        ref_logps are given); clip_fraction_low and _high are shares of the tokens with a policy term.
+        PolicyLoss. statistics, means over response tokens, or without return_statistics over those that can learn:
+        logp_mean, max_logp (a fused head that works gives <= 0), entropy_mean (where entropies are known), ratio_mean,
+        ratio_max, approx_kl (k3 of old against new), ref_kl (k3, when ref_logps are given). tokens and kept_fraction
+        are of the response, clip_fraction_low and _high shares of the tokens with a policy term.
 
     Raises:
         ValueError: a shape, dtype, device or setting that cannot be meant; on a CPU also a target outside [0, V).
@@ -171,13 +172,13 @@ def linear_policy_loss(
         loop = LoopOptions(name, chunk_size, compact, skipped, group_name(vocab_group), cast)
         token_loss = PolicyTokenLoss(tokens.flat(), weights.reshape(-1), options)
         loss, logps, entropy = _fused((hidden, weight, bias), targets, token_loss, return_statistics, head, loop)
-    logps, entropy = (
-        logps.detach().view(targets.shape),
-        None if entropy is None else entropy.detach().view(targets.shape),
-    )
+    if not (return_statistics or options.entropy_learns):
+        entropy = None
+    logps, entropy = (None if t is None else t.detach().reshape(-1) for t in (logps, entropy))
+    tokens = tokens.flat()
     seen = tokens.response if return_statistics else learning_rows(tokens, options)
-    flat = (logps.reshape(-1), None if entropy is None else entropy.reshape(-1), tokens.flat(), options)
-    statistics = policy_statistics(*flat, seen.reshape(-1), tuple(targets.shape))
+    statistics = policy_statistics(logps, entropy, tokens, options, seen, tuple(targets.shape))
+    logps, entropy = (None if t is None else t.view(targets.shape) for t in (logps, entropy))
     return PolicyLoss(loss, logps, entropy, statistics)
 
 

@@ -65,7 +65,7 @@ def policy_loss(
         (hidden.flatten(0, 1), weight, bias), need, options, loop, ids, token_loss, see_all
     )
     by_sequence = policy.ratio_level == "sequence" and tokens.old_logps is not None
-    entropy_learns = policy.entropy_coef != 0.0 and policy.entropy_kind == "exact"
+    entropy_learns = policy.entropy_learns
     values = TokenValues(ids, statistics_dtype(flat, head.weight, head.bias), see_all or entropy_learns, None)
     learning = learning_rows(tokens, policy)
     if see_all or by_sequence:

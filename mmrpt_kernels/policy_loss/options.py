@@ -44,6 +44,11 @@ class PolicyOptions(NamedTuple):
     ratio_level: str = "token"
     surrogate: str = "clip"
 
+    @property
+    def entropy_learns(self) -> bool:
+        """Whether the loss depends on exact entropies."""
+        return self.entropy_coef != 0.0 and self.entropy_kind == "exact"
+
 
 class PolicyTokens(NamedTuple):
     """Per-token tensors, all of one shape ((B, T), or (n,) for rows taken out of it); constants, never differentiated.

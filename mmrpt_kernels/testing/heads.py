@@ -1,6 +1,6 @@
 """lm heads whose words are as likely as in flat, Zipf-shaped and peaked distributions, and in a briefly trained head.
 
-What an operator may leave out, and what it saves, depends on how unevenly a head spreads its probability. Tests and
+What an operator may skip, and what it saves, depends on how unevenly a head spreads its probability. Tests and
 benchmarks draw the same heads here.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mmrpt_kernels.logprobs import columns
+from mmrpt_kernels.lm_head import sparse_vocab
 
 __all__ = ["HEADS", "HeadDraw", "draw_head", "kept_words"]
 
@@ -130,15 +130,15 @@ def _train(hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, se
 def kept_words() -> Iterator[list[float]]:
     """Inside the block the list grows by the share of words that each chunk keeps under `skip_below`; 1.0 = all."""
     seen: list[float] = []
-    real = columns.leave_out
+    real = sparse_vocab.split
 
-    def watched(grad_raw: torch.Tensor, share: float) -> columns.Columns | None:
-        found = real(grad_raw, share)
-        seen.append(1.0 if found is None else found.kept.shape[0] / grad_raw.shape[1])
+    def watched(matrix: torch.Tensor, factor: torch.Tensor | None, share: float) -> sparse_vocab.SparseColumns | None:
+        found = real(matrix, factor, share)
+        seen.append(1.0 if found is None else found.kept.shape[0] / matrix.shape[1])
         return found
 
-    columns.leave_out = watched
+    sparse_vocab.split = watched
     try:
         yield seen
     finally:
-        columns.leave_out = real
+        sparse_vocab.split = real

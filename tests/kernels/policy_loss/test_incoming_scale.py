@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmrpt_kernels.policy_loss.hand_out import as_factor
 
 from mmrpt_kernels import linear_policy_loss, linear_token_loss
 
@@ -38,9 +37,33 @@ def test_gradients_are_rounded_once_after_the_factor(route, dtype, seed, fresh_c
         assert torch.equal(found, (one.double() * torch.tensor(FACTOR).double()).float().to(dtype))
 
 
-def test_a_gpu_multiplies_in_float32_without_waiting():
-    """There the factor stays a tensor, of one dimension: torch chooses the dtype of a product by those alone."""
-    factor = as_factor(torch.ones((), device="meta"))
-    assert factor.shape == (1,) and factor.device.type == "meta"
-    on_cpu = torch.full((3,), 3.0, dtype=torch.bfloat16)
-    assert torch.equal(on_cpu.mul_(torch.full((1,), FACTOR)), torch.full((3,), 0.25, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("count", (1, 100, 8192, 8193))
+def test_the_kernel_rounds_once_and_leaves_what_is_behind(count, dtype, seed):
+    pytest.importorskip("triton")
+    from mmrpt_kernels.policy_loss.scale_triton import scale
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's interpreter without one
+    memory = torch.randn(count + 3, device=device).to(dtype)
+    for factor in (1.0, FACTOR, 0.0, float("nan")):
+        found, by = memory.clone(), torch.tensor(factor, device=device)
+        scale(found[:count], by)
+        expected = (memory.double() * by.double()).float().to(dtype)
+        assert torch.equal(found[:count].isnan(), expected[:count].isnan())
+        assert torch.equal(found[:count].nan_to_num(), expected[:count].nan_to_num())
+        assert torch.equal(found[count:], memory[count:])
+
+
+@pytest.mark.parametrize("arch", (80, 90, 100))
+def test_the_kernel_compiles_without_spills_and_reads_nothing_where_the_factor_is_one(arch):
+    pytest.importorskip("triton")
+    from mmrpt_kernels.policy_loss import scale_triton
+    from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
+
+    with recorded_launches(scale_triton, arch=arch) as specs:
+        for dtype in (torch.bfloat16, torch.float32):
+            grad = torch.empty(4096, 512, dtype=dtype, device="meta")
+            scale_triton.scale(grad, torch.empty((), device="meta"))
+    for one in compile_kernels(specs):
+        code = one.ptx
+        assert code.index("setp.") < code.index("ld.global.v4"), "the factor is compared before the gradient is read"
