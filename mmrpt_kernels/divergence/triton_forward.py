@@ -251,9 +251,26 @@ def _join(
         target = tl.load(targets + row)
     at_p, at_q = raw_p + row * stride_p, raw_q + row * stride_q
     gap = top_p - top_q
-    head = (inner, outer, CAPPED, HAS_BIAS)
-    _store_row(out + row, rows, at_p, bias, target, vocab, top_p, total_p, dots_p, cross_p, gap, *head)
-    _store_row(out + rows + row, rows, at_q, bias, target, vocab, top_q, total_q, dots_q, cross_q, -gap, *head)
+    _store_row(
+        out + row, rows, at_p, bias, target, vocab, top_p, total_p, dots_p, cross_p, gap, inner, outer, CAPPED, HAS_BIAS
+    )
+    _store_row(
+        out + rows + row,
+        rows,
+        at_q,
+        bias,
+        target,
+        vocab,
+        top_q,
+        total_q,
+        dots_q,
+        cross_q,
+        -gap,
+        inner,
+        outer,
+        CAPPED,
+        HAS_BIAS,
+    )
 
 
 @triton.jit

@@ -790,8 +790,6 @@ class TestTorch:
         tokens = [made["response_mask"], kept, made["advantages"].float()[:, None].repeat(1, 4)]
         tokens += [constants[k] for k in ("old_logps", "ref_logps", "sampler_weights")]
         tokens += [made["response_mask"].float()]
-            made["response_mask"].float()
-        ]
         tokens = [None if t is None else t.reshape(-1) for t in tokens]
         args = [made[name] for name in (*LEAVES, "targets")] + tokens
         settings = (HeadOptions(0.8, 4.0, 1.3), PolicyOptions(**options), LoopOptions("portable", chunk_size=3))
