@@ -265,13 +265,16 @@ class RLSettings:
     # Weight of the supervised loss on the control's own batches in each step; 0 leaves them out. It keeps what no
     # reward asks for (InstructGPT's pre-training mix, arXiv 2203.02155), and the control lacks rewards alone.
     caption_weight: float = 0.3
+    # Log entropy, ratios and the sampler's gap of all response tokens in every so many steps: those of tokens without a
+    # gradient cost a forward product over the vocabulary.
+    statistics_every: int = 5
     optimiser: OptimiserSettings = field(
         default_factory=lambda: OptimiserSettings(lr=6e-4, warmup_steps=5, final_fraction=0.1)
     )
 
     def __post_init__(self) -> None:
         _require_at_least(self, "rl.", 0, "steps", "caption_weight")
-        _require_at_least(self, "rl.", 1, "groups_per_step", "max_rounds", "micro_batch")
+        _require_at_least(self, "rl.", 1, "groups_per_step", "max_rounds", "micro_batch", "statistics_every")
         _require(0 < self.clip_low < 1, f"rl.clip_low is {self.clip_low}: expected between 0 and 1.")
         _require(self.clip_high > 0, f"rl.clip_high is {self.clip_high}: expected above 0.")
         _require(

@@ -36,9 +36,19 @@ def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
 
 
 def policy_loss(
-    policy: Policy, batch: Batch, targets: PolicyTargets, settings: RLSettings, *, normalizer: float, temperature: float
+    policy: Policy,
+    batch: Batch,
+    targets: PolicyTargets,
+    settings: RLSettings,
+    *,
+    normalizer: float,
+    temperature: float,
+    statistics: bool = False,
 ) -> PolicyLoss:
-    """The clipped surrogate of a micro-batch, divided by the whole step's normaliser so that micro-batches add up."""
+    """The clipped surrogate of a micro-batch, divided by the whole step's normaliser so that micro-batches add up.
+
+    statistics: of all response tokens, also those without a gradient.
+    """
     hidden, ids, mask = response_slices(policy.hidden(batch), batch)
     width = mask.shape[1]
     kept = targets.perception_mask
@@ -60,4 +70,5 @@ def policy_loss(
         normalizer=normalizer,
         bias=policy.sampling_bias(),
         temperature=temperature,
+        return_statistics=statistics,
     )

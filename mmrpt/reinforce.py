@@ -19,6 +19,9 @@ from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.supervised import items_at
 from mmrpt.types import Batch, MaskedSample, PairSource
 
+# Statistics that need no log-prob of a token without gradient.
+OF_ANY_STEP = ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high")
+
 
 class ImageCache:
     """The images of the examples asked for last, so that rounds and epochs do not decode them again."""
@@ -78,13 +81,15 @@ def train_on_groups(
 ) -> tuple[dict[str, Any], PerceptionWeights | None]:
     """One optimiser step. Perception statistics run over all groups; micro-batches only bound the memory.
 
-    With `captions`, their supervised loss times `rl.caption_weight` is part of the step.
+    Every `rl.statistics_every` steps the metrics cover all response tokens; in between, those alone that need no
+    log-prob of a token without gradient. With `captions`, their supervised loss times `rl.caption_weight` is part of the step.
     """
     groups = list(groups)
     n = len(groups[0].responses)
     weights = _perception_weights(groups, settings)
     normalizer = _normalizer(groups, settings.rl.aggregation)
     per_micro = max(1, settings.rl.micro_batch // n)
+    whole = step % settings.rl.statistics_every == 0
     totals: dict[str, float] = {}
     loss_value = 0.0
     for start in range(0, len(groups), per_micro):
@@ -98,14 +103,19 @@ def train_on_groups(
             settings.rl,
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
+            statistics=whole,
         )
         result.loss.backward()
         loss_value += result.loss.item()
         tokens = sum(g.response_tokens for g in part)
-        # Both are 0 past a row's end. A gap before any step was taken is a fault of the sampler or of the forward pass.
-        gap = (result.logps - targets.old_logps[:, : result.logps.shape[1]]).abs().sum() / tokens
-        share = tokens / sum(g.response_tokens for g in groups)
-        _add_statistics(totals, {**result.statistics, "rollout_logp_gap": gap}, share)
+        statistics = result.statistics
+        if whole:
+            # Both are 0 past a row's end. A gap before any step was taken is a fault of the sampler or of the forward.
+            gap = (result.logps - targets.old_logps[:, : result.logps.shape[1]]).abs().sum() / tokens
+            statistics = {**statistics, "rollout_logp_gap": gap}
+        else:
+            statistics = {name: statistics[name] for name in OF_ANY_STEP}
+        _add_statistics(totals, statistics, tokens / sum(g.response_tokens for g in groups))
     if captions is not None:
         caption_loss = supervised_loss(policy, captions)
         (settings.rl.caption_weight * caption_loss).backward()

@@ -96,7 +96,9 @@ def plot_stability(run_dir: Path | str) -> Path | None:
     steps = column(rows, "step")
     for axis, (title, unit, keys) in zip(axes, panels, strict=False):
         for key, colour in zip(keys, (style.BLUE, style.ORANGE, style.GREEN), strict=False):
-            style.draw_curve(axis, steps, column(rows, key), colour, key, note=False)
+            values = column(rows, key)
+            known = np.isfinite(values)  # some are logged in every few steps only
+            style.draw_curve(axis, steps[known], values[known], colour, key, note=False)
         style.label_axes(axis, title, "RL step", unit, True)
         if len(keys) > 1:
             style.legend(axis)

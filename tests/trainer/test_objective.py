@@ -211,6 +211,20 @@ def test_statistics_of_a_step_do_not_depend_on_its_micro_batches(policy, pairs):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4), name
 
 
+def test_between_full_statistics_a_step_learns_the_same_and_logs_what_it_knows(policy, pairs):
+    groups = make_groups(policy, pairs, seed=2)
+    found = {}
+    for step in (5, 6):
+        recorder = Recorder(policy)
+        metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs), step_settings(), step)
+        found[step] = recorder.gradients, metrics
+    check_same_gradients(found[6][0], found[5][0])
+    missing = found[5][1].keys() - found[6][1].keys()
+    assert {"logp_mean", "entropy_mean", "ratio_mean", "approx_kl", "rollout_logp_gap"} <= missing
+    for name in ("loss", "tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high"):
+        assert found[6][1][name] == pytest.approx(found[5][1][name], rel=1e-4, abs=1e-6), name
+
+
 def test_only_kept_tokens_of_the_response_pull_on_hidden_states(policy, pairs, monkeypatch):
     groups = make_groups(policy, pairs, seed=3)
     batch = batch_of(policy, pairs, groups)
