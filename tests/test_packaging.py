@@ -123,7 +123,7 @@ assert "mmrpt" not in sys.modules, "operators must not know the method"
     assert done.returncode == 0, done.stderr
 
 
-# ---- the extension (its row kernels: tests/kernels/lm_head/test_row_kernels_cuda.py) ----
+# ---- the extension (its row kernels: tests/kernels/lm_head/test_row_softmax_cuda.py) ----
 
 
 def build_copy(folder: Path, mode: str, more: dict[str, str] | None = None, **variables: str):
@@ -159,10 +159,11 @@ def test_without_nvcc_the_host_versions_are_built_unless_all_was_asked_for(tmp_p
     pytest.importorskip("pybind11")
     done = build_copy(tmp_path / "auto", "auto", CUDA_HOME="/nonexistent")
     assert done.returncode == 0 and "no nvcc" in done.stderr, done.stderr
-    code = "from mmrpt_kernels import _C; print([_C.build_info()['cuda_architectures'], hasattr(_C, 'row_partials')])"
+    code = "from mmrpt_kernels import _C; print([_C.build_info()['cuda_architectures'], hasattr(_C, 'row_softmax')])"
     loaded = python(code, PYTHONPATH=str(tmp_path / "auto"))
     assert loaded.stdout.strip() == "['', True]", loaded.stderr
-    call = "from mmrpt_kernels import _C; _C.row_partials(0, 1, (1, 1), 0, 0, False, (1.0, 0.0, 1.0), (0, 0))"
+    arguments = "'statistics', 'float32', [0] * 5, [1] * 4, False, 16.0, [1.0] * 3, False, (0, 0)"
+    call = f"from mmrpt_kernels import _C; _C.row_softmax({arguments})"
     assert "no CUDA sources" in python(call, PYTHONPATH=str(tmp_path / "auto")).stderr
     done = build_copy(tmp_path / "all", "1", CUDA_HOME="/nonexistent")
     assert done.returncode != 0 and "no nvcc" in done.stderr, done.stderr

@@ -1,7 +1,8 @@
-"""Row kernels in CUDA C++ (csrc/logprobs), through the compiled extension; on CPU tensors their host build.
+"""Row kernels in CUDA C++ (csrc/lm_head), through the compiled extension; on CPU tensors their host build.
 
-Plain calls, no custom operators: the stream runs inside custom operators already, outside autograd and unseen by
+Plain calls, no custom operators: the chunk loop runs inside custom operators already, outside autograd and unseen by
 compilers, and everything here is enqueued on torch's current stream, so memory is reused in the order of that stream.
+A row's results do not depend on the other rows of a chunk, nor on where the row begins.
 """
 
 from __future__ import annotations
@@ -9,110 +10,93 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.common.extension import extension
-from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.logprobs.rows import (
-    Exponentials,
-    Partials,
-    RowKernels,
-    Slopes,
-    Softmax,
-    most_above,
-    register_rows,
-)
+from mmrpt_kernels.lm_head.options import HeadOptions, softcap_factors
+from mmrpt_kernels.lm_head.row_softmax import Exponentials, Partials, RowKernels, Slopes, Softmax, max_above_target
 
 __all__ = ["ROW_KERNELS"]
 
 
-def _call(kernel: str, device: torch.device, *arguments) -> None:
+def _run(
+    kernel: str,
+    rows: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+    options: HeadOptions,
+    numbers: torch.Tensor,
+    out: torch.Tensor,
+    entropy: bool,
+) -> None:
     """Run a kernel of the extension where the tensors are.
 
-    The guard sets torch's current device to theirs, as the extension's own copy of the CUDA runtime does: the driver's
-    current context is one for both.
+    Args:
+        rows: logits (n, V) float32, bias (V,) float32 or None, targets (n,) int64.
+        numbers: (k, n) float32, contiguous: what the kernel gives of each row, or reads.
+        out: (n, V), rows at any stride.
+        entropy: whether one is wanted, or has a gradient.
     """
-    function = getattr(extension(), kernel)
-    if device.type == "cpu":
-        function(*arguments, None)
-        return
-    with torch.cuda.device(device):
-        function(*arguments, (device.index, torch.cuda.current_stream().cuda_stream))
+    logits, bias, targets = rows
+    bias, targets = None if bias is None else bias.contiguous(), targets.contiguous()
+    device, where = logits.device, None
+    if device.type != "cpu":
+        where = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    # The guard sets torch's current device to theirs, as the extension's own copy of the CUDA runtime does: the
+    # driver's current context is one for both.
+    with torch.cuda.device_of(logits):
+        extension().row_softmax(
+            kernel,
+            str(out.dtype).removeprefix("torch."),
+            addresses=[0 if t is None else t.data_ptr() for t in (logits, bias, targets, numbers, out)],
+            sizes=[*logits.shape, logits.stride(0), out.stride(0)],
+            entropy=entropy,
+            max_above_target=max_above_target(entropy),
+            head=[*softcap_factors(options), options.logit_scale / options.temperature],
+            capped=options.softcap > 0.0,
+            where=where,
+        )
 
 
-def _column(values: torch.Tensor) -> torch.Tensor:
-    """(n,) float32 without gaps."""
-    return values.to(torch.float32).contiguous()
+def exponentials(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    out: torch.Tensor,
+) -> Exponentials:
+    """`RowKernels.exponentials` for logits (n, V) float32; rows of logits and out at any stride."""
+    numbers = logits.new_empty(3, logits.shape[0])
+    _run("exponentials", (logits, bias, targets), options, numbers, out, want_entropy)
+    return Exponentials(*numbers.unbind())
 
 
-def row_statistics(
-    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool, keep_logits: bool
+def statistics(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    keep_logits: bool,
 ) -> tuple[Partials, torch.Tensor]:
-    """`RowKernels.statistics` for raw (n, V) float32, rows at any stride; raw stays as it is and is the state."""
-    raw = raw if raw.stride(-1) == 1 else raw.contiguous()
-    targets = targets.contiguous()
-    out = raw.new_empty(4, raw.shape[0])
-    addresses = (targets.data_ptr(), out.data_ptr())
-    _call(
-        "row_partials", raw.device, raw.data_ptr(), raw.stride(0), tuple(raw.shape), *addresses, want_entropy, options
-    )
-    return Partials(*out.unbind()), raw
+    """`RowKernels.statistics` for logits (n, V) float32, which stay as they are and are the state."""
+    numbers = logits.new_empty(4, logits.shape[0])
+    _run("statistics", (logits, bias, targets), options, numbers, logits, want_entropy)
+    return Partials(*numbers.unbind()), logits
 
 
-def row_gradient(
-    raw: torch.Tensor,
+def gradient(
+    state: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     options: HeadOptions,
     softmax: Softmax,
     slopes: Slopes,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`RowKernels.gradient` for raw (n, V) float32; into (n, V) float32, bfloat16 or float16, rows at any stride."""
-    out = raw if into is None else into
-    targets, (d_logps, d_entropy) = targets.contiguous(), slopes
-    entropy = softmax.entropy if d_entropy is not None else None
-    columns = [None if c is None else _column(c) for c in (softmax.top, softmax.total, entropy, d_logps, d_entropy)]
-    addresses = [0 if column is None else column.data_ptr() for column in columns]
-    _call(
-        "row_gradient",
-        raw.device,
-        raw.data_ptr(),
-        raw.stride(0),
-        tuple(raw.shape),
-        targets.data_ptr(),
-        addresses,
-        out.data_ptr(),
-        out.stride(0),
-        str(out.dtype).removeprefix("torch."),
-        options,
-    )
-    return out
+    out: torch.Tensor,
+) -> None:
+    """`RowKernels.gradient`; state: the logits (n, V) float32. out: float32, bfloat16 or float16."""
+    d_logps, d_entropy = slopes
+    numbers = [softmax.top, softmax.total, d_logps]
+    if d_entropy is not None:
+        numbers += [softmax.entropy, d_entropy]
+    numbers = torch.stack([t.float() for t in numbers])
+    _run("gradient", (state, bias, targets), options, numbers, out, d_entropy is not None)
 
 
-def row_exponentials(
-    raw: torch.Tensor,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    into: torch.Tensor | None = None,
-) -> tuple[Exponentials, torch.Tensor]:
-    """`RowKernels.exponentials` for raw (n, V) float32; into (n, V) float32 or bfloat16; rows of both at any stride."""
-    out = raw if into is None else into
-    targets, sums = targets.contiguous(), raw.new_empty(3, raw.shape[0])
-    _call(
-        "row_exponentials",
-        raw.device,
-        raw.data_ptr(),
-        raw.stride(0),
-        tuple(raw.shape),
-        targets.data_ptr(),
-        sums.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        str(out.dtype).removeprefix("torch."),
-        want_entropy,
-        most_above(want_entropy),
-        options,
-    )
-    return Exponentials(*sums.unbind()), out
-
-
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=True)
-register_rows("cuda", ROW_KERNELS)
+ROW_KERNELS = RowKernels(exponentials, statistics, gradient)

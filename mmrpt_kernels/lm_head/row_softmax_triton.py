@@ -1,7 +1,8 @@
 """Row kernels in Triton: one program walks a row of float32 logits in tiles, whatever its length and alignment.
 
-Every lane keeps a maximum and sums of its own over the tiles, which are merged at the end: no lane waits for another
-inside the loop, and a sum over 152,000 words is a tree of short sums, exact to 1e-6.
+In `_statistics_kernel` every lane keeps a maximum and sums of its own over the tiles, which are merged at the end: no
+lane waits for another inside the loop, and a sum over 152,000 words is a tree of short sums, exact to 1e-6. A program
+sees its own row alone, so a row's results do not depend on the other rows of a chunk.
 """
 
 from __future__ import annotations
@@ -10,16 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.head import HeadOptions, bend_factors
 from mmrpt_kernels.common.tanh import tanh
-from mmrpt_kernels.logprobs.rows import (
-    Exponentials,
-    Partials,
-    RowKernels,
-    Slopes,
-    Softmax,
-    most_above,
-)
+from mmrpt_kernels.lm_head.options import HeadOptions, softcap_factors
+from mmrpt_kernels.lm_head.row_softmax import Exponentials, Partials, RowKernels, Slopes, Softmax, max_above_target
 
 __all__ = ["ROW_KERNELS"]
 
@@ -29,142 +23,155 @@ TILE = 4096
 WARPS = 8
 # Tiles of the gradient that one program makes: the row's numbers are read once for all of them.
 GRADIENT_TILES = 4
-# Registers a thread of the exponentials' kernel: four programs live on a multiprocessor. They hold TILE where 16 bytes
-# are read and written at a time, and half of it elsewhere. Left to itself the compiler aims lower, and spills.
-SWEEP_REGISTERS = 64
+# Most registers a thread: two programs of the statistics and four of the exponentials live on a multiprocessor. Left to
+# itself the compiler aims lower, and spills.
+STATISTICS_REGISTERS = 128
+EXPONENTIALS_REGISTERS = 64
 
-# Words of a tile that the exponentials' sums add up first: those of one thread, from tiles of 1024 on.
+# Words of a tile that the exponentials' sums add up first: each thread has them (from tiles of 1024 on), no shuffles.
 GROUP = tl.constexpr(4)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# A word this far from the maximum has probability exactly 0; clamping there keeps 0 * inf out.
+# A word this far from the maximum has probability exactly 0; clamping there avoids 0 * inf.
 FAR = tl.constexpr(1e4)
 # A maximum before any word was seen: finite, so that subtracting it gives no NaN.
-UNSEEN = tl.constexpr(-3.4028234663852886e38)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+# Vectors of one number a row. A chunk may begin at any of their elements, and one that does not begin at a multiple of
+# 16 bytes would compile the kernels again.
+VECTORS = (
+    "targets_ptr", "top_ptr", "total_ptr", "dots_ptr", "chosen_ptr", "entropy_ptr", "d_logps_ptr", "d_entropy_ptr",
+    "shift_ptr", "rest_ptr",
+)  # fmt: skip
 
 
 @triton.jit
-def _bend(raw, inner, CAPPED: tl.constexpr):
-    """z / outer of raw logits: tanh(inner * raw), or raw itself without a cap."""
+def _load_capped(logits, bias, word, mask, inner, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """z / outer of some words of the row at `logits`: tanh(inner * (raw + bias)), or raw + bias without a soft cap."""
+    raw = tl.load(logits + word, mask=mask, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias + word, mask=mask, other=0.0)
     if CAPPED:
-        return tanh(inner * raw)
-    else:
-        return raw
+        raw = tanh(inner * raw)
+    return raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _statistics_kernel(
     logits,
-    targets,
-    top_out,
-    total_out,
-    dots_out,
-    chosen_out,
+    bias,
+    targets_ptr,
+    top_ptr,
+    total_ptr,
+    dots_ptr,
+    chosen_ptr,
     vocab,
     stride,
     inner,
     outer,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program a row: logits (n, V) float32, `stride` from row to row -> the four partials (n,) float32."""
     row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
+    logits += row * stride
     lane = tl.arange(0, TILE)
-    top = tl.full((TILE,), UNSEEN, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    dots = tl.zeros((TILE,), tl.float32)
+    running_max = tl.full((TILE,), LOWEST, tl.float32)
+    running_sum = tl.zeros((TILE,), tl.float32)
+    running_dots = tl.zeros((TILE,), tl.float32)
     for start in range(0, vocab, TILE):
         word = start + lane
-        raw = tl.load(base + word, mask=word < vocab, other=0.0)  # (TILE,)
-        z = tl.where(word < vocab, outer * _bend(raw, inner, CAPPED), float("-inf"))
-        gap = z - top
+        capped = _load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
+        z = tl.where(word < vocab, outer * capped, float("-inf"))
+        gap = z - running_max
         # One of the two factors, of the old sums and of the new word, is always 1: one exponential a word.
-        small = tl.exp2(-tl.abs(gap) * LOG2_E)
+        smaller = tl.exp2(-tl.abs(gap) * LOG2_E)
         rises = gap > 0.0
         if ENTROPY:
             gap = tl.minimum(tl.maximum(gap, -FAR), FAR)
-            dots = tl.where(rises, small * (dots - gap * total), dots + small * gap)
-        total = tl.where(rises, small * total + 1.0, total + small)
-        top = tl.where(rises, z, top)
+            running_dots = tl.where(rises, smaller * (running_dots - gap * running_sum), running_dots + smaller * gap)
+        running_sum = tl.where(rises, smaller * running_sum + 1.0, running_sum + smaller)
+        running_max = tl.where(rises, z, running_max)
 
-    row_top = tl.max(top, axis=0)
-    gap = top - row_top
+    row_max = tl.max(running_max, axis=0)
+    gap = running_max - row_max
     scale = tl.exp2(gap * LOG2_E)
-    row_total = tl.sum(scale * total, axis=0)
+    row_sum = tl.sum(scale * running_sum, axis=0)
     row_dots = 0.0
     if ENTROPY:
-        row_dots = tl.sum(scale * (dots + tl.maximum(gap, -FAR) * total), axis=0)
-    tl.store(top_out + row, tl.where(row_top == UNSEEN, float("-inf"), row_top))
-    tl.store(total_out + row, row_total)
-    tl.store(dots_out + row, row_dots)
-    target = tl.load(targets + row)
-    here = (target >= 0) & (target < vocab)
-    raw = tl.load(base + target, mask=here, other=0.0)
-    tl.store(chosen_out + row, tl.where(here, outer * _bend(raw, inner, CAPPED), float("-inf")))
+        row_dots = tl.sum(scale * (running_dots + tl.maximum(gap, -FAR) * running_sum), axis=0)
+    tl.store(top_ptr + row, tl.where(row_max == LOWEST, float("-inf"), row_max))
+    tl.store(total_ptr + row, row_sum)
+    tl.store(dots_ptr + row, row_dots)
+    target = tl.load(targets_ptr + row)
+    is_word = (target >= 0) & (target < vocab)
+    capped = _load_capped(logits, bias, target, is_word, inner, CAPPED, HAS_BIAS)
+    tl.store(chosen_ptr + row, tl.where(is_word, outer * capped, float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _gradient_kernel(
     logits,
-    targets,
-    top_in,
-    total_in,
-    entropy_in,
-    d_logps,
-    d_entropy,
-    gradient,
+    bias,
+    targets_ptr,
+    top_ptr,
+    total_ptr,
+    entropy_ptr,
+    d_logps_ptr,
+    d_entropy_ptr,
+    out,
     vocab,
     stride,
-    gradient_stride,
+    out_stride,
     inner,
     outer,
     slope,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Program (row, part): TILES tiles of d loss / d raw (n, V); slope: d z / d raw where tanh is flat.
 
-    gradient may be the logits themselves: each lane reads its word before it writes it.
+    out may be the logits themselves: each lane reads its word before it writes it.
     """
     row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
-    out = gradient + row * gradient_stride
+    logits += row * stride
+    out += row * out_stride
     first = tl.program_id(1) * (TILE * TILES)
     lane = tl.arange(0, TILE)
-    at_target = tl.load(d_logps + row)
-    uncertain = 0.0
+    d_logp = tl.load(d_logps_ptr + row)
+    d_entropy = 0.0
     if ENTROPY:
-        uncertain = tl.load(d_entropy + row)
-    if (at_target == 0.0) & (uncertain == 0.0):
-        nothing = tl.zeros((TILE,), gradient.dtype.element_ty)
+        d_entropy = tl.load(d_entropy_ptr + row)
+    if (d_logp == 0.0) & (d_entropy == 0.0):
+        zeros = tl.zeros((TILE,), out.dtype.element_ty)
         for start in range(first, min(first + TILE * TILES, vocab), TILE):
-            tl.store(out + start + lane, nothing, mask=start + lane < vocab)
+            tl.store(out + start + lane, zeros, mask=start + lane < vocab)
     else:
-        top = tl.load(top_in + row)
-        total = tl.load(total_in + row)
-        rise, level = 0.0, -at_target / total  # d z = exp(z - top) * (rise * (z - top) + level)
+        top = tl.load(top_ptr + row)
+        total = tl.load(total_ptr + row)
+        gap_factor, offset = 0.0, -d_logp / total  # d z = exp(z - top) * (gap_factor * (z - top) + offset)
         if ENTROPY:
-            rise = -uncertain / total
-            level += uncertain * (tl.log(total) - tl.load(entropy_in + row)) / total
-        target = tl.load(targets + row)
+            gap_factor = -d_entropy / total
+            offset += d_entropy * (tl.log(total) - tl.load(entropy_ptr + row)) / total
+        target = tl.load(targets_ptr + row)
         target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
         for start in range(first, min(first + TILE * TILES, vocab), TILE):
             word = start + lane
-            raw = tl.load(base + word, mask=word < vocab, other=0.0)  # (TILE,)
-            bent = _bend(raw, inner, CAPPED)
-            gap = outer * bent - top
+            capped = _load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
+            gap = outer * capped - top
             d_raw = tl.exp2(gap * LOG2_E)
             if ENTROPY:
-                d_raw *= rise * tl.maximum(gap, -FAR) + level
+                d_raw *= gap_factor * tl.maximum(gap, -FAR) + offset
             else:
-                d_raw *= level
-            d_raw = (d_raw + tl.where(word == target, at_target, 0.0)) * slope
+                d_raw *= offset
+            d_raw = (d_raw + tl.where(word == target, d_logp, 0.0)) * slope
             if CAPPED:
-                d_raw *= 1.0 - bent * bent
-            tl.store(out + word, d_raw.to(gradient.dtype.element_ty), mask=word < vocab)
+                d_raw *= 1.0 - capped * capped
+            tl.store(out + word, d_raw.to(out.dtype.element_ty), mask=word < vocab)
 
 
 @triton.jit
@@ -180,20 +187,9 @@ def _by_thread(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _highest(logits, vocab, inner, outer, CAPPED: tl.constexpr, AXIS: tl.constexpr, TILE: tl.constexpr):
-    """max z of the row at `logits`; UNSEEN where there is nothing above it."""
-    lane = tl.arange(0, TILE)
-    top = tl.full((TILE // GROUP,), UNSEEN, tl.float32)
-    for start in range(0, vocab, TILE):
-        raw = tl.load(logits + start + lane, mask=start + lane < vocab, other=0.0)  # (TILE,)
-        z = tl.where(start + lane < vocab, outer * _bend(raw, inner, CAPPED), UNSEEN)
-        top = tl.maximum(top, tl.max(_by_thread(z, AXIS), axis=AXIS))
-    return tl.max(top, axis=0)
-
-
-@triton.jit
 def _sweep(
     logits,
+    bias,
     matrix,
     base,
     target,
@@ -201,195 +197,213 @@ def _sweep(
     inner,
     outer,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
+    WRITE: tl.constexpr,
     AXIS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """exp(z - base) of one row's words, written to `matrix`; 0 for the target -> of the others max z, sum, and sum of
-    (z - base) exp(z - base)."""
+    """max z over one row's words but the target. WRITE: also the sums of exp(z - base) and of (z - base) exp(z - base)
+    over them; writes exp(z - base) to `matrix`, 0 for the target."""
     lane = tl.arange(0, TILE)
-    top = tl.full((TILE // GROUP,), UNSEEN, tl.float32)
-    rest = tl.zeros((TILE // GROUP,), tl.float32)
-    dots = tl.zeros((TILE // GROUP,), tl.float32)
+    running_max = tl.full((TILE // GROUP,), LOWEST, tl.float32)
+    running_sum = tl.zeros((TILE // GROUP,), tl.float32)
+    running_dots = tl.zeros((TILE // GROUP,), tl.float32)
     for start in range(0, vocab, TILE):
         word = start + lane
-        raw = tl.load(logits + word, mask=word < vocab, other=0.0)  # (TILE,)
-        bent = _bend(raw, inner, CAPPED)
-        z = tl.where((word < vocab) & (word != target), outer * bent, float("-inf"))
-        top = tl.maximum(top, tl.max(_by_thread(z, AXIS), axis=AXIS))
-        exps = tl.exp2((z - base) * LOG2_E)
-        rest += tl.sum(_by_thread(exps, AXIS), axis=AXIS)
-        if ENTROPY:
-            dots += tl.sum(_by_thread(exps * tl.maximum(z - base, -FAR), AXIS), axis=AXIS)
-        if CAPPED:
-            exps *= 1.0 - bent * bent
-        tl.store(matrix + word, exps.to(matrix.dtype.element_ty), mask=word < vocab)
-    return tl.max(top, axis=0), tl.sum(rest, axis=0), tl.sum(dots, axis=0)
+        capped = _load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
+        z = tl.where((word < vocab) & (word != target), outer * capped, float("-inf"))
+        running_max = tl.maximum(running_max, tl.max(_by_thread(z, AXIS), axis=AXIS))
+        if WRITE:
+            exps = tl.exp2((z - base) * LOG2_E)
+            running_sum += tl.sum(_by_thread(exps, AXIS), axis=AXIS)
+            if ENTROPY:
+                running_dots += tl.sum(_by_thread(exps * tl.maximum(z - base, -FAR), AXIS), axis=AXIS)
+            if CAPPED:
+                exps *= 1.0 - capped * capped
+            tl.store(matrix + word, exps.to(matrix.dtype.element_ty), mask=word < vocab)
+    return tl.max(running_max, axis=0), tl.sum(running_sum, axis=0), tl.sum(running_dots, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _exponentials_kernel(
     logits,
-    targets,
-    shift_out,
-    rest_out,
-    dots_out,
+    bias,
+    targets_ptr,
+    shift_ptr,
+    rest_ptr,
+    dots_ptr,
     matrix,
     vocab,
     stride,
     matrix_stride,
     inner,
     outer,
-    most_above,
+    max_above_target,
     CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
-    OVER: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     AXIS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program a row: logits (n, V) float32 -> matrix (n, V) and three sums (n,) float32. OVER: matrix is logits.
+    """One program a row: logits (n, V) float32 -> matrix (n, V), the logits if IN_PLACE, and three sums (n,).
 
-    The target's z is the base, and a second sweep repairs the rare row that has words far above it. Over the logits
-    themselves nothing could be read again: there a first sweep looks.
+    The target's z is the base, and a second sweep repairs the rare row that has words far above it. In place nothing
+    could be read again: there a first sweep finds the maximum.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     matrix += row * matrix_stride
-    target = tl.load(targets + row)
-    here = (target >= 0) & (target < vocab)  # an id that is no word makes a broken row
-    bent = _bend(tl.load(logits + target, mask=here, other=float("nan")), inner, CAPPED)
-    own = outer * bent
-    base = own
+    target = tl.load(targets_ptr + row)
+    is_word = (target >= 0) & (target < vocab)
+    target_capped = _load_capped(logits, bias, target, is_word, inner, CAPPED, HAS_BIAS)
+    target_z = tl.where(is_word, outer * target_capped, float("nan"))  # an id that is no word makes a broken row
+    base = target_z
     target = target.to(tl.int32)
-    if OVER:
-        top = _highest(logits, vocab, inner, outer, CAPPED, AXIS, TILE)
-        base = tl.where(top - own > most_above, top, own)
+    if IN_PLACE:
+        top, rest, dots = _sweep(
+            logits, bias, matrix, base, target, vocab, inner, outer, CAPPED, HAS_BIAS, False, False, AXIS, TILE
+        )
+        base = tl.where(top - target_z > max_above_target, top, target_z)
         tl.debug_barrier()  # every thread has read the target before one of them overwrites it
-    rest, dots, unfit = 0.0, 0.0, 1
-    while unfit > 0:  # twice at most: then base is top
-        top, rest, dots = _sweep(logits, matrix, base, target, vocab, inner, outer, CAPPED, ENTROPY, AXIS, TILE)
-        unfit = (top - base > most_above).to(tl.int32)
-        base = tl.where(unfit > 0, top, base)
-    tl.store(shift_out + row, own - base)
-    tl.store(rest_out + row, rest)
-    tl.store(dots_out + row, dots)
+    rest, dots, too_low = 0.0, 0.0, 1
+    while too_low > 0:  # twice at most: then base is top
+        top, rest, dots = _sweep(
+            logits, bias, matrix, base, target, vocab, inner, outer, CAPPED, HAS_BIAS, ENTROPY, True, AXIS, TILE
+        )
+        too_low = (top - base > max_above_target).to(tl.int32)
+        base = tl.where(too_low > 0, top, base)
+    tl.store(shift_ptr + row, target_z - base)
+    tl.store(rest_ptr + row, rest)
+    tl.store(dots_ptr + row, dots)
     tl.debug_barrier()  # what other threads wrote is written over
     if rest < float("inf"):
         slope = 1.0
         if CAPPED:
-            slope -= bent * bent
+            slope -= target_capped * target_capped
         tl.store(matrix + target, (-rest * slope).to(matrix.dtype.element_ty))
     else:
         lane = tl.arange(0, TILE)
+        zeros = tl.zeros((TILE,), matrix.dtype.element_ty)
         for start in range(0, vocab, TILE):
-            nothing = tl.zeros((TILE,), matrix.dtype.element_ty)
-            tl.store(matrix + start + lane, nothing, mask=start + lane < vocab)
+            tl.store(matrix + start + lane, zeros, mask=start + lane < vocab)
 
 
-def _scalars(options: HeadOptions) -> dict[str, float | bool]:
-    """z = outer * bend(inner * raw), multiplied as transform_logits does."""
-    inner, outer = bend_factors(options)
-    return {"inner": inner, "outer": outer, "CAPPED": options.softcap > 0.0}
+def _head_arguments(bias: torch.Tensor | None, options: HeadOptions) -> dict[str, float | bool]:
+    """Kernel arguments of z = outer * softcap(inner * (raw + bias)), multiplied as `transform_logits` does."""
+    inner, outer = softcap_factors(options)
+    return {"inner": inner, "outer": outer, "CAPPED": options.softcap > 0.0, "HAS_BIAS": bias is not None}
 
 
 def _tile(vocab: int) -> int:
     return min(TILE, max(128, triton.next_power_of_2(vocab)))
 
 
-def row_statistics(
-    raw: torch.Tensor, targets: torch.Tensor, options: HeadOptions, want_entropy: bool, keep_logits: bool
+def statistics(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    options: HeadOptions,
+    want_entropy: bool,
+    keep_logits: bool,
 ) -> tuple[Partials, torch.Tensor]:
-    """`RowKernels.statistics`; raw (n, V) float32 with dense rows stays as it is, and is the state."""
-    rows, vocab = raw.shape
-    partials = Partials(*(raw.new_empty(rows) for _ in Partials._fields))
+    """`RowKernels.statistics`; logits (n, V) float32 stay as they are, and are the state."""
+    rows, vocab = logits.shape
+    partials = Partials(*(logits.new_empty(rows) for _ in Partials._fields))
     if rows:
-        with torch.cuda.device_of(raw):
+        with torch.cuda.device_of(logits):
             _statistics_kernel[(rows,)](
-                raw,
+                logits,
+                bias,
                 targets.contiguous(),
                 *partials,
                 vocab,
-                raw.stride(0),
-                **_scalars(options),
+                logits.stride(0),
+                **_head_arguments(bias, options),
                 ENTROPY=want_entropy,
                 TILE=_tile(vocab),
                 num_warps=WARPS,
+                maxnreg=STATISTICS_REGISTERS,
             )
-    return partials, raw
+    return partials, logits
 
 
-def row_gradient(
-    raw: torch.Tensor,
+def gradient(
+    state: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     options: HeadOptions,
     softmax: Softmax,
     slopes: Slopes,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`RowKernels.gradient`; raw is overwritten where `into` is None."""
-    rows, vocab = raw.shape
-    gradient = raw if into is None else into
+    out: torch.Tensor,
+) -> None:
+    """`RowKernels.gradient`; state: the logits (n, V) float32."""
+    rows, vocab = state.shape
     d_logps, d_entropy = slopes
-    entropy_learns = d_entropy is not None
+    entropy = d_entropy is not None
     tile = _tile(vocab)
-    if rows:
-        with torch.cuda.device_of(raw):
+    if out.numel():
+        with torch.cuda.device_of(state):
             _gradient_kernel[(rows, triton.cdiv(vocab, tile * GRADIENT_TILES))](
-                raw,
+                state,
+                bias,
                 targets.contiguous(),
                 softmax.top,
                 softmax.total,
-                softmax.entropy if entropy_learns else softmax.total,
+                softmax.entropy if entropy else None,
                 d_logps.contiguous(),
-                d_entropy.contiguous() if entropy_learns else d_logps,
-                gradient,
+                d_entropy.contiguous() if entropy else None,
+                out,
                 vocab,
-                raw.stride(0),
-                gradient.stride(0),
+                state.stride(0),
+                out.stride(0),
                 slope=options.logit_scale / options.temperature,
-                **_scalars(options),
-                ENTROPY=entropy_learns,
+                **_head_arguments(bias, options),
+                ENTROPY=entropy,
                 TILE=tile,
                 TILES=GRADIENT_TILES,
                 num_warps=WARPS,
             )
-    return gradient
 
 
-def row_exponentials(
-    raw: torch.Tensor,
+def exponentials(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     options: HeadOptions,
     want_entropy: bool,
-    into: torch.Tensor | None = None,
-) -> tuple[Exponentials, torch.Tensor]:
-    """`RowKernels.exponentials`; raw is overwritten where `into` is None."""
-    rows, vocab = raw.shape
-    matrix = raw if into is None else into
-    sums = Exponentials(*(raw.new_empty(rows) for _ in Exponentials._fields))
-    wide = vocab % 16 == raw.stride(0) % 16 == 0  # else every word is a load, with an address of its own
-    tile = min(_tile(vocab), TILE if wide and matrix.dtype != torch.float32 else TILE // 2)
+    out: torch.Tensor,
+) -> Exponentials:
+    """`RowKernels.exponentials`; logits (n, V) float32."""
+    rows, vocab = logits.shape
+    sums = Exponentials(*(logits.new_empty(rows) for _ in Exponentials._fields))
+    wide = vocab % 16 == logits.stride(0) % 16 == 0  # else every word is a load, with an address of its own
+    # What EXPONENTIALS_REGISTERS hold: TILE where 16 bytes are read and 8 written at a time, else half of it.
+    fits = wide and out.dtype != torch.float32 and (bias is None or options.softcap == 0.0)
+    tile = min(_tile(vocab), TILE if fits else TILE // 2)
     if rows:
-        with torch.cuda.device_of(raw):
+        with torch.cuda.device_of(logits):
             _exponentials_kernel[(rows,)](
-                raw,
+                logits,
+                bias,
                 targets.contiguous(),
                 *sums,
-                matrix,
+                out,
                 vocab,
-                raw.stride(0),
-                matrix.stride(0),
-                most_above=most_above(want_entropy),
-                **_scalars(options),
+                logits.stride(0),
+                out.stride(0),
+                max_above_target=max_above_target(want_entropy),
+                **_head_arguments(bias, options),
                 ENTROPY=want_entropy,
-                OVER=into is None,
+                IN_PLACE=out.dtype == logits.dtype and out.data_ptr() == logits.data_ptr(),
                 AXIS=int(wide),
                 TILE=tile,
-                # Over the logits, no second thread may read a word that one overwrites.
+                # In place, no second thread may read a word that one overwrites.
                 num_warps=min(WARPS, tile // 32),
-                maxnreg=SWEEP_REGISTERS,
+                maxnreg=EXPONENTIALS_REGISTERS,
             )
-    return sums, matrix
+    return sums
 
 
-ROW_KERNELS = RowKernels(row_statistics, row_gradient, row_exponentials, rounds=True)
+ROW_KERNELS = RowKernels(exponentials, statistics, gradient)

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/row_math.h"
+#include "lm_head/row_math.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -48,9 +48,9 @@ inline std::uint16_t float16_bits(float x) {
 
 }  // namespace host
 
-MMRPT_HOST_DEVICE void narrow(float x, float& to) { to = x; }
+MMRPT_DEVICE void narrow(float x, float& to) { to = x; }
 
-MMRPT_HOST_DEVICE void narrow(float x, Bfloat16& to) {
+MMRPT_DEVICE void narrow(float x, Bfloat16& to) {
 #if defined(__CUDA_ARCH__)
   to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
@@ -58,7 +58,7 @@ MMRPT_HOST_DEVICE void narrow(float x, Bfloat16& to) {
 #endif
 }
 
-MMRPT_HOST_DEVICE void narrow(float x, Float16& to) {
+MMRPT_DEVICE void narrow(float x, Float16& to) {
 #if defined(__CUDA_ARCH__)
   to.bits = __half_as_ushort(__float2half_rn(x));
 #else
