@@ -7,19 +7,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from mmrpt_kernels.common.head import GPU_BYTES, HeadOptions
-from mmrpt_kernels.divergence.stream import GPU_LEARN_ROWS, Problem
-from mmrpt_kernels.logprobs.gradients import Head
-from mmrpt_kernels.logprobs.rows import Softmax
-from mmrpt_kernels.logprobs.stream import rows_per_chunk
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmrpt_kernels.logprobs import portable
+from mmrpt_kernels.lm_head import row_softmax_portable as portable
+from mmrpt_kernels.lm_head.chunk_sizes import GPU_BYTES, GPU_TILE, chunk_rows
+from mmrpt_kernels.lm_head.options import HeadOptions
+from mmrpt_kernels.lm_head.row_softmax import Softmax
 
 VOCAB = 151_936
 CAPPED = HeadOptions(0.7, 30.0, 1.0)
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 
 
 @contextmanager
@@ -29,33 +28,29 @@ def gpu_head(dtype: torch.dtype):
         yield torch.empty(VOCAB, 3584, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("matrices", (1, 2))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_logits_of_any_dtype_fit_the_budget(dtype, matrices):
-    """A chunk of float64 logits takes twice the memory of one in float32, and so does a second matrix."""
-    with gpu_head(torch.bfloat16) as weight:
-        rows = rows_per_chunk(10**6, Head(weight, None, HeadOptions()), None, dtype, matrices=matrices)
-    assert GPU_BYTES / 2 <= rows * VOCAB * matrices * dtype.itemsize <= GPU_BYTES
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
-def test_two_views_of_any_dtype_fit_the_budget(dtype):
-    with gpu_head(dtype) as weight:
-        hidden = torch.empty(10, 3584, dtype=dtype, device="cuda")
-        problem = Problem(hidden, hidden, weight, None, None, None, HeadOptions(), ("kl",), None)
-        rows = problem.chunk(10**6, GPU_LEARN_ROWS)
-        assert rows >= 256 and 2 * rows * VOCAB * problem.dtype().itemsize <= GPU_BYTES
+@pytest.mark.parametrize("views", (1, 2))
+@pytest.mark.parametrize("matrix", (None, HALF, SINGLE, DOUBLE), ids=str)
+@pytest.mark.parametrize("logits", (SINGLE, DOUBLE), ids=str)
+def test_logits_and_matrix_of_any_dtype_fit_the_budget(logits, matrix, views):
+    """Both count, unless the matrix takes the logits' memory; chunks stay tall enough for the products, as they would
+    not with a CPU's budget, and are whole tiles."""
+    with gpu_head(HALF) as weight:
+        rows = chunk_rows(10**6, weight, logits, matrix, views=views)
+    held = rows.logits * logits.itemsize if matrix != logits else 0
+    held += 0 if matrix is None else rows.products * matrix.itemsize
+    assert held * VOCAB * views <= GPU_BYTES and 0 < rows.logits <= rows.products
+    assert rows.products * views >= (2000 if DOUBLE in (logits, matrix) or matrix is None else 6000)
+    assert rows.logits * views >= 1000 and rows.logits % GPU_TILE == rows.products % GPU_TILE == 0
+    assert matrix != logits or rows.logits == rows.products
 
 
 def test_trl_visits_a_gpu_head_in_tall_chunks():
     """A visit of 55 rows, a CPU's, would read the whole head for a fifth of what the device multiplies meanwhile."""
     trl = pytest.importorskip("mmrpt_kernels.integrations.trl")
-    with gpu_head(torch.bfloat16) as weight:
-        rows = trl._rows_per_chunk(10**6, weight, torch.float32)
-        wide = trl._rows_per_chunk(10**6, weight, torch.float64)
-    assert rows >= 300 and rows * VOCAB * 4 * trl.GPU_MATRICES <= GPU_BYTES
-    assert wide * VOCAB * 8 * trl.GPU_MATRICES <= GPU_BYTES
-    assert trl._rows_per_chunk(10**6, torch.empty(1, 1).expand(VOCAB, 8), torch.float32) < 100
+    for logits in (SINGLE, DOUBLE):
+        with gpu_head(HALF) as weight:
+            rows = chunk_rows(10**6, weight, logits, views=trl.LOGIT_COPIES).logits
+        assert rows >= 300 and rows * VOCAB * logits.itemsize * trl.LOGIT_COPIES <= GPU_BYTES
 
 
 class Allocations(TorchDispatchMode):
@@ -77,13 +72,14 @@ def test_portable_row_kernels_leave_little_beside_a_gpu_chunk(kernel):
     """Steps on the way to a row's sums are made for some rows at a time, an eighth of the chunk at most."""
     raw = torch.empty(4096, VOCAB, device="meta")
     targets, row = torch.empty(4096, dtype=torch.int64, device="meta"), torch.empty(4096, device="meta")
+    bias, out = torch.empty(VOCAB, device="meta"), torch.empty(4096, VOCAB, dtype=HALF, device="meta")
     with Allocations() as seen:
         if kernel == "exponentials":
-            portable.row_exponentials(raw, targets, CAPPED, True)
+            portable.exponentials(raw, bias, targets, CAPPED, True, out)
         elif kernel == "statistics":
-            portable.row_statistics(raw, targets, CAPPED, True, False)
+            portable.statistics(raw, bias, targets, CAPPED, True, False)
         else:
             state = portable.RowState(raw, torch.empty_like(raw), row)
             seen.largest = 0
-            portable.row_gradient(state, targets, CAPPED, Softmax(row, row, row), (row, row))
+            portable.gradient(state, bias, targets, CAPPED, Softmax(row, row, row), (row, row), out)
     assert 0 < seen.largest <= raw.numel() / 8
