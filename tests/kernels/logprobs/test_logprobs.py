@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.backends import BackendError
-from mmrpt_kernels.lm_head import chunk_loop, gemm
+from mmrpt_kernels.lm_head import chunk_loop
 from mmrpt_kernels.lm_head.chunk_sizes import chunk_rows
 from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import fused, linear_logprobs, operator
