@@ -1,4 +1,4 @@
-"""The exponentials that `linear_logprobs` keeps for its backward: same gradients, one product less; and when it does."""
+"""The exponentials that `linear_logprobs` keeps for its backward: the same gradients for one product less."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.lm_head import chunk_loop
-from mmrpt_kernels.lm_head.chunk_sizes import chunk_rows
 from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import fused, linear_logprobs, operator
 from mmrpt_kernels.testing import (
@@ -210,18 +209,6 @@ class TestPortable:
         alone["targets"] = made["targets"][3:4]
         both = call(made, PLAIN).logps[3:4], call(made | alone, PLAIN).logps
         torch.testing.assert_close(*both, rtol=0, atol=1e-14)
-
-    def test_chunks_are_alike_and_tall_enough_for_wide_heads(self):
-        """On a CPU: logits within 32 MiB, and a matrix of an eighth of the hidden size where the gradient is made."""
-        narrow = torch.empty(1, 64).expand(32_000, 64)
-        limit = chunk_rows(10**6, narrow, torch.float32).logits
-        assert limit * 32_000 * 4 <= 32 * 2**20
-        assert chunk_rows(limit + 1, narrow, torch.float32) == (-(-(limit + 1) // 2),) * 2
-        wide = torch.empty(1, 4096).expand(151_936, 4096)
-        assert chunk_rows(10**6, wide, torch.float32, torch.float32) == (512, 512)
-        short, tall = chunk_rows(10**6, wide, torch.float32, torch.bfloat16)
-        assert short * 151_936 * 4 <= 32 * 2**20 and tall == 512
-        assert chunk_rows(10**6, wide, torch.float32, torch.bfloat16, chunk_size=3) == (3, 3)
 
 
 class TestLaws:

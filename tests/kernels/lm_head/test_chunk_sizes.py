@@ -1,4 +1,7 @@
-"""What a chunk of logits takes of a GPU's memory, on fake and meta tensors: no GPU, and no memory, is needed."""
+"""How many rows a chunk has on a CPU, and what it takes of a GPU's memory.
+
+On fake and meta tensors: no GPU, and no memory, is needed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmrpt_kernels.lm_head import chunk_sizes
 from mmrpt_kernels.lm_head import row_softmax_portable as portable
 from mmrpt_kernels.lm_head.chunk_sizes import GPU_BYTES, GPU_TILE, chunk_rows
 from mmrpt_kernels.lm_head.options import HeadOptions
@@ -26,6 +30,35 @@ def gpu_head(dtype: torch.dtype):
     """The lm head of a 7B model on a GPU that need not exist."""
     with FakeTensorMode():
         yield torch.empty(VOCAB, 3584, dtype=dtype, device="cuda")
+
+
+def test_rows_of_a_chunk_on_a_cpu():
+    """The caller's limit, or a memory budget with a lower and an upper end."""
+
+    def rows(count: int, words: int, logits=SINGLE, **options):
+        return chunk_rows(count, torch.empty(1, 8).expand(words, 8), logits, **options)
+
+    assert rows(1000, 50, chunk_size=7) == (7, 7) and rows(5, 50, chunk_size=7) == (5, 5)
+    assert rows(0, 50) == (1, 1)
+    wide = rows(10**6, 100_000).logits
+    assert wide >= chunk_sizes.CPU_MIN_ROWS and wide * 100_000 * 4 <= chunk_sizes.CPU_BYTES
+    assert rows(10**6, 100_000, DOUBLE).logits <= wide
+    assert rows(10**6, 8).logits == chunk_sizes.CPU_MAX_ROWS
+    assert rows(10**6, 10**9).logits == chunk_sizes.CPU_MIN_ROWS
+    assert rows(10**6, 8, vocab=10**9) == rows(10**6, 10**9)  # a part of a vocabulary: the largest part's chunks
+
+
+def test_chunks_are_alike_and_tall_enough_for_wide_heads():
+    """Logits within 32 MiB, and a matrix of an eighth of the hidden size where the gradient is made."""
+    narrow = torch.empty(1, 64).expand(32_000, 64)
+    limit = chunk_rows(10**6, narrow, SINGLE).logits
+    assert limit * 32_000 * 4 <= 32 * 2**20
+    assert chunk_rows(limit + 1, narrow, SINGLE) == (-(-(limit + 1) // 2),) * 2
+    wide = torch.empty(1, 4096).expand(151_936, 4096)
+    assert chunk_rows(10**6, wide, SINGLE, SINGLE) == (512, 512)
+    short, tall = chunk_rows(10**6, wide, SINGLE, HALF)
+    assert short * 151_936 * 4 <= 32 * 2**20 and tall == 512
+    assert chunk_rows(10**6, wide, SINGLE, HALF, chunk_size=3) == (3, 3)
 
 
 @pytest.mark.parametrize("views", (1, 2))
