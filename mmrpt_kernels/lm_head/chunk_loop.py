@@ -67,22 +67,24 @@ class Projection(NamedTuple):
         vocab, padding = weight.shape[0], -weight.shape[0] % 16 if weight.is_cuda else 0
         return weight.new_empty(len(self.hiddens) * rows, vocab + padding, dtype=self.matrix_dtype)[:, :vocab]
 
+    def shares_memory(self, size: ChunkRows) -> bool:
+        """Whether logits are made in the memory of their matrix: of one dtype, and the rows of a chunk in one piece."""
+        return self.matrix_dtype == self.logits_dtype() and (len(self.hiddens) == 1 or size.logits >= size.products)
+
     def new_logits(self, rows: int) -> torch.Tensor | None:
-        """(views * rows, V) for every chunk's logits on a CPU, where fresh memory is slow; None on a GPU, and where the
-        logits take the memory of their matrix."""
-        weight, dtype = self.head.weight, self.logits_dtype()
-        if weight.device.type != "cpu" or self.matrix_dtype == dtype:
+        """(views * rows, V) for every chunk's logits on a CPU, where fresh memory is slow; None on a GPU."""
+        weight = self.head.weight
+        if weight.device.type != "cpu":
             return None
-        return weight.new_empty(len(self.hiddens) * rows, weight.shape[0], dtype=dtype)
+        return weight.new_empty(len(self.hiddens) * rows, weight.shape[0], dtype=self.logits_dtype())
 
     def logits_dtype(self) -> torch.dtype:
         return statistics_dtype(*self.hiddens, self.head.weight)
 
-    def logits(self, hidden: torch.Tensor, scratch: torch.Tensor | None, matrix: torch.Tensor | None) -> torch.Tensor:
-        """(views * n, V) of hidden (views, n, H), in the matrix's memory where that has their dtype."""
+    def logits(self, hidden: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
+        """(views * n, V) of hidden (views, n, H), in the first rows of `memory`; None: in fresh memory."""
         hidden = hidden.flatten(0, 1)
-        out = matrix if self.matrix_dtype == self.logits_dtype() else scratch
-        return gemm.logits(hidden, self.head.weight, out=None if out is None else out[: hidden.shape[0]])
+        return gemm.logits(hidden, self.head.weight, out=None if memory is None else memory[: hidden.shape[0]])
 
 
 class Sweep(Protocol):
@@ -111,7 +113,9 @@ def chunk_loop(
         return
     if matrices is None:
         matrices = [p.new_matrix(min(size.products, len(selection))) for p in projections]
-    scratch = [p.new_logits(min(size.logits, len(selection))) for p in projections]
+    shares = [p.shares_memory(size) for p in projections]
+    short = min(size.logits, len(selection))
+    scratch = [None if shared else p.new_logits(short) for p, shared in zip(projections, shares, strict=True)]
     for tall in selection.split(size.products):
         hiddens = [p.gather(tall) for p in projections]
         used = [None if m is None else m[: h.shape[0] * h.shape[1]] for m, h in zip(matrices, hiddens, strict=True)]
@@ -119,9 +123,11 @@ def chunk_loop(
             part = tall.slice(start, start + size.logits)
             rows = slice(start, start + len(part))
             logits, out = [], []
-            for p, hidden, matrix, memory in zip(projections, hiddens, used, scratch, strict=True):
+            for p, hidden, matrix, memory, shared in zip(projections, hiddens, used, scratch, shares, strict=True):
                 views = len(p.hiddens)
-                logits += p.logits(hidden[:, rows], memory, matrix).chunk(views)
+                # One view's rows stand together; those of several do where the chunk is the whole matrix.
+                memory = (matrix[rows] if views == 1 else matrix) if shared else memory
+                logits += p.logits(hidden[:, rows], memory).chunk(views)
                 out += [None] * views if matrix is None else [m[rows] for m in matrix.chunk(views)]
             sweep.read(part, logits, out)
             logits = out = None  # the next chunk's logits take their memory

@@ -87,6 +87,7 @@ def _cpu_rows(row_bytes: int) -> int:
 
 def _even_rows(count: int, limit: int, tile: int) -> int:
     """Rows a chunk, at most `limit` >= 1, such that all chunks of `count` rows are alike, or whole tiles and a rest."""
+    limit = limit // tile * tile or limit
     chunks = max(1, -(-count // limit))
     rows = max(1, -(-count // chunks))
     return min(limit, -(-rows // tile) * tile) if chunks > 1 else rows

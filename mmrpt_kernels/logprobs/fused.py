@@ -2,7 +2,7 @@
 
 The backward makes the gradient of the rows that have an incoming gradient, and of no others: a trainer whose loss
 filters tokens pays for the tokens it keeps. It recomputes their logits (four products in all), or works from the
-exponentials that the forward has kept where these fit a budget (three).
+exponentials that the forward has kept where these fit a budget (three) and no entropy has a gradient.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def forward(
     check_targets(targets, selection, head.vocab)
     values = TokenValues(targets, statistics_dtype(hidden, weight, bias), return_entropy, None)
     kept = None
-    if keep and head.shard is None and not return_entropy and loop.skip_below == 0.0:
+    if keep and head.shard is None and loop.skip_below == 0.0:
         kept = _keep_exponentials(hidden, head, values, selection, loop)
     if kept is None:
         softmax_loop(hidden, head, values, selection, loop)
@@ -118,7 +118,7 @@ def backward(
     same = (need, d_entropy is not None)
     head = build_head((hidden, weight, bias), options, loop, targets, active, same)
     gradients = HeadGradients((hidden,), head, need=((need[0],), *need[1:]), dtypes=dtypes, skip_below=loop.skip_below)
-    if kept is not None:
+    if kept is not None and d_entropy is None:
         _add_kept(kept, hidden, head, d_logps, gradients)
     else:
         slopes = GivenSlopes(d_logps, d_entropy)
@@ -161,8 +161,8 @@ class LogProbsFunction(torch.autograd.Function):
         none = (None,) * 9
         if d_logps is None and d_entropy is None:
             return none
-        *tensors, targets = ctx.saved_tensors[:4]
-        kept = Kept(*ctx.saved_tensors[4:]) if len(ctx.saved_tensors) > 4 else None
+        hidden, weight, bias, targets, *kept = ctx.saved_tensors  # read once: a checkpoint unpacks no tensor twice
         d_logps = torch.zeros_like(d_entropy) if d_logps is None else d_logps
-        grads = backward(*tensors, targets, d_logps, d_entropy, *ctx.settings, kept=kept)
+        kept = Kept(*kept) if kept else None
+        grads = backward(hidden, weight, bias, targets, d_logps, d_entropy, *ctx.settings, kept=kept)
         return *grads, *none[3:]

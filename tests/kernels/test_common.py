@@ -1,4 +1,4 @@
-"""The shared pieces: argument checks, the lm head, autocast, and the error rule itself."""
+"""The shared pieces: argument checks, autocast, and the error rule itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import functools
 
 import pytest
 import torch
-from mmrpt_kernels.common.head import HeadOptions
 
-from mmrpt_kernels.common import checks, head
+from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
 from mmrpt_kernels.testing import (
     ATTENTION_CASES,
@@ -16,12 +15,9 @@ from mmrpt_kernels.testing import (
     assert_close_to_truth,
     attention_inputs,
     head_inputs,
-    on_a_grid,
     poisoned_memory,
     sum_cap,
 )
-
-OPTIONS = (HeadOptions(), HeadOptions(0.7), HeadOptions(1.3, 5.0, -1.7), HeadOptions(softcap=30.0))
 
 
 class TestChecks:
@@ -62,102 +58,6 @@ class TestChecks:
         checks.check_same_device(a=None, b=torch.zeros(1), c=torch.zeros(2))
         checks.check_range("k", 1.0, 0.0, 1.0)
         checks.check_range("k", float("inf"), 0.0, float("inf"))
-
-    @pytest.mark.parametrize(
-        "change, word",
-        [
-            ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden"),
-            ({"weight": torch.zeros(5, 3)}, "weight"),
-            ({"weight": torch.zeros(0, 4)}, "vocabulary"),
-            ({"bias": torch.zeros(4)}, "bias"),
-            ({"options": HeadOptions(temperature=0.0)}, "temperature"),
-            ({"options": HeadOptions(softcap=-1.0)}, "softcap"),
-            ({"options": HeadOptions(logit_scale=0.0)}, "logit_scale"),
-            ({"chunk_size": 0}, "chunk_size"),
-        ],
-    )
-    def test_head_arguments(self, change, word):
-        good = {
-            "hidden": torch.zeros(3, 4),
-            "weight": torch.zeros(5, 4),
-            "bias": None,
-            "options": HeadOptions(),
-            "chunk_size": None,
-        }
-        head.check_head(**good)
-        with pytest.raises(ValueError, match=word):
-            head.check_head(**(good | change))
-
-
-class TestHead:
-    @pytest.mark.parametrize("options", OPTIONS)
-    def test_transform_is_the_documented_equation_and_its_derivative(self, options):
-        raw = (10 * torch.randn(7, 5, dtype=torch.float64)).requires_grad_()
-        scaled = options.logit_scale * raw
-        capped = options.softcap * torch.tanh(scaled / options.softcap) if options.softcap else scaled
-        expected = capped / options.temperature
-        z = head.transform_logits(raw, options)
-        torch.testing.assert_close(z, expected)
-        grad = torch.randn_like(raw)
-        (truth,) = torch.autograd.grad(expected, raw, grad)
-        torch.testing.assert_close(head.transform_backward(grad, z.detach(), options), truth)
-        torch.testing.assert_close(head.transform_backward(grad.clone(), z.detach(), options, inplace=True), truth)
-
-    @pytest.mark.parametrize("options", OPTIONS)
-    def test_in_place_is_the_same(self, options):
-        raw = torch.randn(7, 5)
-        expected = head.transform_logits(raw, options)
-        torch.testing.assert_close(head.transform_logits(raw.clone(), options, inplace=True), expected)
-
-    def test_chunk_rows(self):
-        assert head.chunk_rows(1000, 50, 7, torch.float32) == 7
-        assert head.chunk_rows(5, 50, 7, torch.float32) == 5
-        assert head.chunk_rows(0, 50, None, torch.float32) == 1
-        wide = head.chunk_rows(10**6, 100_000, None, torch.bfloat16)
-        assert wide >= head.MIN_CHUNK_ROWS and wide * 100_000 * 4 <= head.CHUNK_BYTES
-        assert head.chunk_rows(10**6, 100_000, None, torch.float64) <= wide
-        assert head.chunk_rows(10**6, 8, None, torch.float32) == head.MAX_CHUNK_ROWS
-        assert head.chunk_rows(10**6, 10**9, None, torch.float32) == head.MIN_CHUNK_ROWS
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("vocab", [1, 33, head.WIDEN_ROWS + 5])
-    def test_projection_and_its_gradients(self, dtype, vocab):
-        """Of inputs on a grid, whose sums are exact in float32 and not in half precision."""
-        made = head_inputs(HEAD_CASES[0]._replace(rows=9, vocab=vocab, bias=True), dtype=dtype)
-        hidden, weight, bias = (on_a_grid(made[name], 1 / 8) for name in ("hidden", "weight", "bias"))
-        stat = head.statistics_dtype(hidden)
-        with poisoned_memory():
-            raw = head.project(hidden, weight, bias)
-            grad = on_a_grid(torch.randn(9, vocab, dtype=stat), 1 / 8)
-            to_hidden = head.project_backward_hidden(grad, weight)
-        into = torch.ones(vocab, 8, dtype=stat)
-        head.project_backward_weight(grad, hidden, into)
-        h, w, g = hidden.double(), weight.double(), grad.double()
-        assert torch.equal(raw.double(), h @ w.T + bias.double())
-        assert torch.equal(to_hidden.double(), g @ w)
-        assert torch.equal(into.double(), 1 + g.T @ h)
-        factor = torch.tensor(0.125, dtype=stat)
-        head.project_backward_weight(grad, hidden, into, factor=factor)
-        assert torch.equal(into.double(), 1 + 1.125 * (g.T @ h))
-        head.project_backward_weight(grad, hidden, into.fill_(torch.nan), fresh=True, factor=factor)
-        assert torch.equal(into.double(), 0.125 * (g.T @ h))
-
-    @pytest.mark.parametrize("vocab", (33, 1009, 1024))
-    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-    def test_products_keep_nan_in_its_row(self, dtype, vocab, seed):
-        """Of the gradient's rows, and of what lies around matrices that are parts of larger ones."""
-        held = torch.full((43, vocab + 3), torch.nan).to(dtype)
-        grad, hidden, weight = held[1:41, :vocab], torch.randn(40, 64).to(dtype), torch.randn(vocab, 64).to(dtype)
-        grad.copy_(torch.randn(40, vocab))
-        clean = head.project_backward_hidden(grad, weight)
-        into = torch.zeros(vocab, 64)
-        head.project_backward_weight(grad, hidden, into)
-        assert clean.isfinite().all() and into.isfinite().all()
-        grad[4] = torch.nan
-        found = head.project_backward_hidden(grad, weight)
-        assert found[4].isnan().all()
-        others = torch.arange(40) != 4
-        torch.testing.assert_close(found[others], clean[others])
 
 
 class TestAutocast:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence, linear_token_loss
-from mmrpt_kernels.common import head
-from mmrpt_kernels.divergence import api
+from mmrpt_kernels.divergence import operator as divergence_operator
+from mmrpt_kernels.lm_head import gemm
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import operator
 from mmrpt_kernels.policy_loss import operator as loss_operator
 from mmrpt_kernels.policy_loss.options import PolicyOptions
@@ -27,39 +28,39 @@ def leaves(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).mul_(0.5).requires_grad_() for shape in shapes]
 
 
-def logprobs(hidden, weight, bias, **how):
-    return -linear_logprobs(hidden, weight, TARGETS, bias=bias, **how).logps.mean()
+def logprobs(hidden, weight, bias, **options):
+    return -linear_logprobs(hidden, weight, TARGETS, bias=bias, **options).logps.mean()
 
 
-def policy_loss(hidden, weight, bias, **how):
+def policy_loss(hidden, weight, bias, **options):
     every = torch.ones(1, ROWS, dtype=torch.bool)
     shaped = (hidden[None], weight, TARGETS[None], torch.ones(1))
-    return linear_policy_loss(*shaped, bias=bias, response_mask=every, **how).loss
+    return linear_policy_loss(*shaped, bias=bias, response_mask=every, **options).loss
 
 
-def token_loss(hidden, weight, bias, **how):
-    return linear_token_loss(hidden, weight, TARGETS, lambda logps, entropy, rows: -logps / ROWS, bias=bias, **how)
+def token_loss(hidden, weight, bias, **options):
+    return linear_token_loss(hidden, weight, TARGETS, lambda logps, entropy, rows: -logps / ROWS, bias=bias, **options)
 
 
-def divergence(hidden, weight, bias, **how):
-    return linear_token_divergence(hidden, hidden.roll(1, 0), weight, bias=bias, **how).divergence.mean()
+def divergence(hidden, weight, bias, **options):
+    return linear_token_divergence(hidden, hidden.roll(1, 0), weight, bias=bias, **options).divergence.mean()
 
 
 LOSSES = (logprobs, policy_loss, token_loss, divergence)
 by_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
 
-def autocast_gradients(loss, wrt, **how) -> list[torch.Tensor]:
+def autocast_gradients(loss, wrt, **options) -> list[torch.Tensor]:
     with poisoned_memory():
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss(*wrt, **how)
+            value = loss(*wrt, **options)
         return list(torch.autograd.grad(value, wrt))
 
 
 @pytest.fixture
 def float32_products(monkeypatch):
     """As on a CPU without bfloat16 instructions: elsewhere a CPU's products of halves come rounded to bfloat16."""
-    monkeypatch.setattr(head, "_cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(gemm, "_cpu_multiplies_bfloat16", lambda: False)
 
 
 @by_loss
@@ -86,10 +87,10 @@ def test_gradients_of_master_weights_have_the_accumulators_precision(loss, float
 @pytest.mark.parametrize("chunk_size", (None, 10))
 def test_they_are_those_of_half_precision_inputs_before_rounding(loss, chunk_size, seed):
     """On any CPU: cast, and rounded by the caller, both ways give the same bits."""
-    wrt, how = leaves(seed), {"backend": "portable", "chunk_size": chunk_size}
-    found = autocast_gradients(loss, wrt, **how)
+    wrt, options = leaves(seed), {"backend": "portable", "chunk_size": chunk_size}
+    found = autocast_gradients(loss, wrt, **options)
     cast = [t.detach().bfloat16().requires_grad_() for t in wrt]
-    for one, half in zip(found, torch.autograd.grad(loss(*cast, **how), cast), strict=True):
+    for one, half in zip(found, torch.autograd.grad(loss(*cast, **options), cast), strict=True):
         assert half.dtype == torch.bfloat16
         if loss is not divergence:  # whose two views' gradients of hidden autograd adds up, in bfloat16 or in float32
             assert torch.equal(one.bfloat16(), half)
@@ -97,14 +98,16 @@ def test_they_are_those_of_half_precision_inputs_before_rounding(loss, chunk_siz
 
 @by_loss
 def test_no_cast_copy_waits_for_the_backward(loss, seed):
-    """What is saved is the caller's own head, or gradients in its dtype: nothing in the autocast dtype."""
+    """What is saved is the caller's own head, or gradients in its dtype: nothing of their shapes in the autocast dtype
+    (exponentials may be)."""
     wrt, saved = leaves(seed), []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         torch.autocast("cpu", torch.bfloat16),
     ):
         loss(*wrt, backend="portable")
-    assert saved and not any(t.dtype == torch.bfloat16 for t in saved)
+    shapes = [t.shape for t in wrt]
+    assert saved and not any(t.dtype == torch.bfloat16 and t.shape in shapes for t in saved)
 
 
 @by_loss
@@ -118,18 +121,16 @@ def test_compiled_as_eager(loss, float32_products, seed, fresh_compiler):
 
 def test_opcheck(seed):
     hidden, weight, bias = leaves(seed)
-    how = (None, -1, "portable", 0.0, None, torch.bfloat16)
-    torch.library.opcheck(operator.linear_logprobs, (hidden, weight, bias, TARGETS, 1.0, 0.0, 1.0, -100, True, *how))
+    options = (*HeadOptions(), *LoopOptions("portable", cast=torch.bfloat16))
+    torch.library.opcheck(operator.linear_logprobs, (hidden, weight, bias, TARGETS, -100, True, *options))
     detached, ones = (hidden.detach(), weight.detach(), bias.detach()), torch.ones(ROWS)
-    backward = (*detached, TARGETS, ones, ones, [1.0, 0.0, 1.0], -100, [True] * 3, *how)
+    backward = (*detached, TARGETS, ones, ones, -100, [True] * 3, *options)
     torch.library.opcheck(operator.linear_logprobs_backward, backward)
-    shaped, every = TARGETS[None], torch.ones(1, ROWS, dtype=torch.bool)
-    constants = (shaped, every, every, torch.ones(1, ROWS), None, None, None, torch.ones(1, ROWS))
-    settings = PolicyOptions()._asdict() | head.HeadOptions()._asdict()
-    settings |= {"see_all": True, "need": [True] * 3, "chunk_size": None, "most": -1, "rows": "portable"}
-    settings |= {"skip_below": 0.0, "cast": torch.bfloat16}
+    every = torch.ones(ROWS, dtype=torch.bool)
+    constants = (TARGETS[None], every, every, ones, None, None, None, ones, True, [True] * 3)
+    policy = (*options[:3], *PolicyOptions(), *options[3:])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     leading = (hidden[None].detach().requires_grad_(), weight, bias)
-    torch.library.opcheck(loss_operator.linear_policy_loss, (*leading, *constants), settings, test_utils=tests)
+    torch.library.opcheck(loss_operator.linear_policy_loss, (*leading, *constants, *policy), test_utils=tests)
     views = (hidden, hidden.detach().roll(1, 0), weight, None, bias, TARGETS)
-    torch.library.opcheck(api._operator, (*views, "kl,js", 1.0, 0.0, 1.0, None, "portable", None, torch.bfloat16))
+    torch.library.opcheck(divergence_operator.linear_token_divergence, (*views, "kl,js", *options))

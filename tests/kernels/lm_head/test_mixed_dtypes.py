@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmrpt_kernels import linear_logprobs
-from mmrpt_kernels.common import head
+from mmrpt_kernels.lm_head import gemm
 
 ROWS, WIDTH, VOCAB = 40, 24, 56
 EPS = torch.finfo(torch.float32).eps
@@ -38,24 +38,24 @@ def test_nothing_is_rounded_to_the_narrower_dtype(of_hidden, of_weight, seed):
 
 @pytest.mark.parametrize(("of_hidden", "of_weight"), [*PAIRS, (FLOAT, FLOAT), HALVES[:1] * 2], ids=str)
 def test_a_gpu_says_once_that_it_is_slow(of_hidden, of_weight, monkeypatch):
-    monkeypatch.setattr(head, "_vocab_blocks", lambda *_: ())  # a torch for CPUs cannot slice fake tensors of a GPU
-    head._warn_of_mixed_dtypes.cache_clear()
+    monkeypatch.setattr(gemm, "_vocab_blocks", lambda *_: ())  # a torch for CPUs cannot slice fake tensors of a GPU
+    gemm._warn_of_mixed_dtypes.cache_clear()
     with FakeTensorMode(), warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         hidden = torch.empty(ROWS, WIDTH, dtype=of_hidden, device="cuda")
         weight = torch.empty(VOCAB, WIDTH, dtype=of_weight, device="cuda")
         for _ in range(2):
-            logits = head.project(hidden, weight, None)
+            logits = gemm.logits(hidden, weight)
     assert logits.dtype == FLOAT
     said = [str(one.message) for one in seen if "lm head" in str(one.message)]
     assert len(said) == (of_hidden != of_weight)
     assert all(f"hidden states in {of_hidden} with a weight in {of_weight}" in text for text in said)
-    head._warn_of_mixed_dtypes.cache_clear()
+    gemm._warn_of_mixed_dtypes.cache_clear()
 
 
 def test_a_cpu_says_nothing():
     """There products of halves are made in float32 too."""
-    head._warn_of_mixed_dtypes.cache_clear()
+    gemm._warn_of_mixed_dtypes.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        head.project(torch.randn(3, 8), torch.randn(5, 8).bfloat16(), None)
+        gemm.logits(torch.randn(3, 8), torch.randn(5, 8).bfloat16())

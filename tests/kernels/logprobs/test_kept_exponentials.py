@@ -1,0 +1,194 @@
+"""The exponentials that `linear_logprobs` keeps for its backward: the same gradients for one product less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mmrpt_kernels.lm_head import gemm
+from mmrpt_kernels.logprobs import fused, linear_logprobs
+from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, kept_words, poisoned_memory
+
+PLAIN = HeadCase("plain", 23, 16, 101, chunk_size=5)
+RICH = PLAIN._replace(name="rich", bias=True, temperature=0.7, softcap=5.0, logit_scale=1.7)
+SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
+SLOPES = torch.linspace(-2.0, 3.0, 23).masked_fill(torch.arange(23) % 3 == 0, 0.0)
+
+
+@pytest.fixture(params=(True, False), ids=("half_products", "single_products"))
+def multiplies(request, monkeypatch) -> None:
+    """As on a CPU with instructions for bfloat16 products, whose matrix is bfloat16, and as on one without."""
+    monkeypatch.setattr(gemm, "_cpu_multiplies_bfloat16", lambda: request.param)
+
+
+class Products:
+    """How many logits were made, and how many rows of the matrix went into d hidden and d weight, since `clear`."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.clear()
+
+        def counted(name: str) -> None:
+            real = getattr(gemm, name)
+
+            def product(first, *rest, **options):
+                setattr(self, name, getattr(self, name) + first.shape[0])
+                return real(first, *rest, **options)
+
+            monkeypatch.setattr(gemm, name, product)
+
+        for name in ("logits", "d_hidden", "add_d_weight"):
+            counted(name)
+
+    def clear(self) -> None:
+        self.logits = self.d_hidden = self.add_d_weight = 0
+
+    def seen(self) -> tuple[int, int, int]:
+        found = self.logits, self.d_hidden, self.add_d_weight
+        self.clear()
+        return found
+
+
+@pytest.fixture
+def products(monkeypatch) -> Products:
+    return Products(monkeypatch)
+
+
+def draw(case: HeadCase, seed: int, dtype=SINGLE, wide: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """hidden, weight and bias where there is one, as leaves; targets."""
+    made = head_inputs(case, dtype=dtype, seed=seed)
+    tensors = [made[name] for name in ("hidden", "weight", "bias") if made[name] is not None]
+    return [(t.double() if wide else t).requires_grad_() for t in tensors], made["targets"]
+
+
+def call(leaves: list[torch.Tensor], targets: torch.Tensor, case: HeadCase, **options):
+    head = {name: getattr(case, name) for name in ("temperature", "softcap", "logit_scale", "chunk_size")}
+    bias = leaves[2] if len(leaves) > 2 else None
+    return linear_logprobs(leaves[0], leaves[1], targets, bias=bias, **(head | options))
+
+
+def gradients(case: HeadCase, seed: int, dtype=SINGLE, wide: bool = False, **options) -> list[torch.Tensor]:
+    leaves, targets = draw(case, seed, dtype, wide)
+    with poisoned_memory():
+        logps = call(leaves, targets, case, **options).logps
+        return [logps.detach(), *torch.autograd.grad((logps * SLOPES).sum(), leaves)]
+
+
+@pytest.mark.parametrize("entropy", (False, True), ids=("logps", "entropy"))
+@pytest.mark.parametrize("dtype", (HALF, SINGLE, DOUBLE), ids=str)
+@pytest.mark.parametrize("case", (PLAIN, RICH), ids=lambda case: case.name)
+def test_gradients_are_those_of_recomputed_logits(case, dtype, entropy, multiplies, monkeypatch, seed):
+    """By the error rule, recomputing is the yardstick: each is a sum over rows in an order of its own."""
+    kept = gradients(case, seed, dtype, return_entropy=entropy)
+    monkeypatch.setattr(fused, "KEPT_BYTES", {})
+    recomputed = gradients(case, seed, dtype, return_entropy=entropy)
+    truth = gradients(case, seed, dtype, wide=True, backend="reference")
+    for place, (one, other, true) in enumerate(zip(kept, recomputed, truth, strict=True)):
+        rule = {"dtype": max(dtype, SINGLE, key=lambda d: d.itemsize), "floor": 10.0} if place == 0 else {}
+        assert_close_to_truth(one, other, true, name=f"{case.name} {place}", **rule)
+
+
+@pytest.mark.parametrize("entropy", (False, True), ids=("logps", "entropy"))
+def test_three_products_and_none_for_rows_without_a_gradient(entropy, products, seed):
+    leaves, targets = draw(PLAIN, seed)
+    counted = int((targets != -100).sum())
+    found = call(leaves, targets, PLAIN, return_entropy=entropy)
+    assert products.seen() == (counted, 0, 0)
+    (found.logps * SLOPES).sum().backward()
+    active = int(((SLOPES != 0) & (targets != -100)).sum())
+    assert 0 < active < counted and products.seen() == (0, active, active)
+    assert torch.equal(leaves[0].grad.any(-1), (SLOPES != 0) & (targets != -100))
+
+
+def test_an_entropy_with_a_gradient_recomputes(products, monkeypatch, seed):
+    grads = []
+    for budget in (fused.KEPT_BYTES, {}):
+        monkeypatch.setattr(fused, "KEPT_BYTES", budget)
+        leaves, targets = draw(RICH, seed)
+        found = call(leaves, targets, RICH, return_entropy=True)
+        products.clear()
+        grads.append(torch.autograd.grad((found.logps * SLOPES).sum() + found.entropy.sum(), leaves))
+        assert products.seen()[0] == int((targets != -100).sum())
+    torch.testing.assert_close(*grads)
+
+
+def kept_rows(dtype=SINGLE, **options) -> int:
+    """Rows whose exponentials wait for the backward; 0: none do."""
+    saved, (leaves, targets) = [], draw(PLAIN, 0, dtype)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks:
+        call(leaves, targets, PLAIN, **options)
+    return sum(t.shape[0] for t in saved if t.dim() == 2 and t.shape[1] == PLAIN.vocab)
+
+
+def test_when_they_are_kept(monkeypatch, seed):
+    """Within the budget, for rows that count, and not where another route makes the gradient."""
+    counted = int((draw(PLAIN, 0)[1] != -100).sum())
+    for options in ({}, {"return_entropy": True}, {"dtype": HALF}, {"dtype": DOUBLE}):
+        assert kept_rows(**options) == counted, options
+    for options in ({"compact": False}, {"skip_below": 0.01}):
+        assert kept_rows(**options) == 0, options
+    monkeypatch.setattr(fused, "matrix_dtype", lambda *_: torch.float16)  # as on a GPU: its range lacks exponentials
+    assert kept_rows(dtype=torch.float16) == 0
+
+
+def test_the_budget_counts_the_matrix_in_its_dtype(multiplies, monkeypatch, seed):
+    counted = int((draw(PLAIN, 0)[1] != -100).sum())
+    for dtype in (SINGLE, HALF):
+        small = dtype == HALF and gemm._cpu_multiplies_bfloat16()
+        size = counted * PLAIN.vocab * (2 if small else 4)
+        for budget, rows in ((size, counted), (size - 1, 0)):
+            monkeypatch.setattr(fused, "KEPT_BYTES", {"cpu": budget})
+            assert kept_rows(dtype=dtype) == rows
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr(fused, "_keep_exponentials", lambda *_: pytest.fail("kept"))
+    leaves, targets = draw(PLAIN, 0)
+    with torch.no_grad():
+        call(leaves, targets, PLAIN)
+    call([t.detach() for t in leaves], targets, PLAIN)
+    assert not call([t.detach() for t in leaves], targets, PLAIN).logps.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_checkpoints(reentrant, products, seed):
+    """The forward that is thrown away keeps nothing; the one that is run again does, for the backward that follows."""
+    leaves, targets = draw(PLAIN, seed)
+    expected = torch.autograd.grad((call(leaves, targets, PLAIN).logps * SLOPES).sum(), leaves)
+    counted = int((targets != -100).sum())
+    products.clear()
+    logps = checkpoint(lambda *given: call(list(given), targets, PLAIN).logps, *leaves, use_reentrant=reentrant)
+    assert products.seen() == (counted, 0, 0)
+    (logps * SLOPES).sum().backward()
+    assert products.seen()[0] == counted
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+
+
+def test_a_graph_that_is_kept_gives_the_same_again(seed):
+    leaves, targets = draw(RICH, seed)
+    total = (call(leaves, targets, RICH).logps * SLOPES).sum()
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(first, torch.autograd.grad(total, leaves), strict=True))
+
+
+def test_a_row_of_nan_spoils_its_own_d_hidden_or_nothing(seed):
+    """With a gradient all words' gradients are NaN, as eager's; without one nothing of the row is seen."""
+    leaves, targets = draw(PLAIN._replace(ignored="none"), seed)
+    with torch.no_grad():
+        leaves[0][4] = torch.nan
+    others = torch.arange(23) != 4
+    for spoilt in (False, True):
+        logps = call(leaves, targets, PLAIN).logps
+        d_hidden, d_weight = torch.autograd.grad(torch.where(others | spoilt, logps, 0.0).sum(), leaves)
+        assert d_hidden[others].isfinite().all()
+        assert d_hidden[4].isnan().all() if spoilt else (d_hidden[4] == 0).all()
+        assert d_weight.isnan().all() if spoilt else d_weight.isfinite().all()
+
+
+def test_words_are_left_out_by_recomputing(products, seed):
+    """skip_below counts the words of a chunk's gradient, which only the backward knows."""
+    leaves, targets = draw(PLAIN, seed)
+    with kept_words() as seen:
+        call(leaves, targets, PLAIN, skip_below=0.01).logps.sum().backward()
+    assert seen and products.seen()[0] == 2 * int((targets != -100).sum())
