@@ -82,7 +82,8 @@ def train_on_groups(
     """One optimiser step. Perception statistics run over all groups; micro-batches only bound the memory.
 
     Every `rl.statistics_every` steps the metrics cover all response tokens; in between, those alone that need no
-    log-prob of a token without gradient. With `captions`, their supervised loss times `rl.caption_weight` is part of the step.
+    log-prob of a token without gradient. With `captions`, their supervised loss times `rl.caption_weight` is part of
+    the step.
     """
     groups = list(groups)
     n = len(groups[0].responses)

@@ -56,7 +56,8 @@ class Projection(NamedTuple):
 
     def gather(self, selection: RowSelection) -> torch.Tensor:
         """(views, n, H); padding rows are 0: 0 * NaN would reach d weight."""
-        hidden = torch.stack([hidden[selection.rows] for hidden in self.hiddens])
+        views = [hidden[selection.rows] for hidden in self.hiddens]
+        hidden = torch.stack(views) if len(views) > 1 else views[0][None]
         return hidden if selection.valid is None else hidden.masked_fill_(~selection.valid[:, None], 0.0)
 
     def new_matrix(self, rows: int) -> torch.Tensor | None:
@@ -162,58 +163,66 @@ class TokenValues:
         return tuple(rows.masked(slope) for slope in slopes)
 
 
-class OneSweep:
-    """Losses of log-probabilities alone: the logits become exponentials, which are their gradient up to a factor."""
+class SoftmaxSweep:
+    """What both ways to read a softmax have in common: the rows of `selection` in one view of a head."""
 
-    def __init__(self, head: Head, backend: str, values: TokenValues) -> None:
+    def __init__(self, head: Head, backend: str, values: TokenValues, selection: RowSelection) -> None:
         self.head, self.kernels, self.values = head, row_kernels(backend), values
         self.bias = None if head.bias is None else head.bias.to(values.logps.dtype)
-        self.sums: list[Exponentials] = []
+        self.targets = selection.masked(values.targets[selection.rows])  # (n,), words of this rank's part
+        if head.shard is not None:
+            self.targets = self.targets - head.shard.start
+
+    def arguments(self, part: RowSelection) -> tuple:
+        """bias, targets (n,), options and want_entropy, as row kernels take them."""
+        targets = self.targets[part.start : part.start + len(part)]
+        return self.bias, targets, self.head.options, self.values.want_entropy
+
+
+class OneSweep(SoftmaxSweep):
+    """Losses of log-probabilities alone: the logits become exponentials, which are their gradient up to a factor."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.sums: list[Exponentials] = []  # of the parts of a tall chunk
+        self.total = None  # (n,) of the last tall chunk, what its matrix is divided by
 
     def read(self, part: RowSelection, logits: list[torch.Tensor], out: list[torch.Tensor]) -> None:
-        targets, options = part.masked(self.values.targets[part.rows]), self.head.options
-        want_entropy = self.values.want_entropy
-        self.sums.append(self.kernels.exponentials(logits[0], self.bias, targets, options, want_entropy, out[0]))
+        self.sums.append(self.kernels.exponentials(logits[0], *self.arguments(part), out[0]))
 
     def finish(self, tall: RowSelection) -> torch.Tensor | None:
         sums = Exponentials(*(torch.cat(columns) for columns in zip(*self.sums, strict=True)))
         self.sums.clear()
-        logps, entropy, total = finish_exponentials(sums, self.head.vocab, self.values.want_entropy)
+        logps, entropy, self.total = finish_exponentials(sums, self.head.vocab, self.values.want_entropy)
         slopes = self.values.put(tall, logps, entropy)
-        self.total = total
+        if slopes is None:
+            return None
         # What the total of a row with NaN is does not matter where it has no slope.
-        return None if slopes is None else torch.where(slopes[0] == 0, 0.0, slopes[0] * (-self.head.slope / total))
+        return torch.where(slopes[0] == 0, 0.0, slopes[0] * -self.head.slope / self.total)
 
 
-class TwoSweeps:
+class TwoSweeps(SoftmaxSweep):
     """Any loss, a vocabulary cut over ranks, float16: sums first, then the gradient from the loss's slopes."""
 
-    def __init__(self, head: Head, backend: str, values: TokenValues, keep_logits: bool) -> None:
-        self.head, self.kernels, self.values, self.keep_logits = head, row_kernels(backend), values, keep_logits
-        self.bias = None if head.bias is None else head.bias.to(values.logps.dtype)
-        self.factors: list[torch.Tensor] = []
+    def __init__(self, *arguments, keep_logits: bool) -> None:
+        super().__init__(*arguments)
+        self.keep_logits = keep_logits
+        self.factors: list[torch.Tensor] = []  # of the parts of a tall chunk
 
     def read(self, part: RowSelection, logits: list[torch.Tensor], out: list[torch.Tensor | None]) -> None:
-        head, values = self.head, self.values
-        targets = part.masked(values.targets[part.rows])
-        if head.shard is not None:
-            targets = targets - head.shard.start
-        partials, state = self.kernels.statistics(
-            logits[0], self.bias, targets, head.options, values.want_entropy, self.keep_logits
-        )
+        head, (bias, targets, options, want_entropy) = self.head, self.arguments(part)
+        partials, state = self.kernels.statistics(logits[0], bias, targets, options, want_entropy, self.keep_logits)
         if head.shard is not None:
             partials = merge_partials(partials, head.shard)
-        logps, entropy, softmax = finish_partials(partials, head.vocab, values.want_entropy)
-        slopes = values.put(part, logps, entropy)
+        logps, entropy, softmax = finish_partials(partials, head.vocab, want_entropy)
+        slopes = self.values.put(part, logps, entropy)
         if out[0] is None:
             return
         if out[0].dtype == torch.float16:
-            slopes, factor = unit_slopes(slopes, head.vocab, head.options)
+            slopes, factor = unit_slopes(slopes, head.vocab, options)
         else:
-            factor = has_slope(slopes).to(
-                logps.dtype
-            )  # rows without one give nothing, whatever their hidden states are
-        self.kernels.gradient(state, self.bias, targets, head.options, softmax, slopes, out[0])
+            factor = has_slope(slopes).to(logps.dtype)  # others give nothing, whatever their hidden states are
+        self.kernels.gradient(state, bias, targets, options, softmax, slopes, out[0])
         self.factors.append(factor)
 
     def finish(self, tall: RowSelection) -> torch.Tensor | None:
@@ -247,10 +256,10 @@ def softmax_loop(
     learns = gradients is not None and gradients.wanted()
     dtype = matrix_dtype(hidden, head, options.backend) if learns else None
     if learns and not (entropy_learns or head.shard is not None or dtype == torch.float16):
-        sweep = OneSweep(head, options.backend, values)
+        sweep = OneSweep(head, options.backend, values, selection)
     else:
         keep_logits = learns and (entropy_learns or head.options.softcap > 0.0)
-        sweep = TwoSweeps(head, options.backend, values, keep_logits)
+        sweep = TwoSweeps(head, options.backend, values, selection, keep_logits=keep_logits)
     projection = Projection((hidden,), head, gradients if learns else None, dtype)
     size = chunk_rows(
         len(selection),

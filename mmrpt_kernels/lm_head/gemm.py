@@ -170,7 +170,7 @@ def scaled_rows(
     if dtype == torch.float16:
         rest = factor.abs().amax()
         factor = torch.where(factor == 0, 0.0, factor / rest)
-    scaled = (hidden.to(factor.dtype) * factor[:, None]).masked_fill_((factor == 0)[:, None], 0.0)
+    scaled = (hidden * factor[:, None]).masked_fill_((factor == 0)[:, None], 0.0)
     return scaled.to(dtype), rest
 
 

@@ -20,13 +20,15 @@ class RowSelection:
 
     rows: torch.Tensor  # (n,) int64
     valid: torch.Tensor | None  # (n,) bool, False: padding, which has results 0 and gives no gradient; None: all valid
+    start: int = 0  # where they stand in the selection that they are a part of
 
     def __len__(self) -> int:
         return self.rows.shape[0]
 
     def slice(self, start: int, stop: int) -> RowSelection:
         """The rows from `start` up to `stop`."""
-        return RowSelection(self.rows[start:stop], None if self.valid is None else self.valid[start:stop])
+        valid = None if self.valid is None else self.valid[start:stop]
+        return RowSelection(self.rows[start:stop], valid, self.start + start)
 
     def split(self, size: int) -> Iterator[RowSelection]:
         """Runs of `size` rows, and what remains."""

@@ -85,7 +85,7 @@ def _keep_exponentials(
     fits = count * head.vocab * dtype.itemsize <= KEPT_BYTES.get(hidden.device.type, 0)
     if not fits or dtype == torch.float16 or count == 0 or selection.valid is not None:
         return None
-    projection, sweep = Projection((hidden,), head, None, dtype), OneSweep(head, loop.backend, values)
+    projection, sweep = Projection((hidden,), head, None, dtype), OneSweep(head, loop.backend, values, selection)
     logits_dtype = statistics_dtype(hidden, head.weight)
     size = chunk_rows(count, head.weight, logits_dtype, dtype, chunk_size=loop.chunk_size)
     matrix = projection.new_matrix(count)

@@ -19,7 +19,7 @@ from mmrpt_kernels.policy_loss import fused, operator, reference
 from mmrpt_kernels.policy_loss.checks import check_options, gather_tokens, loss_weights
 from mmrpt_kernels.policy_loss.options import PolicyOptions
 from mmrpt_kernels.policy_loss.statistics import policy_statistics
-from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, learning_rows
+from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss
 from mmrpt_kernels.policy_loss.token_loss import DifferentiatedTokenLoss, TokenLoss, check_losses
 
 __all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_loss"]
@@ -159,6 +159,8 @@ def linear_policy_loss(
         ref_logps=ref_logps,
         sampler_weights=sampler_weights,
     )
+    weights = loss_weights(tokens.response, aggregation, normalizer, dtype)
+    token_loss = PolicyTokenLoss.of(tokens.flat(), weights.reshape(-1), options)
     name = select_backend("policy_loss", hidden, weight, bias, backend, vocab_group)
     hidden, cast = as_wide(hidden, weight, bias), autocast_dtype(hidden)
     if name == "reference":
@@ -167,17 +169,14 @@ def linear_policy_loss(
             hidden, weight, targets, bias, head, tokens, options, aggregation, normalizer, return_statistics
         )
     else:
-        weights = loss_weights(tokens.response, aggregation, normalizer, dtype)
         skipped = skip_threshold(skip_below, dtypes_of(hidden, weight, cast=cast), compact)
         loop = LoopOptions(name, chunk_size, compact, skipped, group_name(vocab_group), cast)
-        token_loss = PolicyTokenLoss(tokens.flat(), weights.reshape(-1), options)
         loss, logps, entropy = _fused((hidden, weight, bias), targets, token_loss, return_statistics, head, loop)
     if not (return_statistics or options.entropy_learns):
         entropy = None
     logps, entropy = (None if t is None else t.detach().reshape(-1) for t in (logps, entropy))
-    tokens = tokens.flat()
-    seen = tokens.response if return_statistics else learning_rows(tokens, options)
-    statistics = policy_statistics(logps, entropy, tokens, options, seen, tuple(targets.shape))
+    seen = token_loss.tokens.response if return_statistics else token_loss.learning
+    statistics = policy_statistics(logps, entropy, token_loss, seen, tuple(targets.shape))
     logps, entropy = (None if t is None else t.view(targets.shape) for t in (logps, entropy))
     return PolicyLoss(loss, logps, entropy, statistics)
 
@@ -188,9 +187,8 @@ def _fused(tensors, targets, token_loss: PolicyTokenLoss, see_all: bool, head: H
     if not torch.compiler.is_compiling():
         settings = {"token_loss": token_loss, "see_all": see_all, "need": need, "options": head, "loop": loop}
         return fused.FusedLoss.apply(*tensors, partial(fused.policy_loss, targets=targets, **settings))
-    tokens, weights, options, _ = token_loss
-    constants = (targets, *tokens, weights, see_all, list(need))
-    loss, logps, entropy, *_ = operator.linear_policy_loss(*tensors, *constants, *head, *options, *loop)
+    constants = (targets, *token_loss.tokens, token_loss.weights, see_all, list(need))
+    loss, logps, entropy, *_ = operator.linear_policy_loss(*tensors, *constants, *head, *token_loss.options, *loop)
     return loss, logps, entropy if entropy.shape == logps.shape else None
 
 

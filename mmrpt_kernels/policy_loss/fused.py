@@ -20,7 +20,7 @@ from mmrpt_kernels.lm_head.row_selection import RowSelection, select_rows, selec
 from mmrpt_kernels.lm_head.row_softmax import has_slope
 from mmrpt_kernels.logprobs.fused import GivenSlopes
 from mmrpt_kernels.policy_loss.scale_gradients import scale_saved_gradients
-from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, learning_rows, policy_rows, sequence_log_ratio
+from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, sequence_log_ratio
 from mmrpt_kernels.policy_loss.token_loss import DifferentiatedTokenLoss
 
 __all__ = ["FusedLoss", "LossAndGradients", "policy_loss", "token_loss"]
@@ -67,11 +67,11 @@ def policy_loss(
     by_sequence = policy.ratio_level == "sequence" and tokens.old_logps is not None
     entropy_learns = policy.entropy_learns
     values = TokenValues(ids, statistics_dtype(flat, head.weight, head.bias), see_all or entropy_learns, None)
-    learning = learning_rows(tokens, policy)
+    learning = token_loss.learning
     if see_all or by_sequence:
         others = tokens.response & ~learning
         if not see_all:  # the log-probs of the sequences that have a policy term
-            others &= policy_rows(tokens).view(shape).any(1, keepdim=True).expand(shape).reshape(-1)
+            others &= token_loss.policy.view(shape).any(1, keepdim=True).expand(shape).reshape(-1)
         learning, others = select_two(learning, others, loop.compact)
         check_targets(ids, others, head.vocab)
         softmax_loop(flat, head, values, others, loop)
@@ -139,9 +139,9 @@ def _prepare(
     """
     dtypes = tuple(torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(*tensors))
     hidden, weight, bias = cast_to(loop.cast, *tensors)
-    if isinstance(work, PolicyTokenLoss):
-        tokens, same = work.tokens, (work.options, same)
-        work = tokens.response + 2 * tokens.perception + 4 * policy_rows(tokens)
+    if isinstance(work, PolicyTokenLoss) and loop.vocab_group is not None:
+        same = (work.options, same)
+        work = work.tokens.response + 2 * work.tokens.perception + 4 * work.policy
     head = build_head((hidden, weight, bias), options, loop, targets, work, (need, same))
     needs = ((need[0],), *need[1:])
     return hidden, head, HeadGradients((hidden,), head, need=needs, dtypes=dtypes, skip_below=loop.skip_below)

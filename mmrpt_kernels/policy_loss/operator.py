@@ -59,7 +59,7 @@ def linear_policy_loss(
     policy = PolicyOptions(kl_coef, kl_estimator, *clips, *terms)
     loop = LoopOptions(backend, chunk_size, compact, skip_below, vocab_group, cast)
     tokens = PolicyTokens(response, perception, advantages, old_logps, ref_logps, sampler_weights)
-    token_loss = PolicyTokenLoss(tokens, loss_weights, policy)
+    token_loss = PolicyTokenLoss.of(tokens, loss_weights, policy)
     found = fused.policy_loss(hidden, weight, bias, targets, token_loss, see_all, tuple(need), options, loop)
     loss, logps, entropy, gradients = found
     return loss, logps, *(hidden.new_empty(0) if t is None else t for t in (entropy, *gradients))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO, PolicyOptions, PolicyTokens
-from mmrpt_kernels.policy_loss.surrogate import policy_rows, sequence_log_ratio
+from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO
+from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, sequence_log_ratio
 
 __all__ = ["policy_statistics"]
 
@@ -14,19 +14,19 @@ __all__ = ["policy_statistics"]
 def policy_statistics(
     logps: torch.Tensor,
     entropy: torch.Tensor | None,
-    tokens: PolicyTokens,
-    options: PolicyOptions,
+    token_loss: PolicyTokenLoss,
     rows: torch.Tensor,
     shape: tuple[int, int],
 ) -> dict[str, torch.Tensor]:
     """0-d tensors; meanings stand at `linear_policy_loss`.
 
-    logps, entropy and the tensors of `tokens`: (N,), N = B * T of `shape`. rows: (N,) bool, the tokens whose log-probs
-    are known and that means are taken over.
+    logps, entropy and the tensors of `token_loss`: (N,), N = B * T of `shape`. rows: (N,) bool, the tokens whose
+    log-probs are known and that means are taken over.
     """
-    policy, zero = policy_rows(tokens), torch.zeros_like(logps)
-    gap = level = zero
-    if tokens.old_logps is not None:
+    tokens, options, policy = token_loss.tokens, token_loss.options, token_loss.policy
+    if tokens.old_logps is None:
+        gap = level = torch.zeros_like(logps)
+    else:
         gap = level = torch.where(rows, logps - tokens.old_logps, 0.0).clamp(max=MAX_LOG_RATIO)
         if options.ratio_level == "sequence":
             level = sequence_log_ratio(logps, tokens, shape).clamp(max=MAX_LOG_RATIO)
@@ -50,12 +50,11 @@ def policy_statistics(
     values = torch.stack([value.to(logps.dtype) for value, _ in means.values()])  # (K, N)
     masks = torch.stack([mask for _, mask in means.values()])
     # What values outside a mask hold does not matter; no token: 0.
-    means = dict(zip(means, torch.where(masks, values, 0.0).sum(1) / masks.sum(1).clamp_min(1), strict=True))
-    statistics = {"tokens": tokens.response.sum().to(logps.dtype), **means}
+    counts = masks.sum(1, dtype=logps.dtype)  # of the first mask, the response: its tokens
+    found = torch.where(masks, values, 0.0).sum(1) / counts.clamp_min(1)
+    statistics = {"tokens": counts[0], **dict(zip(means, found, strict=True))}
+    largest = {"max_logp": logps, "ratio_max": ratio}
     if logps.numel() == 0:
-        return statistics | {"max_logp": zero.sum(), "ratio_max": zero.sum()}
-    largest = torch.where(rows, logps, -torch.inf).amax()
-    return statistics | {
-        "max_logp": torch.where(largest == -torch.inf, 0.0, largest),
-        "ratio_max": torch.where(rows, ratio, 0.0).amax(),
-    }
+        return statistics | dict.fromkeys(largest, counts[0])
+    found = torch.where(rows, torch.stack(list(largest.values())), -torch.inf).amax(1)
+    return statistics | dict(zip(largest, torch.where(found == -torch.inf, 0.0, found), strict=True))

@@ -21,13 +21,14 @@ def policy_rows(tokens: PolicyTokens) -> torch.Tensor:
     return rows if tokens.sampler_weights is None else rows & (tokens.sampler_weights != 0)
 
 
-def learning_rows(tokens: PolicyTokens, options: PolicyOptions) -> torch.Tensor:
-    """bool, as the tensors of `tokens`: where the loss can be other than zero, known before any logit is."""
+def learning_rows(tokens: PolicyTokens, options: PolicyOptions, policy: torch.Tensor) -> torch.Tensor:
+    """bool, as the tensors of `tokens`: where the loss can be other than zero, known before any logit is. policy:
+    `policy_rows`."""
     if options.kl_coef != 0.0:
         return tokens.response
     if options.entropy_coef != 0.0:
         return tokens.response if options.entropy_scope == "response" else tokens.response & tokens.perception
-    return policy_rows(tokens)
+    return policy
 
 
 def sequence_log_ratio(logps: torch.Tensor, tokens: PolicyTokens, shape: tuple[int, int]) -> torch.Tensor:
@@ -43,20 +44,29 @@ class PolicyTokenLoss(NamedTuple):
     tokens: PolicyTokens  # (N,) each
     weights: torch.Tensor  # (N,) what a token's loss is multiplied by in the aggregate
     options: PolicyOptions
+    policy: torch.Tensor  # (N,) `policy_rows`
+    learning: torch.Tensor  # (N,) `learning_rows`
     sequence_ratio: torch.Tensor | None = None  # (N,) `sequence_log_ratio`; None: ratios of single tokens
 
+    @classmethod
+    def of(cls, tokens: PolicyTokens, weights: torch.Tensor, options: PolicyOptions) -> PolicyTokenLoss:
+        policy = policy_rows(tokens)
+        return cls(tokens, weights, options, policy, learning_rows(tokens, options, policy))
+
     def __call__(self, logps: torch.Tensor, entropy: torch.Tensor | None, rows: torch.Tensor):
-        tokens, ratio = self.tokens.at(rows), None if self.sequence_ratio is None else self.sequence_ratio[rows]
-        weights = torch.where(learning_rows(tokens, self.options), self.weights[rows], 0.0)
-        found = token_losses(logps, entropy, tokens, self.options, ratio)
+        learning, weights = self.learning[rows], self.weights[rows]
+        policy = learning if self.policy is self.learning else self.policy[rows]
+        ratio = None if self.sequence_ratio is None else self.sequence_ratio[rows]
+        found = token_losses(logps, entropy, self.tokens.at(rows), policy, self.options, ratio)
         # Not 0 * NaN from a row that only statistics look at.
-        return tuple(None if t is None else torch.where(weights == 0, 0.0, t * weights) for t in found)
+        return tuple(None if t is None else torch.where(learning, t * weights, 0.0) for t in found)
 
 
 def token_losses(
     logps: torch.Tensor,
     entropy: torch.Tensor | None,
     tokens: PolicyTokens,
+    policy: torch.Tensor,
     options: PolicyOptions,
     sequence_ratio: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -64,10 +74,9 @@ def token_losses(
 
     Args:
         logps: (n,). entropy: (n,), read only for an exact entropy term.
-        tokens: entries at the same n rows, all inside the response.
+        tokens: entries at the same n rows, all inside the response. policy: their `policy_rows`.
         sequence_ratio: (n,) at these rows. Its gradient is each token's own (GSPO-token's stop-gradient form).
     """
-    policy = policy_rows(tokens)
     advantages = torch.where(policy, tokens.advantages, 0.0)
     if tokens.old_logps is None:
         log_ratio = torch.zeros_like(logps)
@@ -96,8 +105,8 @@ def clipped_surrogate(
     logps: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """min(r A, clip(r) A), for A < 0 at least dual_clip * A, and its derivative by the log-ratio. Args (n,)."""
-    saturated = log_ratio > MAX_LOG_RATIO  # not a clamp: a NaN's gradient stays NaN and is seen
-    ratio = torch.where(saturated, MAX_LOG_RATIO, log_ratio).exp()
+    saturated = log_ratio > MAX_LOG_RATIO
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
     rises = advantages > 0
     # The minimum takes the clipped branch above for A > 0 and below for A < 0, and nowhere else.
@@ -116,7 +125,7 @@ def cispo_surrogate(
     logps: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped ratio, a constant, times A logp, whose derivative by logp no clip takes away. Args (n,)."""
-    ratio = torch.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio).exp()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     slope = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high) * advantages
     return slope * logps, slope
 

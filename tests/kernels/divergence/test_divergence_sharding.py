@@ -20,6 +20,7 @@ from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import TABLE
 from mmrpt_kernels.divergence.api import KINDS
 from mmrpt_kernels.lm_head import chunk_sizes
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, on_a_grid
 from tests.kernels.lm_head import test_vocab_sharding
 from tests.kernels.lm_head.test_vocab_sharding import TALL, WORLDS, D, Part, graded, joined, message_of
@@ -231,7 +232,8 @@ def opchecks(part: Part) -> None:
     made, targets, _ = inputs(RICH, part)
     leaves = [made[name].detach() for name in ("hidden", "hidden_q", "weight")]
     tensors = (*leaves, None, made["bias"].detach(), targets)
-    settings = ("kl,js,k3", *HeadOptions(0.8, 4.0, 1.3), *LoopOptions("portable", 4, vocab_group=part.group.group_name))
+    loop = LoopOptions("portable", 4, vocab_group=part.group.group_name)
+    settings = ("kl,js,k3", *HeadOptions(0.8, 4.0, 1.3), *loop)
     operators, tests = torch.ops.mmrpt_kernels, ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.linear_token_divergence.default, (*tensors, *settings), test_utils=tests)
     grads = (torch.ones(23, 3, dtype=D), None, torch.ones(23, dtype=D), None, torch.ones(23, dtype=D))

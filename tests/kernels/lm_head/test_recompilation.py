@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence
 from mmrpt_kernels.divergence.triton import backward, forward
+
+from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence
 from mmrpt_kernels.lm_head import row_softmax_triton
 from mmrpt_kernels.testing.aot import recorded_launches
 

@@ -16,7 +16,7 @@ from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import linear_logprobs
 from mmrpt_kernels.policy_loss import fused, linear_policy_loss, linear_token_loss, operator, reference
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
-from mmrpt_kernels.policy_loss.surrogate import token_losses
+from mmrpt_kernels.policy_loss.surrogate import policy_rows, token_losses
 from mmrpt_kernels.testing import (
     HEAD_CASES,
     HeadCase,
@@ -207,7 +207,8 @@ class TestSurrogate:
             mask = torch.ones(len(grid), dtype=torch.bool)
             tokens = PolicyTokens(mask, mask & perception, advantages, -2.0 - log_ratio, -2.0 + log_ratio, None)
             options = PolicyOptions(0.3, estimator, 0.2, 0.28, dual_clip, 0.1, "response", "exact")
-            found = token_losses(torch.full_like(log_ratio, -2.0), torch.full_like(log_ratio, 1.5), tokens, options)
+            given = torch.full_like(log_ratio, -2.0), torch.full_like(log_ratio, 1.5), tokens
+            found = token_losses(*given, policy_rows(tokens), options)
             logps = torch.full_like(log_ratio, -2.0).requires_grad_()
             entropy = torch.full_like(log_ratio, 1.5).requires_grad_()
             losses = reference.loss_per_token(logps[:, None], entropy[:, None], columns(tokens), options)[:, 0]
@@ -221,7 +222,7 @@ class TestSurrogate:
         mask = torch.ones(3, dtype=torch.bool)
         for advantage in (-50.0, 50.0):
             tokens = PolicyTokens(mask, mask, torch.full((3,), advantage), -log_ratio, log_ratio, None)
-            found = token_losses(torch.zeros(3), None, tokens, PolicyOptions(kl_coef=1.0))
+            found = token_losses(torch.zeros(3), None, tokens, mask, PolicyOptions(kl_coef=1.0))
             assert found[0].isfinite().all() and found[1].isfinite().all()
 
 
