@@ -71,7 +71,7 @@ class SparseColumns(NamedTuple):
         into.index_add_(0, self.kept, grads)
         if self.whole.shape[0]:
             gemm.add_d_weight(self.whole_grad, rows[self.whole], into, factor=rest)
-        return self.rest @ hidden.to(self.rest.dtype)
+        return self.rest @ hidden.to(self.rest.dtype).masked_fill((self.factor == 0)[:, None], 0.0)
 
 
 def skip_threshold(skip_below: float | str | None, dtypes: tuple[torch.dtype, ...], compact: bool) -> float:

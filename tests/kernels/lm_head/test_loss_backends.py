@@ -12,16 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels.common.head import HeadOptions
-from mmrpt_kernels.logprobs.gradients import Head
-from mmrpt_kernels.logprobs.places import COUNTED, split
-from mmrpt_kernels.policy_loss.visits import LossStream
-
 from mmrpt_kernels import backends
-from mmrpt_kernels.logprobs import linear_logprobs, places
-from mmrpt_kernels.logprobs.api import load_rows
-from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss, operator
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
+from mmrpt_kernels.lm_head.row_softmax import row_kernels
+from mmrpt_kernels.logprobs import fused as logprobs_fused
+from mmrpt_kernels.logprobs import linear_logprobs
+from mmrpt_kernels.policy_loss import fused, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
+from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss
 from mmrpt_kernels.testing import (
     HEAD_CASES,
     HeadCase,
@@ -44,7 +42,6 @@ VARIANTS = {
     "cispo": {"old": True, "surrogate": "cispo", "normalizer": 30.0},
     "on_policy": {"old": False, "entropy_coef": 0.05, "entropy_scope": "kept"},
     "not_compacted": {"old": True, "kl_coef": 0.1, "entropy_coef": 0.05, "compact": False},
-    "known_count": {"old": True, "compact": 22},
 }
 
 
@@ -128,6 +125,7 @@ def learn(
             old_logps=own + 0.4 * (drawn(*shape) - 0.5) if old else None,
             ref_logps=own + drawn(*shape) - 0.5,
             bias=made["bias"],
+            return_statistics=True,
             backend=backend,
             **head_options(case),
             **options,
@@ -254,16 +252,14 @@ def test_gradients_of_one_chunk_and_of_many(chunk_size, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compact", (False, 22), ids=str)
-def test_a_step_is_captured_in_a_cuda_graph(compact, seed):
+def test_a_step_is_captured_in_a_cuda_graph(seed):
     """Nothing waits that need not count: the captured step gives the eager step's numbers for new values too."""
     made = leaves(PLAIN._replace(ignored="none"), seed, torch.bfloat16, False)
     wrt, targets = (made["hidden"], made["weight"]), made["targets"].view(4, -1)
     response, advantages = torch.rand(targets.shape, device=DEVICE) < 0.7, torch.randn(4, device=DEVICE)
-    response[0, :2] = False  # 24 tokens, of which 22 are left at most
     old = torch.randn(targets.shape, device=DEVICE) - 6.0
 
-    def step(compact: bool | int) -> tuple[torch.Tensor, ...]:
+    def step(compact: bool) -> tuple[torch.Tensor, ...]:
         hidden = wrt[0].view(*targets.shape, -1)
         out = linear_policy_loss(
             hidden, wrt[1], targets, advantages, response_mask=response, old_logps=old, compact=compact
@@ -271,17 +267,17 @@ def test_a_step_is_captured_in_a_cuda_graph(compact, seed):
         return out.loss.detach(), *torch.autograd.grad(out.loss, wrt)
 
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # a mask not yet written would hold more than 22 tokens
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(compact)
+            step(False)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        captured = step(compact)
+        captured = step(False)
     with torch.no_grad():
         wrt[0].copy_(torch.randn_like(wrt[0]))
-        response[:, 2:].copy_(torch.rand(4, targets.shape[1] - 2, device=DEVICE) < 0.5)
+        response.copy_(torch.rand(targets.shape, device=DEVICE) < 0.5)
     graph.replay()
     torch.testing.assert_close(captured, step(True))
 
@@ -304,43 +300,56 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def waiting(monkeypatch) -> NoWaiting:
+    """Sees what waits on any device; checks of values, which a CPU alone makes, are left out."""
+    row_kernels("triton")
+    mode, tolist = NoWaiting(), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: mode.waits.append("tolist") or tolist(tensor))
+    for module in (fused, logprobs_fused):
+        monkeypatch.setattr(module, "check_targets", lambda *_: None)
+    return mode
+
+
+@pytest.mark.parametrize("see_all", (False, True), ids=("learning", "see_all"))
 @pytest.mark.parametrize(
     ("options", "compacted"),
     [
         (PolicyOptions(kl_coef=0.1, entropy_coef=0.1), 1),
+        (PolicyOptions(), 1),
         (PolicyOptions(ratio_level="sequence"), 2),
     ],
-    ids=("token", "sequence"),
+    ids=("entropy", "one_sweep", "sequence"),
 )
-def test_how_often_the_host_waits(options, compacted, monkeypatch, seed):
-    """Once a call that counts its tokens, once more for sequence ratios; never where the caller knows, or takes all."""
-    load_rows("triton")
-    monkeypatch.setattr(operator, "check_targets", lambda *_: None)  # looks at values on a CPU alone
-    splits = []
-    monkeypatch.setattr(operator, "split", lambda *how: splits.append(how[2] == COUNTED) or split(*how))
-    monkeypatch.setattr(places, "_check_room", lambda *_: None)  # likewise
+def test_how_often_the_host_waits(options, compacted, see_all, waiting, seed):
+    """Once a call that counts its tokens, once more for sequence ratios; never where it takes all."""
     made = head_inputs(PLAIN._replace(ignored="none"), device=DEVICE, seed=seed)
-    count = PLAIN.rows
+    masks = torch.rand(2, PLAIN.rows, device=DEVICE) < 0.7
+    floats = [torch.randn(PLAIN.rows, device=DEVICE) for _ in range(4)]
+    tokens = PolicyTokens(masks[0], masks[0] & masks[1], floats[0], floats[1], floats[2], None)
+    tensors, loss = (made["hidden"].view(4, 6, -1), made["weight"], None), PolicyTokenLoss(tokens, floats[3], options)
+    for compact in (True, False):
+        loop = LoopOptions("triton", chunk_size=9, compact=compact)
+        arguments = (made["targets"].view(4, 6), loss, see_all, (True, True, False), HeadOptions(), loop)
+        with torch.no_grad(), waiting:
+            fused.policy_loss(*tensors, *arguments)
+        assert len(waiting.waits) == (compacted if compact else 0), waiting.waits
+        waiting.waits.clear()
 
-    def mask() -> torch.Tensor:
-        return torch.rand(count, device=DEVICE) < 0.7
 
-    floats = [torch.randn(count, device=DEVICE) for _ in range(4)]
-    response = mask()
-    tokens = PolicyTokens(response, response & mask(), floats[0], floats[1], floats[2], None)
-    head = Head(made["weight"], None, HeadOptions())
-    for most in (COUNTED, count - 2, count):
-        fused = LossStream(
-            made["hidden"],
-            head,
-            made["targets"],
-            need=(True, True, False),
-            entropy_learns=options.entropy_coef != 0,
-            chunk_size=9,
-            rows="triton",
-        )
-        with torch.no_grad(), NoWaiting() as seen:
-            operator._visit_all(fused, tokens, options, (4, 6), floats[3], True, most)
-            fused.gradients.result()
-        assert len(seen.waits) + sum(splits) == (compacted if most == COUNTED else 0), seen.waits
-        splits.clear()
+@pytest.mark.parametrize("entropy", (False, True), ids=("logps", "entropy"))
+def test_how_often_the_host_waits_for_log_probabilities(entropy, waiting, seed):
+    """Once in each pass, to count its rows; never with compact=False."""
+    made = leaves(PLAIN, seed, torch.float32, False)
+    for compact in (True, False):
+        with waiting:
+            found = linear_logprobs(
+                *(made[n] for n in ("hidden", "weight", "targets")),
+                return_entropy=entropy,
+                chunk_size=9,
+                compact=compact,
+                backend="triton",
+            )
+            (found.logps.sum() + (found.entropy.sum() if entropy else 0.0)).backward()
+        assert len(waiting.waits) == (2 if compact else 0), waiting.waits
+        waiting.waits.clear()
