@@ -131,10 +131,10 @@ def forward(pair: Pair) -> RowValues:
     vectors = (pair.hidden_p.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, count, count))
     values = RowValues(pair.hidden_p.new_empty(count, len(pair.kinds), dtype=dtype), *vectors)
     if pair.weight_q is None:
-        projections = [Projection((pair.hidden_p, pair.hidden_q), head, None, None)]
+        projections = [Projection((pair.hidden_p, pair.hidden_q), head)]
     else:
         head_q = head._replace(weight=pair.weight_q)
-        projections = [Projection((pair.hidden_p,), head, None, None), Projection((pair.hidden_q,), head_q, None, None)]
+        projections = [Projection((pair.hidden_p,), head), Projection((pair.hidden_q,), head_q)]
     _loop(
         pair,
         head,

@@ -10,7 +10,7 @@ Runs outside autograd: its callers are custom operators and autograd functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -46,46 +46,96 @@ __all__ = [
 TokenLoss = Callable[..., tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]]
 
 
-class Projection(NamedTuple):
-    """Hidden states and the head that projects them; several of one head share its products, their rows stacked."""
+def chunk_loop(projections: Sequence[Projection], selection: RowSelection, sweep: Sweep, size: ChunkRows) -> None:
+    """Visit the rows of `selection` once: logits -> `sweep` -> matrix -> d hidden, d weight, d bias."""
+    if len(selection) == 0:
+        return
+    for projection in projections:
+        projection.allocate(len(selection), size)
+    for tall in selection.split(size.products):
+        for projection in projections:
+            projection.gather(tall)
+        for part in tall.split(size.logits):
+            logits = [view for projection in projections for view in projection.logits(part)]
+            matrix = [view for projection in projections for view in projection.matrix_rows(part)]
+            sweep.read(part, logits, matrix)
+            logits = matrix = None  # the next chunk's logits take their memory
+        factor = sweep.finish(tall)
+        for projection in projections:
+            projection.add_gradients(tall, factor, only_chunk=len(tall) == len(selection))
 
-    hiddens: tuple[torch.Tensor, ...]  # (N, H) each
-    head: Head
-    gradients: HeadGradients | None
-    matrix_dtype: torch.dtype | None  # of the logits' gradient; None: no matrix
 
-    def gather(self, selection: RowSelection) -> torch.Tensor:
-        """(views, n, H); padding rows are 0: 0 * NaN would reach d weight."""
-        views = [hidden[selection.rows] for hidden in self.hiddens]
-        hidden = torch.stack(views) if len(views) > 1 else views[0][None]
-        return hidden if selection.valid is None else hidden.masked_fill_(~selection.valid[:, None], 0.0)
+class Projection:
+    """Hidden states, the head that projects them, and a chunk's memory; several of one head share its products."""
 
-    def new_matrix(self, rows: int) -> torch.Tensor | None:
-        """(views * rows, V), uninitialised. On a GPU its rows start at multiples of 32 bytes, as tensor cores want."""
-        if self.matrix_dtype is None:
-            return None
-        weight = self.head.weight
-        vocab, padding = weight.shape[0], -weight.shape[0] % 16 if weight.is_cuda else 0
-        return weight.new_empty(len(self.hiddens) * rows, vocab + padding, dtype=self.matrix_dtype)[:, :vocab]
+    def __init__(
+        self,
+        hiddens: tuple[torch.Tensor, ...],
+        head: Head,
+        gradients: HeadGradients | None = None,
+        matrix_dtype: torch.dtype | None = None,
+    ) -> None:
+        """hiddens: (N, H) each. matrix_dtype: of the logits' gradient; None: there is none."""
+        self.hiddens, self.head, self.gradients, self.matrix_dtype = hiddens, head, gradients, matrix_dtype
+        self.views = len(hiddens)
+        self.dtype = statistics_dtype(*hiddens, head.weight)  # of the logits
+        self.matrix = self.scratch = None  # (views * rows, V) each, of a tall chunk and of one of logits
+        self.tall: RowSelection | None = None  # the rows whose hidden states are
+        self.hidden: torch.Tensor | None = None  # (views, n, H)
 
-    def shares_memory(self, size: ChunkRows) -> bool:
-        """Whether logits are made in the memory of their matrix: of one dtype, and the rows of a chunk in one piece."""
-        return self.matrix_dtype == self.logits_dtype() and (len(self.hiddens) == 1 or size.logits >= size.products)
+    def allocate(self, count: int, size: ChunkRows) -> None:
+        """Memory for chunks of up to `count` rows.
 
-    def new_logits(self, rows: int) -> torch.Tensor | None:
-        """(views * rows, V) for every chunk's logits on a CPU, where fresh memory is slow; None on a GPU."""
-        weight = self.head.weight
-        if weight.device.type != "cpu":
-            return None
-        return weight.new_empty(len(self.hiddens) * rows, weight.shape[0], dtype=self.logits_dtype())
+        Logits take the memory of their matrix where both have one dtype and stand in the same rows. Elsewhere they have
+        their own: one piece for all chunks on a CPU, where fresh memory is slow.
+        """
+        weight, rows = self.head.weight, min(size.products, count)
+        # On a GPU rows start at multiples of 32 bytes, as tensor cores want them.
+        padding = -weight.shape[0] % 16 if weight.is_cuda else 0
+        if self.matrix_dtype is not None:
+            shape = (self.views * rows, weight.shape[0] + padding)
+            self.matrix = weight.new_empty(shape, dtype=self.matrix_dtype)[:, : weight.shape[0]]
+        self.in_place = self.matrix_dtype == self.dtype and (self.views == 1 or size.logits >= rows)
+        if weight.device.type == "cpu" and not self.in_place:
+            shape = (self.views * min(size.logits, count), weight.shape[0])
+            self.scratch = weight.new_empty(shape, dtype=self.dtype)
 
-    def logits_dtype(self) -> torch.dtype:
-        return statistics_dtype(*self.hiddens, self.head.weight)
+    def gather(self, tall: RowSelection) -> None:
+        """Take the hidden states of these rows; padding rows are 0: 0 * NaN would reach d weight."""
+        views = [hidden[tall.rows] for hidden in self.hiddens]
+        self.tall, self.hidden = tall, torch.stack(views) if self.views > 1 else views[0][None]
+        if tall.valid is not None:
+            self.hidden.masked_fill_(~tall.valid[:, None], 0.0)
 
-    def logits(self, hidden: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
-        """(views * n, V) of hidden (views, n, H), in the first rows of `memory`; None: in fresh memory."""
-        hidden = hidden.flatten(0, 1)
-        return gemm.logits(hidden, self.head.weight, out=None if memory is None else memory[: hidden.shape[0]])
+    def logits(self, part: RowSelection) -> list[torch.Tensor]:
+        """(n, V) of each view."""
+        hidden = self.hidden[:, self.rows(part)].flatten(0, 1)
+        memory = self.scratch
+        if self.in_place:
+            memory = self.matrix[self.rows(part)] if self.views == 1 else self.matrix
+        out = None if memory is None else memory[: hidden.shape[0]]
+        return list(gemm.logits(hidden, self.head.weight, out=out).chunk(self.views))
+
+    def matrix_rows(self, part: RowSelection) -> list[torch.Tensor | None]:
+        """Where the gradient of each view's logits goes, (n, V) each."""
+        if self.matrix is None:
+            return [None] * self.views
+        return [view[self.rows(part)] for view in self.tall_matrix().chunk(self.views)]
+
+    def add_gradients(self, tall: RowSelection, factor: torch.Tensor | None, *, only_chunk: bool) -> None:
+        """Carry the logits' gradient, factor (n, 1) * matrix, into those of the hidden states and the head."""
+        if self.gradients is not None:
+            hidden = self.hidden.flatten(0, 1)
+            self.gradients.add(tall.rows, hidden, self.tall_matrix(), factor, only_chunk=only_chunk)
+
+    def tall_matrix(self) -> torch.Tensor:
+        """(views * n, V) of the tall chunk's rows."""
+        return self.matrix[: self.views * len(self.tall)]
+
+    def rows(self, part: RowSelection) -> slice:
+        """Where a part of the tall chunk stands in it."""
+        start = part.start - self.tall.start
+        return slice(start, start + len(part))
 
 
 class Sweep(Protocol):
@@ -96,47 +146,6 @@ class Sweep(Protocol):
 
     def finish(self, tall: RowSelection) -> torch.Tensor | None:
         """(n,) what each row's matrix is to be multiplied by, or None for 1."""
-
-
-def chunk_loop(
-    projections: Sequence[Projection],
-    selection: RowSelection,
-    sweep: Sweep,
-    size: ChunkRows,
-    *,
-    matrices: list[torch.Tensor | None] | None = None,
-) -> None:
-    """Visit the rows of `selection` once: logits -> `sweep` -> matrix -> d hidden, d weight, d bias.
-
-    matrices: (views * size.products, V) of each projection to use; None: made here.
-    """
-    if len(selection) == 0:
-        return
-    if matrices is None:
-        matrices = [p.new_matrix(min(size.products, len(selection))) for p in projections]
-    shares = [p.shares_memory(size) for p in projections]
-    short = min(size.logits, len(selection))
-    scratch = [None if shared else p.new_logits(short) for p, shared in zip(projections, shares, strict=True)]
-    for tall in selection.split(size.products):
-        hiddens = [p.gather(tall) for p in projections]
-        used = [None if m is None else m[: h.shape[0] * h.shape[1]] for m, h in zip(matrices, hiddens, strict=True)]
-        for start in range(0, len(tall), size.logits):
-            part = tall.slice(start, start + size.logits)
-            rows = slice(start, start + len(part))
-            logits, out = [], []
-            for p, hidden, matrix, memory, shared in zip(projections, hiddens, used, scratch, shares, strict=True):
-                views = len(p.hiddens)
-                # One view's rows stand together; those of several do where the chunk is the whole matrix.
-                memory = (matrix[rows] if views == 1 else matrix) if shared else memory
-                logits += p.logits(hidden[:, rows], memory).chunk(views)
-                out += [None] * views if matrix is None else [m[rows] for m in matrix.chunk(views)]
-            sweep.read(part, logits, out)
-            logits = out = None  # the next chunk's logits take their memory
-        factor = sweep.finish(tall)
-        for p, hidden, matrix in zip(projections, hiddens, used, strict=True):
-            if p.gradients is not None:
-                only = len(tall) == len(selection)
-                p.gradients.add(tall.rows, hidden.flatten(0, 1), matrix, factor, only_chunk=only)
 
 
 class TokenValues:

@@ -88,9 +88,8 @@ def _keep_exponentials(
     projection, sweep = Projection((hidden,), head, None, dtype), OneSweep(head, loop.backend, values, selection)
     logits_dtype = statistics_dtype(hidden, head.weight)
     size = chunk_rows(count, head.weight, logits_dtype, dtype, chunk_size=loop.chunk_size)
-    matrix = projection.new_matrix(count)
-    chunk_loop([projection], selection, sweep, size._replace(products=count), matrices=[matrix])
-    return Kept(selection.rows, matrix, sweep.total)
+    chunk_loop([projection], selection, sweep, size._replace(products=count))
+    return Kept(selection.rows, projection.matrix, sweep.total)
 
 
 @without_autocast
