@@ -80,6 +80,7 @@ class Projection:
         self.views = len(hiddens)
         self.dtype = statistics_dtype(*hiddens, head.weight)  # of the logits
         self.matrix = self.scratch = None  # (views * rows, V) each, of a tall chunk and of one of logits
+        self.padded_rows = 0  # that every product of logits has; 0: as many as there are
         self.tall: RowSelection | None = None  # the rows whose hidden states are
         self.hidden: torch.Tensor | None = None  # (views, n, H)
 
@@ -95,9 +96,11 @@ class Projection:
         if self.matrix_dtype is not None:
             shape = (self.views * rows, weight.shape[0] + padding)
             self.matrix = weight.new_empty(shape, dtype=self.matrix_dtype)[:, : weight.shape[0]]
-        self.in_place = self.matrix_dtype == self.dtype and (self.views == 1 or size.logits >= rows)
+        self.padded_rows = size.logits if size.padded else 0
+        together = self.views == 1 or size.logits >= rows
+        self.in_place = self.matrix_dtype == self.dtype and together and not size.padded
         if weight.device.type == "cpu" and not self.in_place:
-            shape = (self.views * min(size.logits, count), weight.shape[0])
+            shape = (self.views * max(self.padded_rows, min(size.logits, count)), weight.shape[0])
             self.scratch = weight.new_empty(shape, dtype=self.dtype)
 
     def gather(self, tall: RowSelection) -> None:
@@ -109,12 +112,16 @@ class Projection:
 
     def logits(self, part: RowSelection) -> list[torch.Tensor]:
         """(n, V) of each view."""
-        hidden = self.hidden[:, self.rows(part)].flatten(0, 1)
+        hidden = self.hidden[:, self.rows(part)]
+        if self.padded_rows:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, self.padded_rows - len(part)))
+        hidden = hidden.flatten(0, 1)
         memory = self.scratch
         if self.in_place:
             memory = self.matrix[self.rows(part)] if self.views == 1 else self.matrix
         out = None if memory is None else memory[: hidden.shape[0]]
-        return list(gemm.logits(hidden, self.head.weight, out=out).chunk(self.views))
+        views = gemm.logits(hidden, self.head.weight, out=out).chunk(self.views)
+        return [view[: len(part)] for view in views]
 
     def matrix_rows(self, part: RowSelection) -> list[torch.Tensor | None]:
         """Where the gradient of each view's logits goes, (n, V) each."""

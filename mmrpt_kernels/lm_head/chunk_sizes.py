@@ -1,12 +1,18 @@
-"""How many rows of logits the chunk loop holds at a time: memory budgets, and where taller chunks pay."""
+"""How many rows of logits the chunk loop holds at a time: memory budgets, where taller chunks pay, and the setting that
+makes all of them alike."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["GPU_BYTES", "ChunkRows", "chunk_rows"]
+__all__ = ["GPU_BYTES", "ChunkRows", "batch_invariance", "chunk_rows"]
+
+_batch_invariant = os.environ.get("MMRPT_KERNELS_BATCH_INVARIANT", "0") not in ("", "0")
 
 # What the logits and the matrix of a chunk take of a GPU's memory together.
 GPU_BYTES = 4 * 2**30
@@ -33,6 +39,24 @@ class ChunkRows(NamedTuple):
 
     logits: int
     products: int
+    padded: bool = False  # every product of logits has `logits` rows, whatever the chunk has
+
+
+@contextmanager
+def batch_invariance(enabled: bool = True) -> Iterator[None]:
+    """Inside the block a row's log-prob, entropy and divergence do not depend on the other rows of its call.
+
+    The row kernels never let them. A library's matrix product does: it chooses its tiles by its number of rows. Here
+    that number is always the same, by the head's sizes alone, and chunks are filled up with zeros: a call of few rows
+    costs the product of a whole chunk (2048 rows on a GPU). Gradients are sums over rows and stay as they are.
+    The environment variable MMRPT_KERNELS_BATCH_INVARIANT=1 does the same for a process, which threads share.
+    """
+    global _batch_invariant
+    before, _batch_invariant = _batch_invariant, enabled
+    try:
+        yield
+    finally:
+        _batch_invariant = before
 
 
 def chunk_rows(
@@ -73,11 +97,21 @@ def chunk_rows(
         elif matrix_dtype is not None:
             products = max(1, GPU_BYTES // logit_bytes)
         products = min(products, GPU_PRODUCT_ROWS // views)
+    if _batch_invariant:
+        logits = _fixed_rows(weight, vocab * logits_dtype.itemsize, views)
+        return ChunkRows(logits, max(logits, products), padded=True)
     tile = GPU_TILE if weight.is_cuda else 1
     products = _even_rows(count, products, tile)
     if matrix_dtype == logits_dtype:
         return ChunkRows(products, products)
     return ChunkRows(_even_rows(products, min(logits, products), tile), products)
+
+
+def _fixed_rows(weight: torch.Tensor, row_bytes: int, views: int) -> int:
+    """Rows of logits at a time, by the head's sizes alone."""
+    if weight.device.type == "cpu":
+        return _cpu_rows(row_bytes)
+    return max(1, min(GPU_LOGIT_ROWS // views, GPU_BYTES // 2 // (row_bytes * views)))
 
 
 def _cpu_rows(row_bytes: int) -> int:
