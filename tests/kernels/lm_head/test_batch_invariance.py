@@ -66,7 +66,7 @@ def values_of(inputs: dict, rows: list[int], backend: str, chunk_size: int | Non
 @pytest.mark.parametrize("padded", (False, True))
 def test_other_rows_change_no_bit_of_a_row(backend, padded, inputs):
     """On a CPU PyTorch may round a tensor's last elements, which fill no vector, in another way than the others: there
-    results agree to the rounding of a few exponentials and logarithms. test_row_softmax.py has the kernels' own bits."""
+    results agree to the rounding of exponentials and logarithms. test_row_softmax.py has the kernels' own bits."""
     whole = values_of(inputs, range(23), backend, None)
     for rows, chunk_size in zip(SELECTIONS, (4, None, 7, 2), strict=True):
         with batch_invariance(padded):
