@@ -39,6 +39,15 @@ def raw_to_z(raw: torch.Tensor, bias: torch.Tensor | None, options: HeadOptions)
     return transform_logits(raw if bias is None else raw.add_(bias), options, inplace=True)
 
 
+def row_sums(x: torch.Tensor) -> torch.Tensor:
+    """(n, 1) sums of x (n, V), each row's the same whatever n is.
+
+    torch splits the sum of a lone row of 32,768 and more over its threads, and adds in another order than of two rows.
+    """
+    lone = x.shape[0] == 1 and rows_at_a_time(x) > 1
+    return x.expand(2, -1).sum(-1, keepdim=True)[:1] if lone else x.sum(-1, keepdim=True)
+
+
 def words_here(targets: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """targets (n, 1) brought into [0, vocab), and whether they were there."""
     return targets.clamp(0, vocab - 1), (targets >= 0) & (targets < vocab)
@@ -75,8 +84,8 @@ def block_exponentials(
     shifted = z.sub_(base)
     finite = shifted.clamp_min(FAR_BELOW) if want_entropy else None
     exps = shifted.exp_().scatter_(-1, word, 0.0)
-    rest = exps.sum(-1, keepdim=True)
-    dots = finite.mul_(exps).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(rest)
+    rest = row_sums(exps)
+    dots = row_sums(finite.mul_(exps)) if want_entropy else torch.zeros_like(rest)
     exps.scatter_(-1, word, -rest)
     if cap_slope is not None:
         exps.mul_(cap_slope)
@@ -120,8 +129,8 @@ def block_statistics(
     # A row of -inf alone has no finite maximum to subtract: its exponentials are 0, not NaN.
     shifted = torch.sub(z, top.clamp_min(torch.finfo(z.dtype).min), out=exps)
     finite = shifted.clamp_min(FAR_BELOW) if want_entropy else None
-    total = exps.exp_().sum(-1, keepdim=True)
-    dots = finite.mul_(exps).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(total)
+    total = row_sums(exps.exp_())
+    dots = row_sums(finite.mul_(exps)) if want_entropy else torch.zeros_like(total)
     return top, total, dots, chosen
 
 

@@ -135,18 +135,15 @@ def assert_true(
     exact, eager = (truth(rows, options, slopes, wide) for wide in (torch.float64, torch.float32))
     size = max(1.0, exact["top"].abs().max().item())  # what differences of logits are known to
     # Where tanh is nearly 1, 1 - tanh^2 is known to the error of tanh^2, whatever is left: 7 eps where a tanh to 1 ulp
-    # is had back from z, by two factors and two products, and squared. Eager has its own part of that.
-    saturates = options.softcap > 0.0 and dtype == torch.float32
-    floor = slopes[0].abs().max().item() * abs(options.logit_scale / options.temperature) if saturates else 0.0
+    # is had back from z, by two factors and two products, and squared. The rule doubles its limit: 4 of them.
+    d_z = slopes[0].abs().max().item() * abs(options.logit_scale / options.temperature)
+    units = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    floors = {"gradient": (4.0 * d_z * units if options.softcap > 0.0 else 0.0, dtype)}
     assert {"logps", "gradient"} <= found.keys() & exact.keys()
     for name in found.keys() & exact.keys():
-        rule = {"floor": size, "dtype": torch.float32}
-        if name == "gradient":
-            rule = {"floor": floor, "slack": 3.0 * saturates, "dtype": dtype}
-        rule |= {
-            "name": f"{what} {name}",
-            "eager_cap": sum_cap(rows.logits.shape[1], exponents=size, dtype=rule["dtype"]),
-        }
+        floor, rounded = floors.get(name, (size, torch.float32))
+        cap = sum_cap(rows.logits.shape[1], exponents=size, dtype=rounded)
+        rule = {"name": f"{what} {name}", "dtype": rounded, "floor": floor, "eager_cap": cap}
         assert_close_to_truth(found[name].float(), eager[name], exact[name], **rule)
 
 

@@ -129,9 +129,6 @@ def test_exponentials_refuse_a_short_range(device):
         exponentials(logits, None, targets, PLAIN, True, logits.half())
 
 
-# ---- who is served ----
-
-
 def test_chosen_by_name_alone_and_refusals_say_why(monkeypatch):
     served("cpu")
     hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
@@ -146,9 +143,6 @@ def test_chosen_by_name_alone_and_refusals_say_why(monkeypatch):
     monkeypatch.setattr(backends, "build_info", lambda: {"built": False, "reason": "no such module"})
     for device in ("cpu", "cuda"):
         assert "extension not built (no such module)" in backends._why_no_extension(device)
-
-
-# ---- the machine code ----
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="NO NVCC HERE: what csrc compiles to is not checked")
@@ -168,9 +162,6 @@ def test_kernels_keep_everything_in_registers(architecture, tmp_path):
     assert max(registers) <= 64, "two blocks of 512 threads no longer fit a multiprocessor"
 
 
-# ---- what only a GPU shows ----
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_and_the_host_agree(dtype, seed):
@@ -186,7 +177,8 @@ def test_the_gpu_and_the_host_agree(dtype, seed):
         # dots are sums of two signs, of terms as large as the total's
         atol = {"rest_dots": 1e-5 * here["rest"].max().item(), "gradient": 1e-7}.get(name, 1e-9)
         rtol = rounding if value.dim() == 2 else 1e-5
-        torch.testing.assert_close(there[name].cpu().float(), value.float(), rtol=rtol, atol=atol, msg=name)
+        there[name] = there[name].cpu()
+        torch.testing.assert_close(there[name].float(), value.float(), rtol=rtol, atol=atol, msg=f"{name} differs")
     over = taken[0][0]
     sums = exponentials(over, *taken[0][1:], PLAIN, True, over)
     torch.testing.assert_close(sums.rest.cpu(), here["rest"], rtol=1e-5, atol=0)
