@@ -82,7 +82,7 @@ def test_the_tables_own_choice_asks_nobody():
 
 
 def test_unknown_names_and_missing_backends_raise(monkeypatch):
-    with pytest.raises(BackendError, match="expected one of cuda, triton, triton-fused, sdpa.mass, portable"):
+    with pytest.raises(BackendError, match="expected one of cuda, triton, sdpa.mass, portable"):
         choose(requested="fast")
     with pytest.raises(BackendError, match="has no such backend"):
         choose("perception", requested="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 
@@ -19,7 +20,8 @@ from trl.trainer import utils  # noqa: E402
 
 from mmrpt_kernels.integrations import guards, trl  # noqa: E402
 from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError  # noqa: E402
-from mmrpt_kernels.logprobs import LogProbs, stream  # noqa: E402
+from mmrpt_kernels.lm_head import gemm  # noqa: E402
+from mmrpt_kernels.logprobs import LogProbs  # noqa: E402
 from mmrpt_kernels.testing import assert_close_to_truth  # noqa: E402
 
 NAMES = ("logps", *trl.OUTPUTS)
@@ -149,32 +151,28 @@ def test_the_first_of_equal_logits_is_the_first():
     assert results[4].tolist() == [True, False, False, False]
 
 
-@pytest.fixture
-def rows_visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of logits that linear_logprobs makes, one entry a chunk."""
-    visited: list[int] = []
-
-    def counting(rows, weight, bias, **memory):
-        visited.append(rows.shape[0])
-        return project(rows, weight, bias, **memory)
-
-    project = stream.project
-    monkeypatch.setattr(stream, "project", counting)
-    return visited
-
-
-def test_rows_without_gradient_cost_nothing(rows_visited):
+def test_rows_without_gradient_cost_nothing(monkeypatch):
+    """Three rows have a gradient: the backward multiplies those three, and makes no logits again."""
     hidden, weight, _, targets = inputs(50, 17, bias=False)
     hidden.data[3] = float("nan")  # its gradient is zero: nothing of it may reach the weights
+    rows: dict[str, int] = {"logits": 0, "d_hidden": 0}
+
+    def counting(name, product, first, *rest, **options):
+        rows[name] += first.shape[0]
+        return product(first, *rest, **options)
+
     with trl.fused_head(self_check=False):
-        logps, entropy, *_ = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8, None, 1.0)
+        for name in rows:
+            monkeypatch.setattr(gemm, name, functools.partial(counting, name, getattr(gemm, name)))
+        logps, entropy, *_ = utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, 8, None, 1.0, ("entropy",)
+        )
         entropy.mean().item()  # logged, as trainers do
-        assert sum(rows_visited) == 50
-        rows_visited.clear()
+        assert rows == {"logits": 50, "d_hidden": 0}
         advantages = torch.zeros(50)
         advantages[[7, 20, 21]] = torch.tensor([1.0, -2.0, 0.5])
         (logps * advantages).sum().backward()
-    assert sum(rows_visited) == 3
+    assert rows == {"logits": 50, "d_hidden": 3}
     assert hidden.grad.isfinite().all() and hidden.grad.any(-1).nonzero().flatten().tolist() == [7, 20, 21]
     assert weight.grad.isfinite().all()
 

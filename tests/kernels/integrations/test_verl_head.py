@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from mmrpt_kernels.integrations import guards, verl
 from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError
-from mmrpt_kernels.logprobs import LogProbs, stream
+from mmrpt_kernels.lm_head.head_gradients import HeadGradients
+from mmrpt_kernels.logprobs import LogProbs
 from mmrpt_kernels.testing import assert_close_to_truth
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -116,13 +117,13 @@ def test_results_and_gradients_are_those_of_verl(modules, shape, temperature, dt
 def test_rows_without_gradient_cost_nothing(modules, monkeypatch):
     functional, _ = modules
     learnt: list[int] = []
-    add = stream.Gradients.add
+    add = HeadGradients.add
 
     def counting(self, rows, *rest, **how):
         learnt.append(len(rows))
         return add(self, rows, *rest, **how)
 
-    monkeypatch.setattr(stream.Gradients, "add", counting)
+    monkeypatch.setattr(HeadGradients, "add", counting)
     hidden, weight, ids = inputs((3, 20), 17)
     with verl.fused_head():
         logps, entropy = functional.FusedLinearForPPO().forward(hidden, weight, ids)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence, linear_token_loss
-from mmrpt_kernels.common import shards
+from mmrpt_kernels.lm_head import vocab_parallel
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -148,11 +148,11 @@ def tensor_parallel(mesh_name: str, placed, loss, meshes: dict, group: bool = Fa
     hidden.requires_grad_()
     weight, bias = (distribute_tensor(t, mesh, placed()).requires_grad_() for t in (weight, bias))
     how = {"vocab_group": mesh.get_group(mesh.ndim - 1)} if group else {}
-    merges, gather = [], shards.Shard.gather
-    shards.Shard.gather = lambda self, own: (merges.append(1), gather(self, own))[1]
+    merges, gather = [], vocab_parallel.Shard.gather
+    vocab_parallel.Shard.gather = lambda self, own: (merges.append(1), gather(self, own))[1]
     value = loss(hidden, weight, bias, batch(0), **how)
     value.backward()
-    shards.Shard.gather = gather
+    vocab_parallel.Shard.gather = gather
     for tensor in (weight, bias):
         assert tensor.grad.placements == tensor.placements
     found = {"loss": value.detach(), "hidden": hidden.grad, "merges": torch.tensor(len(merges))}

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.backends import TABLE
-from mmrpt_kernels.common import head, shards
+from mmrpt_kernels.lm_head import chunk_sizes, vocab_parallel
+from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import operator
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth, head_inputs, poisoned_memory
 from mmrpt_kernels.testing.interpreter import mend_interpreter
@@ -53,6 +54,7 @@ VARIANTS = {
     "entropy_and_k3": {"entropy_coef": 0.05, "kl_coef": 0.1, "aggregation": "sum"},
     "kept_alone": {"return_statistics": False, "entropy_coef": 0.05, "entropy_scope": "kept"},
     "gspo": {"ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04, "aggregation": "sequence_mean"},
+    "gspo_alone": {"return_statistics": False, "ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04},
     "gspo_everything": {"ratio_level": "sequence", "entropy_coef": 0.1, "kl_coef": 0.1, "dual_clip": 1.5},
     "cispo": {"surrogate": "cispo", "clip_high": 0.28},
     "all_masked": {"response_mask": None},
@@ -163,7 +165,8 @@ def policy_loss(variant: str, case: HeadCase, part: Part, dtype=D, widen: bool =
     if constants["response_mask"] is None:
         constants["response_mask"] = torch.zeros_like(constants["perception_mask"])
     hidden = made["hidden"].view(4, case.rows // 4, -1)
-    out = linear_policy_loss(hidden, made["weight"], bias=made.get("bias"), **constants, **options)
+    options = {"return_statistics": True} | options | {"bias": made.get("bias")}
+    out = linear_policy_loss(hidden, made["weight"], **(options | constants))
     named = {"loss": out.loss, "logps": out.logps, **out.statistics}
     return named | ({} if out.entropy is None else {"entropy": out.entropy}) | graded(out.loss, made)
 
@@ -195,14 +198,14 @@ def rule_out_a_part(made: dict, targets: torch.Tensor, part: Part) -> None:
 
 def chunked_by_budget(part: Part) -> dict:
     """No chunk size, and memory for two rows of the whole vocabulary: for another number of rows of each part."""
-    kept = head.CHUNK_BYTES, head.MIN_CHUNK_ROWS
-    head.CHUNK_BYTES, head.MIN_CHUNK_ROWS = 2 * 8 * PLAIN.vocab, 1
+    before = chunk_sizes.CPU_BYTES, chunk_sizes.CPU_MIN_ROWS
+    chunk_sizes.CPU_BYTES, chunk_sizes.CPU_MIN_ROWS = 2 * 8 * PLAIN.vocab, 1
     try:
         return logprobs(PLAIN._replace(chunk_size=None), part) | {
             f"{key} of the loss": value for key, value in token_loss(PLAIN._replace(chunk_size=None), part).items()
         }
     finally:
-        head.CHUNK_BYTES, head.MIN_CHUNK_ROWS = kept
+        chunk_sizes.CPU_BYTES, chunk_sizes.CPU_MIN_ROWS = before
 
 
 def checkpointed(part: Part) -> dict:
@@ -309,12 +312,10 @@ def refusals(part: Part) -> dict[str, str]:
 def opchecks(part: Part) -> None:
     made, targets, _ = leaves(RICH, part)
     head = [t.detach() for t in (made["hidden"], made["weight"], made["bias"])]
-    name = part.group.group_name
-    tests = ("test_schema", "test_faketensor")
-    forward = (*head, targets, 0.8, 4.0, 1.3, -100, True, 4, -1, "portable", 0.0, name)
-    torch.library.opcheck(operator.linear_logprobs, forward, test_utils=tests)
-    ones = torch.ones(24, dtype=D)
-    backward = (*head, targets, ones, None, [0.8, 4.0, 1.3], -100, [True] * 3, 4, -1, "portable", 0.0, name)
+    loop = LoopOptions("portable", 4, vocab_group=part.group.group_name)
+    options, tests = (*HeadOptions(0.8, 4.0, 1.3), *loop), ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator.linear_logprobs, (*head, targets, -100, True, *options), test_utils=tests)
+    backward = (*head, targets, torch.ones(24, dtype=D), None, -100, [True] * 3, *options)
     torch.library.opcheck(operator.linear_logprobs_backward, backward, test_utils=tests)
 
 
@@ -328,7 +329,7 @@ def counted(calls: list[str]) -> None:
 
         return call
 
-    for module, name in ((shards, "gather"), (dist, "all_to_all_single")):
+    for module, name in ((vocab_parallel, "gather"), (dist, "all_to_all_single")):
         setattr(module, name, counting(name, getattr(module, name)))
 
 
@@ -428,11 +429,18 @@ def test_same_bits_again_and_the_same_collectives_on_all_ranks(world, folder):
 
 
 def test_one_collective_a_chunk_and_two_for_d_hidden(world, folder):
-    calls = started(world, folder)[0]["token_loss_plain"]["collectives"]
-    made, targets, _ = leaves(PLAIN, Part(1))
-    active = int(((targets != -100) & (torch.arange(24) % 4 != 1)).sum())
-    chunks = -(-active // 5)
-    assert calls == ["gather"] * (1 + chunks) + ["all_to_all_single", "gather"]
+    """And one in each pass to compare the ranks. The backward of log-probs reads its logits again: exponentials are
+    not kept, as they would be of each rank's own words."""
+    found = started(world, folder)[0]
+    targets, sums = leaves(PLAIN, Part(1))[1], ["all_to_all_single", "gather"]
+
+    def gathers(rows: torch.Tensor, chunk_size: int) -> list[str]:
+        return ["gather"] * (1 + -(-int(rows.sum()) // chunk_size))
+
+    counted = targets != -100
+    assert found["token_loss_plain"]["collectives"] == gathers(counted & (torch.arange(24) % 4 != 1), 5) + sums
+    twice = gathers(counted, 7) + gathers(counted & (factors(24)[0] != 0), 7)
+    assert found["logprobs_alone"]["collectives"] == twice + sums
 
 
 def test_what_cannot_be_meant_is_refused_on_every_rank(world, folder):
