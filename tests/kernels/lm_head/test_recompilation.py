@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels.divergence.triton import backward, forward
-
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence
+from mmrpt_kernels.divergence import triton_backward, triton_forward
 from mmrpt_kernels.lm_head import row_softmax_triton
 from mmrpt_kernels.testing.aot import recorded_launches
 
@@ -74,10 +73,10 @@ CALLS = {
 def test_ten_lengths_compile_no_more_than_one(call, vocab, seed):
     """But for vocabularies whose rows are no multiples of 16 bytes: there a chunk's matrix begins at such a multiple or
     not, as the rows before it end, and so do a divergence's second logits, which follow the first view's."""
-    most = (3 if call is divergence else 2) if vocab % 8 else 1
+    most = {divergence: 3, logprobs: 2}.get(call, 1) if vocab % 8 else 1
     variants = {}
     for length in LENGTHS:
-        with recorded_launches(row_softmax_triton, forward, backward, arch=90) as specs:
+        with recorded_launches(row_softmax_triton, triton_forward, triton_backward, arch=90) as specs:
             call(length, vocab)
         for spec in specs:
             settings = {name: value for name, value in spec.constants.items() if name.isupper()}
