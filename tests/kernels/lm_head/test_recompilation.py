@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels.divergence.triton import backward, forward
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence
+from mmrpt_kernels.divergence import triton_backward, triton_forward
 from mmrpt_kernels.lm_head import row_softmax_triton
 from mmrpt_kernels.testing.aot import recorded_launches
 
@@ -77,7 +77,7 @@ def test_ten_lengths_compile_no_more_than_one(call, vocab, seed):
     most = (3 if call is divergence else 2) if vocab % 8 else 1
     variants = {}
     for length in LENGTHS:
-        with recorded_launches(row_softmax_triton, forward, backward, arch=90) as specs:
+        with recorded_launches(row_softmax_triton, triton_forward, triton_backward, arch=90) as specs:
             call(length, vocab)
         for spec in specs:
             settings = {name: value for name, value in spec.constants.items() if name.isupper()}
