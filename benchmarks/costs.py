@@ -38,13 +38,13 @@ from mmrpt_kernels.lm_head import gemm, row_softmax_triton
 from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import fused as logprobs_fused
 from mmrpt_kernels.policy_loss import fused as loss_fused
-from mmrpt_kernels.policy_loss import scale_triton
+from mmrpt_kernels.policy_loss import scale_gradients_triton
 from mmrpt_kernels.testing.aot import recorded_launches
 
 __all__ = ["CASES", "Costs", "Shape", "count", "table"]
 
 TFLOPS, TBYTES = 790e12, 4.2e12  # one H200, bfloat16 with float32 sums, and its memory
-KERNELS = (row_softmax_triton, triton_forward, triton_backward, scale_triton)
+KERNELS = (row_softmax_triton, triton_forward, triton_backward, scale_gradients_triton)
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "addmv", "addmv_", "mv")
 FREE = ("detach", "alias", "lift_fresh", "scalar_tensor")  # views, and constants that stay on the host
 HOST_READS = [getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__")]

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmrpt_kernels.common.head import statistics_dtype
 
 from benchmarks import harness
 from benchmarks.harness import Case, Contender
 from benchmarks.logprobs import compiled_per_shape, first_compiled, missing, no_auto_chunker, no_compiler
 from mmrpt_kernels import TokenDivergence, linear_token_divergence
 from mmrpt_kernels.backends import TRITON_MISSING
+from mmrpt_kernels.common.dtypes import statistics_dtype
 
 Divergence = Callable[..., TokenDivergence]
 

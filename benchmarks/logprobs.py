@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmrpt_kernels.common.head import statistics_dtype
 
 from benchmarks import harness
 from benchmarks.goals import Goals, cases_of
 from benchmarks.harness import Case, Contender
 from mmrpt_kernels import LogProbs, backends, linear_logprobs, linear_token_loss
+from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.testing import draw_head, kept_words
 
 IGNORED = -100

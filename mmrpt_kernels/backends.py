@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmrpt_kernels.common.extension import build_info
+from mmrpt_kernels.common.extension import TRITON_MISSING, build_info
 
 __all__ = [
     "BACKENDS",
@@ -41,16 +41,6 @@ class BackendError(ValueError):
     """A backend was asked for that cannot serve the call; the message names the reason and the backends that can."""
 
 
-def _why_no_triton() -> str:
-    """Why triton cannot be imported; "" when it can."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton is not installed ({error}): pip install triton"
-    return ""
-
-
-TRITON_MISSING = _why_no_triton()
 # Triton decides when a kernel is defined whether it is compiled or interpreted, so this holds for the process.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 

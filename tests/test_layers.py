@@ -1,7 +1,9 @@
 """The import law of the two packages, checked on the source text of whatever modules exist.
 
-mmrpt_kernels: never imports mmrpt. In an operator api -> {reference, portable, triton, cuda, helpers} -> common;
-implementations never import each other; the one sideways arrow between operators is policy_loss -> logprobs.
+mmrpt_kernels: never imports mmrpt. In an operator api -> {reference, portable, triton, cuda, helpers} -> lm_head ->
+common; lm_head, which operators share, imports none of them. A module with a backend's word in its name belongs to that
+backend: those of two backends never import each other, and of the others x.py alone may import x_<backend>.py. The one
+sideways arrow between operators is policy_loss -> logprobs.
 mmrpt: command line -> trainer -> rooms -> types; only a few modules import mmrpt_kernels.
 """
 
@@ -17,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ("attention", "logprobs", "policy_loss", "divergence", "perception")
 IMPLEMENTATIONS = ("reference", "portable", "triton", "cuda")
 SIDEWAYS = {("policy_loss", "logprobs")}
+SHARED = "lm_head"
+BACKENDS_USERS = ("api", None, "options")  # who asks the table: an operator's api, and lm_head's options for three
 ALLOWED_FOREIGN = {"torch", "triton"}  # mmrpt_kernels depends on these alone, integrations apart
 # The modules of mmrpt that may know the kernels.
 KERNEL_USERS = ("objective", "perception", "models", "masking", "integrations", "doctor")
@@ -66,7 +70,12 @@ def within(name: str, package: str) -> bool:
 
 def operator_of(name: str) -> str | None:
     parts = name.split(".")
-    return parts[1] if parts[0] == "mmrpt_kernels" and len(parts) > 1 and parts[1] in OPERATORS else None
+    return parts[1] if parts[0] == "mmrpt_kernels" and len(parts) > 1 and parts[1] in (*OPERATORS, SHARED) else None
+
+
+def backend_of(part: str | None) -> str | None:
+    """The backend that a module belongs to by its name: "triton" for triton_forward, row_softmax_triton and triton/."""
+    return next((word for word in (part or "").split("_") if word in IMPLEMENTATIONS), None)
 
 
 def part_of(name: str) -> str | None:
@@ -97,24 +106,27 @@ def kernel_violations(root: Path) -> list[str]:
 
 def operator_violations(source: str, source_op: str, target: str, target_op: str | None) -> list[str]:
     source_part, target_part = part_of(source), part_of(target)
-    if target_op is not None and target_op != source_op:
-        allowed = (source_op, target_op) in SIDEWAYS
-        return [] if allowed else [f"operator {source_op} imports operator {target_op}"]
     if target_op is None:
         upward = within(target, "mmrpt_kernels") and not within(target, "mmrpt_kernels.common")
         upward = upward and target != "mmrpt_kernels"  # `from mmrpt_kernels import x` also yields mmrpt_kernels.x
-        is_api = source_part in ("api", None)
-        if upward and not (is_api and within(target, "mmrpt_kernels.backends")):
-            return [f"{source} imports {target}; an operator imports common, and its api also backends"]
+        if upward and not (source_part in BACKENDS_USERS and within(target, "mmrpt_kernels.backends")):
+            return [f"{source} imports {target}; an operator imports lm_head and common, and its api also backends"]
         return []
+    if target_op != source_op:
+        if source_op == SHARED:
+            return [f"lm_head imports operator {target_op}, which imports it"]
+        allowed = target_op == SHARED or (source_op, target_op) in SIDEWAYS
+        return [] if allowed else [f"operator {source_op} imports operator {target_op}"]
     if source_part in ("api", None):
         return []
     if target_part == "api":
         return [f"{source} imports its own api; arrows point down"]
-    if source_part in IMPLEMENTATIONS and target_part in IMPLEMENTATIONS and source_part != target_part:
+    source_backend, target_backend = backend_of(source_part), backend_of(target_part)
+    if source_backend is None and target_backend is not None:
+        own = target_part == f"{source_part}_{target_backend}"
+        return [] if own else [f"helper {source_part} imports implementation {target_part}; helpers lie below"]
+    if target_backend not in (None, source_backend):
         return [f"implementation {source_part} imports implementation {target_part}"]
-    if source_part not in IMPLEMENTATIONS and target_part in IMPLEMENTATIONS:
-        return [f"helper {source_part} imports implementation {target_part}; helpers lie below"]
     return []
 
 
@@ -162,7 +174,14 @@ BREACHES = {
     "mmrpt_kernels/divergence/portable.py": "import mmrpt_kernels.logprobs.portable",
     "mmrpt_kernels/divergence/reference.py": "from . import api",
     "mmrpt_kernels/perception/portable.py": "from mmrpt_kernels.backends import select",
-    "mmrpt_kernels/common/head.py": "def f():\n    from mmrpt_kernels.attention import visual_mass",
+    "mmrpt_kernels/common/dtypes.py": "from mmrpt_kernels.lm_head.gemm import logits",
+    "mmrpt_kernels/lm_head/chunk_loop.py": "from mmrpt_kernels.logprobs.fused import forward",
+    "mmrpt_kernels/lm_head/gemm.py": "from mmrpt_kernels.backends import select",
+    "mmrpt_kernels/lm_head/row_softmax_triton.py": "from .row_softmax_portable import statistics",
+    "mmrpt_kernels/lm_head/head_gradients.py": "from . import row_softmax_cuda",
+    "mmrpt_kernels/logprobs/fused.py": "from mmrpt_kernels.policy_loss.surrogate import token_losses",
+    "mmrpt_kernels/divergence/triton_forward.py": "from .pair_softmax_portable import statistics",
+    "mmrpt_kernels/common/checks.py": "def f():\n    from mmrpt_kernels.attention import visual_mass",
     "mmrpt_kernels/attention/stream.py": "from .portable import forward",
     "mmrpt_kernels/backends.py": "import numpy",
     "mmrpt/rollout/sample.py": "from mmrpt_kernels import linear_logprobs",
@@ -171,7 +190,11 @@ BREACHES = {
     "mmrpt/trainer.py": "from .train import main",
 }
 LAWFUL = {
-    "mmrpt_kernels/policy_loss/portable.py": "from mmrpt_kernels.logprobs.stream import visit",
+    "mmrpt_kernels/policy_loss/fused.py": "from mmrpt_kernels.logprobs import fused\nfrom . import surrogate",
+    "mmrpt_kernels/policy_loss/scale_gradients.py": "def f():\n    from .scale_gradients_triton import scale",
+    "mmrpt_kernels/divergence/pair_softmax_triton.py": "from . import pair_softmax, triton_forward",
+    "mmrpt_kernels/divergence/fused.py": "from mmrpt_kernels.lm_head.chunk_loop import chunk_loop",
+    "mmrpt_kernels/lm_head/options.py": "from mmrpt_kernels import backends\nfrom .vocab_parallel import Shard",
     "mmrpt_kernels/attention/api.py": "from . import portable, reference\nfrom mmrpt_kernels.backends import select",
     "mmrpt_kernels/attention/portable.py": "import math\nfrom ..common.checks import check",
     "mmrpt_kernels/integrations/trl.py": "import trl\nfrom mmrpt_kernels import linear_logprobs",

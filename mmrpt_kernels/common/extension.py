@@ -1,4 +1,4 @@
-"""The compiled extension, where it was built: `extension()` is the module or None; its absence is never an error."""
+"""What is installed beside torch: the compiled extension, where it was built, and triton. Absence is never an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-__all__ = ["build_info", "extension"]
+__all__ = ["TRITON_MISSING", "build_info", "extension"]
 
 
 @functools.cache
@@ -30,3 +30,15 @@ def build_info() -> dict[str, Any]:
     if module is None:
         return {"built": False, "reason": reason}
     return {"built": True, "reason": ""} | module.build_info()
+
+
+def _why_no_triton() -> str:
+    """Why triton cannot be imported; "" when it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error}): pip install triton"
+    return ""
+
+
+TRITON_MISSING = _why_no_triton()

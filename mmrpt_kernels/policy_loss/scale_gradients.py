@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.backends import TRITON_MISSING
+from mmrpt_kernels.common.extension import TRITON_MISSING
 
 __all__ = ["scale_in_place", "scale_saved_gradients"]
 
@@ -21,7 +21,7 @@ def scale_in_place(grad: torch.Tensor, factor: torch.Tensor) -> None:
         if value != 1.0:
             grad.mul_(value)
     elif grad.is_cuda and not TRITON_MISSING:
-        from mmrpt_kernels.policy_loss.scale_triton import scale
+        from mmrpt_kernels.policy_loss.scale_gradients_triton import scale
 
         scale(grad, factor)
     else:

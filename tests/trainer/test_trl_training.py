@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from mmrpt.world.tiny_vlm import train_tokenizer  # noqa: E402
 from mmrpt_kernels.integrations.trl import fused_head  # noqa: E402
-from mmrpt_kernels.logprobs import stream  # noqa: E402
+from mmrpt_kernels.lm_head.head_gradients import HeadGradients  # noqa: E402
 
 WORDS = ["the red card is left of a blue star", "two green trees stand right of a moon", "user assistant restore:"]
 
@@ -138,7 +138,7 @@ def test_the_backward_pass_visits_the_rows_with_an_advantage_alone(tokenizer, tm
     """Prompts, padding and two thirds of the response tokens have no gradient in these steps."""
     learnt: list[int] = []
     wanted: list[int] = []
-    add = stream.Gradients.add
+    add = HeadGradients.add
 
     def counting(self, rows, *rest, **how):
         learnt.append(rows.shape[0])
@@ -149,7 +149,7 @@ def test_the_backward_pass_visits_the_rows_with_an_advantage_alone(tokenizer, tm
             wanted.append(int(((inputs["advantages"] != 0) & inputs["completion_mask"].bool()).sum()))
             return super()._compute_loss(model, inputs)
 
-    monkeypatch.setattr(stream.Gradients, "add", counting)
+    monkeypatch.setattr(HeadGradients, "add", counting)
     monkeypatch.setitem(globals(), "TokenAdvantages", Counted)
     trained(grpo, tokenizer, tmp_path, fused_head(), num_iterations=1)
     assert len(wanted) == 2 and 0 < sum(wanted) == sum(learnt)

@@ -41,7 +41,7 @@ def test_gradients_are_rounded_once_after_the_factor(route, dtype, seed, fresh_c
 @pytest.mark.parametrize("count", (1, 100, 8192, 8193))
 def test_the_kernel_rounds_once_and_leaves_what_is_behind(count, dtype, seed):
     pytest.importorskip("triton")
-    from mmrpt_kernels.policy_loss.scale_triton import scale
+    from mmrpt_kernels.policy_loss.scale_gradients_triton import scale
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's interpreter without one
     memory = torch.randn(count + 3, device=device).to(dtype)
@@ -57,13 +57,13 @@ def test_the_kernel_rounds_once_and_leaves_what_is_behind(count, dtype, seed):
 @pytest.mark.parametrize("arch", (80, 90, 100))
 def test_the_kernel_compiles_without_spills_and_reads_nothing_where_the_factor_is_one(arch):
     pytest.importorskip("triton")
-    from mmrpt_kernels.policy_loss import scale_triton
+    from mmrpt_kernels.policy_loss import scale_gradients_triton
     from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
 
-    with recorded_launches(scale_triton, arch=arch) as specs:
+    with recorded_launches(scale_gradients_triton, arch=arch) as specs:
         for dtype in (torch.bfloat16, torch.float32):
             grad = torch.empty(4096, 512, dtype=dtype, device="meta")
-            scale_triton.scale(grad, torch.empty((), device="meta"))
+            scale_gradients_triton.scale(grad, torch.empty((), device="meta"))
     for one in compile_kernels(specs):
         code = one.ptx
         assert code.index("setp.") < code.index("ld.global.v4"), "the factor is compared before the gradient is read"
