@@ -12,7 +12,7 @@ from mmrpt_kernels.lm_head.chunk_sizes import ChunkRows
 from mmrpt_kernels.testing import assert_close_to_truth, poisoned_memory
 
 ROWS, WIDTH, VOCAB = 21, 24, 75  # three tall chunks of 8, 8 and 5 rows; neither size is a multiple of 32
-HEIGHTS = (ChunkRows(3, 8), ChunkRows(8, 8), ChunkRows(1, ROWS), ChunkRows(ROWS, ROWS))
+HEIGHTS = (ChunkRows(3, 8), ChunkRows(8, 8), ChunkRows(4, 9, padded=True), ChunkRows(1, ROWS), ChunkRows(ROWS, ROWS))
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 ALL = torch.arange(ROWS) >= 0
 ADVANTAGES = torch.linspace(-1.0, 1.5, ROWS)
@@ -118,7 +118,7 @@ def test_the_height_of_chunks_changes_nothing(loss, dtype, multiplies, monkeypat
 
 
 @by_loss
-@pytest.mark.parametrize("height", HEIGHTS[:2], ids=str)
+@pytest.mark.parametrize("height", HEIGHTS[:3], ids=str)
 def test_padding_rows_give_nothing_whatever_they_hold(loss, height, dtype, multiplies, monkeypatch, seed):
     """Rows that are visited because nothing may wait: NaN hidden states, and targets that are no word."""
     chunks_of(monkeypatch, height)

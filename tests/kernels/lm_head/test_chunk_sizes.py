@@ -36,15 +36,15 @@ def test_rows_of_a_chunk_on_a_cpu():
     """The caller's limit, or a memory budget with a lower and an upper end."""
 
     def rows(count: int, words: int, logits=SINGLE, **options):
-        return chunk_rows(count, torch.empty(1, 8).expand(words, 8), logits, **options)
+        return chunk_rows(count, torch.empty(1, 8).expand(words, 8), logits, **options)[:2]
 
     assert rows(1000, 50, chunk_size=7) == (7, 7) and rows(5, 50, chunk_size=7) == (5, 5)
     assert rows(0, 50) == (1, 1)
-    wide = rows(10**6, 100_000).logits
+    wide = rows(10**6, 100_000)[0]
     assert wide >= chunk_sizes.CPU_MIN_ROWS and wide * 100_000 * 4 <= chunk_sizes.CPU_BYTES
-    assert rows(10**6, 100_000, DOUBLE).logits <= wide
-    assert rows(10**6, 8).logits == chunk_sizes.CPU_MAX_ROWS
-    assert rows(10**6, 10**9).logits == chunk_sizes.CPU_MIN_ROWS
+    assert rows(10**6, 100_000, DOUBLE)[0] <= wide
+    assert rows(10**6, 8)[0] == chunk_sizes.CPU_MAX_ROWS
+    assert rows(10**6, 10**9)[0] == chunk_sizes.CPU_MIN_ROWS
     assert rows(10**6, 8, vocab=10**9) == rows(10**6, 10**9)  # a part of a vocabulary: the largest part's chunks
 
 
@@ -53,12 +53,12 @@ def test_chunks_are_alike_and_tall_enough_for_wide_heads():
     narrow = torch.empty(1, 64).expand(32_000, 64)
     limit = chunk_rows(10**6, narrow, SINGLE).logits
     assert limit * 32_000 * 4 <= 32 * 2**20
-    assert chunk_rows(limit + 1, narrow, SINGLE) == (-(-(limit + 1) // 2),) * 2
+    assert chunk_rows(limit + 1, narrow, SINGLE)[:2] == (-(-(limit + 1) // 2),) * 2
     wide = torch.empty(1, 4096).expand(151_936, 4096)
-    assert chunk_rows(10**6, wide, SINGLE, SINGLE) == (512, 512)
-    short, tall = chunk_rows(10**6, wide, SINGLE, HALF)
+    assert chunk_rows(10**6, wide, SINGLE, SINGLE)[:2] == (512, 512)
+    short, tall, _ = chunk_rows(10**6, wide, SINGLE, HALF)
     assert short * 151_936 * 4 <= 32 * 2**20 and tall == 512
-    assert chunk_rows(10**6, wide, SINGLE, HALF, chunk_size=3) == (3, 3)
+    assert chunk_rows(10**6, wide, SINGLE, HALF, chunk_size=3)[:2] == (3, 3)
 
 
 @pytest.mark.parametrize("views", (1, 2))

@@ -327,7 +327,10 @@ def test_how_often_the_host_waits(options, compacted, see_all, waiting, seed):
     masks = torch.rand(2, PLAIN.rows, device=DEVICE) < 0.7
     floats = [torch.randn(PLAIN.rows, device=DEVICE) for _ in range(4)]
     tokens = PolicyTokens(masks[0], masks[0] & masks[1], floats[0], floats[1], floats[2], None)
-    tensors, loss = (made["hidden"].view(4, 6, -1), made["weight"], None), PolicyTokenLoss(tokens, floats[3], options)
+    tensors, loss = (
+        (made["hidden"].view(4, 6, -1), made["weight"], None),
+        PolicyTokenLoss.of(tokens, floats[3], options),
+    )
     for compact in (True, False):
         loop = LoopOptions("triton", chunk_size=9, compact=compact)
         arguments = (made["targets"].view(4, 6), loss, see_all, (True, True, False), HeadOptions(), loop)
