@@ -25,6 +25,7 @@ from mmrpt_kernels.lm_head.row_selection import RowSelection
 from mmrpt_kernels.lm_head.vocab_parallel import Shard, find_shard, group_traits
 
 __all__ = [
+    "OPTIONS_SCHEMA",
     "Head",
     "HeadOptions",
     "LoopOptions",
@@ -34,6 +35,7 @@ __all__ = [
     "check_head",
     "check_targets",
     "check_word_ids",
+    "option_records",
     "select_backend",
     "softcap_factors",
     "transform_backward",
@@ -58,6 +60,19 @@ class LoopOptions(NamedTuple):
     skip_below: float = 0.0  # share of a chunk's gradient that `sparse_vocab` may approximate
     vocab_group: str | None = None  # name of the process group that the vocabulary is cut over
     cast: torch.dtype | None = None  # what autocast casts hidden, weight and bias to; None: nothing
+
+
+# Both records field by field, as the schema of a custom operator names them; `option_records` puts them together again.
+OPTIONS_SCHEMA = (
+    "float temperature, float softcap, float logit_scale, "
+    "str backend, int? chunk_size, bool compact, float skip_below, str? vocab_group, ScalarType? cast"
+)
+
+
+def option_records(values: tuple) -> tuple[HeadOptions, LoopOptions]:
+    """The records of OPTIONS_SCHEMA's values."""
+    count = len(HeadOptions._fields)
+    return HeadOptions(*values[:count]), LoopOptions(*values[count:])
 
 
 class Head(NamedTuple):

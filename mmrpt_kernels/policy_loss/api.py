@@ -187,8 +187,9 @@ def _fused(tensors, targets, token_loss: PolicyTokenLoss, see_all: bool, head: H
     if not torch.compiler.is_compiling():
         settings = {"token_loss": token_loss, "see_all": see_all, "need": need, "options": head, "loop": loop}
         return fused.FusedLoss.apply(*tensors, partial(fused.policy_loss, targets=targets, **settings))
-    constants = (targets, *token_loss.tokens, token_loss.weights, see_all, list(need))
-    loss, logps, entropy, *_ = operator.linear_policy_loss(*tensors, *constants, *head, *token_loss.options, *loop)
+    tokens = (*token_loss.tokens, token_loss.weights)
+    call = (*tensors, targets, see_all, list(need), *tokens, *token_loss.options, *head, *loop)
+    loss, logps, entropy, *_ = operator.linear_policy_loss(*call)
     return loss, logps, entropy if entropy.shape == logps.shape else None
 
 

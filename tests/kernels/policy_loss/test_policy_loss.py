@@ -792,9 +792,9 @@ class TestTorch:
         tokens += [constants[k] for k in ("old_logps", "ref_logps", "sampler_weights")]
         tokens += [made["response_mask"].float()]
         tokens = [None if t is None else t.reshape(-1) for t in tokens]
-        args = [made[name] for name in (*LEAVES, "targets")] + tokens
-        settings = (HeadOptions(0.8, 4.0, 1.3), PolicyOptions(**options), LoopOptions("portable", chunk_size=3))
-        args += [True, [True, True, True], *(value for record in settings for value in record)]
+        settings = (PolicyOptions(**options), HeadOptions(0.8, 4.0, 1.3), LoopOptions("portable", chunk_size=3))
+        args = [*(made[name] for name in (*LEAVES, "targets")), True, [True, True, True], *tokens]
+        args += [value for record in settings for value in record]
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(operator.linear_policy_loss, args, test_utils=tests)
 
