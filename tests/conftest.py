@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import random
 import tempfile
@@ -18,7 +17,7 @@ if not torch.cuda.is_available():
 # Inductor's cache does not tell instruction sets apart: code made for wider registers, found by a run that is held to
 # narrower ones (or the other way round), gives wrong numbers or writes behind its tensors.
 CPU = torch.backends.cpu.get_cpu_capability().lower()
-CACHE = Path(tempfile.gettempdir(), f"mmrpt-inductor-{getpass.getuser()}-{torch.__version__}-{CPU}")
+CACHE = Path(tempfile.gettempdir(), f"mmrpt-inductor-{os.getuid()}-{torch.__version__}-{CPU}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
 SEED = int(os.environ.get("MMRPT_TEST_SEED", "0"))
