@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,12 @@ import torch
 # Before any kernel is defined: without a GPU Triton's interpreter runs them. (Compile tests use a child process.)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Inductor's cache does not tell instruction sets apart: code made for wider registers, found by a run that is held to
+# narrower ones (or the other way round), gives wrong numbers or writes behind its tensors.
+CPU = torch.backends.cpu.get_cpu_capability().lower()
+CACHE = Path(tempfile.gettempdir(), f"mmrpt-inductor-{os.getuid()}-{torch.__version__}-{CPU}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
 SEED = int(os.environ.get("MMRPT_TEST_SEED", "0"))
 
