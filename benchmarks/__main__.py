@@ -1,75 +1,112 @@
-"""Run operators' benchmarks, each in a process of its own, and print all tables at the end.
+"""Run operators' benchmarks, each in a process of its own, and write what was measured.
 
     python -m benchmarks                      every operator that has a benchmark
     python -m benchmarks logprobs divergence  these two
     python -m benchmarks end_to_end           the main job over several seeds (long; only when named)
 
-Names come first. Options other than --budget (seconds for all together) go to each benchmark: --quick --device
---results --threads --only --contenders. The exit code is 0 when every benchmark's was.
+Names come first. --results names the folder of the JSON files and plots, --budget the seconds for all together; other
+options go to pytest: --quick --device --threads --only --contenders, and pytest-benchmark's own, such as
+--benchmark-autosave and --benchmark-compare. The exit code is 0 when every benchmark's was.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
+import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.goals import cases_of
+from benchmarks.measure import RESULTS, result_path
+from benchmarks.plot import draw
+
 HERE = Path(__file__).resolve().parent
 GRACE = 20.0  # seconds of a share kept for imports, compilation and the last case
+WRITING = 15.0  # seconds for pytest to write what it has, when it is interrupted
 
 
 def operators() -> list[str]:
-    """Operators with a benchmark: the files of this folder that are named like a folder of mmrpt_kernels."""
-    folders = {path.name for path in (HERE.parent / "mmrpt_kernels").iterdir() if path.is_dir()}
-    return sorted(path.stem for path in HERE.glob("*.py") if path.stem in folders)
+    """What has a benchmark: the files bench_<name>.py of this folder."""
+    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def run_one(op: str, options: Sequence[str], limit: float) -> tuple[int, str]:
-    """Exit code (124: stopped) and output of `python -m benchmarks.<op>`."""
-    command = [sys.executable, "-m", f"benchmarks.{op}", *options]
+def command_of(name: str, options: Sequence[str], results: Path) -> list[str]:
+    """`python -m benchmarks.end_to_end`, or pytest over an operator's file, which writes <results>/<name>.json.tmp."""
+    if name == "end_to_end":
+        return [sys.executable, "-m", "benchmarks.end_to_end", "--results", str(results), *options]
+    quiet = [] if any(word.startswith("--benchmark-compare") for word in options) else ["--benchmark-quiet"]
+    store = ["--benchmark-json", str(results / f"{name}.json.tmp")]
+    return [sys.executable, "-m", "pytest", str(HERE / f"bench_{name}.py"), "-q", "-rfE", *quiet, *store, *options]
+
+
+def run_one(command: Sequence[str], limit: float) -> tuple[int, str]:
+    """Exit code (124: stopped) and output. What is stopped may first write what it has measured."""
+    process = subprocess.Popen(
+        command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     try:
-        done = subprocess.run(
-            command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
-        )
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return 124, f"{text}\nFAILED {op}: stopped after {limit:.0f} s"
-    return done.returncode, done.stdout
+        output = process.communicate(timeout=limit)[0]
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        output = process.communicate(timeout=WRITING)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output = process.communicate()[0]
+    return 124, f"{output}\nFAILED: stopped after {limit:.0f} s"
+
+
+def keep(name: str, results: Path) -> None:
+    """Give what pytest wrote its name, which says where it was measured, and draw its plot."""
+    written = results / f"{name}.json.tmp"
+    if not written.exists() or written.stat().st_size == 0:
+        return
+    record = json.loads(written.read_text())
+    machine = record["machine_info"]
+    path = result_path(results, name, machine["device"], machine["device_name"])
+    written.replace(path)
+    drawn = draw(cases_of(record), machine, path.with_suffix(".png"))
+    print(f"written: {path}" + (f" and {drawn.name}" if drawn else ""), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     known = [*operators(), "end_to_end"]
-    usage = f"python -m benchmarks [name ...] [--budget SECONDS] [options of a benchmark]; names: {', '.join(known)}"
+    usage = f"python -m benchmarks [name ...] [--budget SECONDS] [options of pytest]; names: {', '.join(known)}"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--budget", type=float, default=None, help="seconds for all together (default 120 each)")
+    parser.add_argument("--budget", type=float, help="seconds for all together (default 120 each)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for JSON and plots")
     words = list(sys.argv[1:] if argv is None else argv)
     # The options' own values are words too, so names are what stands before the first option.
     named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     args, options = parser.parse_known_args(words[len(named) :])
-    wrong = [name for name in named if name not in known]
-    if wrong:
+    if wrong := [name for name in named if name not in known]:
         parser.error(f"unknown benchmark {', '.join(wrong)}; expected some of {', '.join(known)}")
-    names = named or operators()
+    names, results = named or operators(), args.results.absolute()
+    if set(names) != {"end_to_end"} and importlib.util.find_spec("pytest_benchmark") is None:
+        parser.error("pytest-benchmark is not installed: pip install -e '.[bench]'")
+    results.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + (args.budget or 120.0 * len(names))
-    outputs, codes = {}, {}
+    codes = {}
     for place, name in enumerate(names):
         share = max((end - time.monotonic()) / (len(names) - place), 1.0)
-        print(f"benchmark of {name}, {share:.0f} s ...", flush=True)
+        print(f"\nbenchmark of {name}, {share:.0f} s ...", flush=True)
         if name == "end_to_end":
-            codes[name], outputs[name] = run_one(name, options, limit=max(3600.0, args.budget or 0.0))
-            continue
-        reserve = min(GRACE, 0.3 * share)
-        # A budget that was asked for is kept: what is left of it is the hard limit of every benchmark.
-        limit = min(share + GRACE, end - time.monotonic()) if args.budget else 3 * share
-        options_here = [*options, "--budget", f"{max(share - reserve, 1.0):.0f}"]
-        codes[name], outputs[name] = run_one(name, options_here, max(limit, 1.0))
-    for name in names:
-        print(f"\n{outputs[name].strip()}")
+            limit, options_here = max(3600.0, args.budget or 0.0), options
+        else:
+            # A budget that was asked for is kept: what is left of it is the hard limit of every benchmark.
+            limit = min(share + GRACE, end - time.monotonic()) if args.budget else 3 * share
+            reserve = min(GRACE, 0.3 * share)
+            options_here = [*options, *(("--budget", f"{max(share - reserve, 1.0):.0f}") if args.budget else ())]
+        codes[name], output = run_one(command_of(name, options_here, results), max(limit, 1.0))
+        print(output.strip(), flush=True)
+        keep(name, results)
     failed = [name for name in names if codes[name] != 0]
     print(f"\n{len(names) - len(failed)} of {len(names)} benchmarks done" + (f"; FAILED: {failed}" if failed else ""))
     return 1 if failed else 0

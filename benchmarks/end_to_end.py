@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report_seeds
-from benchmarks.harness import DEFAULT_RESULTS, result_path
+from benchmarks.measure import RESULTS, device_name, result_path
 
 ROOT = Path(__file__).resolve().parent.parent
 # A few steps of everything: shows that all runs, measures nothing.
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=None, help="folder of the runs; one that exists is gone on with")
-    parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, help="folder for JSON, tables and plot")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for JSON, tables and plot")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--quick", action="store_true", help="a few steps: a check that all runs")
     args, words = parser.parse_known_args(argv)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = (args.runs or ROOT / "runs" / f"end_to_end-{stamp}").absolute()
     runs = [run for seed in args.seeds if (run := run_seed(seed, folder, args.overrides)) is not None]
     if runs:
-        out = result_path(args.results, "end_to_end", args.device).with_suffix("")
+        out = result_path(args.results, "end_to_end", args.device.type, device_name(args.device)).with_suffix("")
         out.parent.mkdir(parents=True, exist_ok=True)
         paths = report_seeds.write(report_seeds.collect(runs), out)
         print(f"\n{out.with_suffix('.md').read_text()}\nwritten: {', '.join(map(str, paths))}")

@@ -1,15 +1,15 @@
-"""Goals judged from a record: what every operator's `goals` is written with. Needs no torch.
+"""Result files as cases and rows, and goals judged from them: what every operator's `goals` is written with.
 
-def goals(record):
+def goals(cases, device):
     found = Goals()
-    for case in cases_of(record):
+    for case in cases:
         found.at_most("time / bare products", case.name, case.of("triton", "of_floor"), 1.10)
     return found.rows
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["CaseRows", "Goals", "cases_of", "ratio", "worst_error_ratio"]
@@ -37,29 +37,42 @@ class Goals:
 
 
 class CaseRows:
-    """One case of a record; what was not measured is None."""
+    """One case of an operator: its params, and a row of `harness.compare` by contender. None: not measured."""
 
-    def __init__(self, case: dict[str, Any]) -> None:
-        self.name, self.params = case["name"], case["params"]
-        self.rows: dict[str, Row] = {row["name"]: row for row in case["contenders"]}
+    def __init__(self, op: str, name: str, params: dict[str, Any], rows: dict[str, Row]) -> None:
+        self.op, self.name, self.params, self.rows = op, name, params, rows
+
+    @property
+    def baseline(self) -> Row:
+        return next((row for row in self.rows.values() if row["kind"] == "baseline"), {})
 
     def of(self, contender: str | None, what: str) -> float | None:
         """ "seconds", "speedup" or "of_floor" (medians), "peak_bytes" or another number of a contender's row."""
         value = self.rows.get(contender, {}).get(what)
         return value[0] if isinstance(value, list) else value
 
-    def fastest(self, chosen: Callable[[Row], bool]) -> str | None:
-        """The name of the contender with the least time among the rows chosen."""
-        timed = [row for row in self.rows.values() if "seconds" in row and chosen(row)]
-        return min(timed, key=lambda row: row["seconds"][0])["name"] if timed else None
+    def fastest(self, chosen: Callable[[str, Row], bool]) -> str | None:
+        """The name of the contender with the least time among those of which chosen(name, row) is true."""
+        timed = [name for name, row in self.rows.items() if "seconds" in row and chosen(name, row)]
+        return min(timed, key=lambda name: self.of(name, "seconds")) if timed else None
 
     def error_ratio(self, contender: str, yardstick: str) -> float | None:
         return worst_error_ratio(self.rows.get(contender, {}), self.rows.get(yardstick, {}))
 
 
-def cases_of(record: dict[str, Any]) -> Iterator[CaseRows]:
-    for case in record["cases"]:
-        yield CaseRows(case)
+def cases_of(record: dict[str, Any]) -> list[CaseRows]:
+    """The cases of a file that pytest-benchmark wrote with what `conftest.py` adds; [] for another kind of file."""
+    if "machine_info" not in record:
+        return []
+    cases = {(one["op"], one["name"]): CaseRows(**one, rows={}) for one in record["cases"]}
+    for bench in record["benchmarks"]:
+        where = bench["params"]
+        stats = bench["stats"]
+        timed = {"seconds": [stats[key] for key in ("median", "q1", "q3")], "rounds": stats["rounds"]}
+        cases[bench["extra_info"]["op"], where["case"]].rows[where["contender"]] = bench["extra_info"] | timed
+    for row in record["not_timed"]:
+        cases[row["op"], row["case"]].rows[row["contender"]] = row
+    return list(cases.values())
 
 
 def ratio(above: float | None, below: float | None) -> float | None:

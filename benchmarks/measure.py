@@ -1,4 +1,4 @@
-"""What the harness measures with: interleaved timing, peak memory, provenance. Knows nothing of operators or tables."""
+"""What pytest-benchmark lacks: timing in turns, with device events on a GPU; peak memory; where and with what."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-__all__ = ["Spread", "device_name", "peak_bytes", "provenance", "spread", "synchronize", "time_interleaved"]
+__all__ = ["RESULTS", "device_name", "peak_bytes", "provenance", "quartiles", "result_path", "time_in_turns"]
 
 Call = Callable[[], Any]
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 # Larger than the level-2 cache of any GPU so far (H200: 60 MB, B200: 126 MB).
 L2_FLUSH_BYTES = 256 * 2**20
@@ -30,20 +33,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 DISTRIBUTIONS = ("torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "verl")
 
 
-class Spread(NamedTuple):
-    """Median with quartiles; the unit is the caller's."""
-
-    median: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
+def quartiles(values: Sequence[float]) -> list[float]:
     """Median, lower and upper quartile; of a single value, that value three times."""
     if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
+        return [values[0]] * 3
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
+    return [median, low, high]
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,8 +82,8 @@ def _rounds(seconds: list[float], budget: float, low: int, high: int) -> int:
     return max(low, min(high, int(budget / max(sum(seconds), 1e-9))))
 
 
-def time_interleaved(
-    calls: Sequence[Call], device: torch.device, *, budget: float, low: int = 5, high: int = 50, warmup: int = 2
+def time_in_turns(
+    calls: Sequence[Call], device: torch.device, *, budget: float, low: int = 5, high: int = 50
 ) -> list[list[float]]:
     """Seconds of every call in every round: list over calls of lists over rounds, all of one length.
 
@@ -96,13 +91,11 @@ def time_interleaved(
     neighbour meets all contenders alike and the ratio within a round means something.
 
     Args:
-        budget: seconds to spend after the warm-up; between `low` and `high` rounds are run whatever it says.
-        warmup: calls of each contender that are not counted (compilation, caches, allocator).
+        calls: warm already (compilation, caches, allocator).
+        budget: seconds to spend after one call each; between `low` and `high` rounds are run whatever it says.
     """
     first = []
     for call in calls:
-        for _ in range(warmup):
-            call()
         synchronize(device)
         start = time.perf_counter()
         call()
@@ -180,6 +173,12 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def result_path(folder: Path, name: str, device: str, device_name: str) -> Path:
+    """<folder>/<name>-<device>.json: "cpu" for any CPU, a GPU by its name, so that two GPUs keep their own files."""
+    where = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return folder / f"{name}-{where}.json"
 
 
 def _commit() -> str:

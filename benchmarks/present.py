@@ -1,22 +1,26 @@
-"""Result files as tables and plots. Reads the records that harness.run writes; needs no torch."""
+"""Result files as tables.
+
+python -m benchmarks.present benchmarks/results/*.json     prints the tables and draws the plots again
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import worst_error_ratio
+from benchmarks.goals import CaseRows, cases_of, worst_error_ratio
+from benchmarks.plot import described, draw
 
-__all__ = ["draw", "table"]
+__all__ = ["goals_table", "origin", "show", "table"]
 
-Record = dict[str, Any]
 Row = dict[str, Any]
 COLUMNS = (
-    "case",
     "contender",
-    "time (ms)",
     "speed-up",
     "of floor",
+    "time (ms)",
     "peak MiB",
     "of baseline",
     "TFLOP/s",
@@ -27,113 +31,104 @@ COLUMNS = (
 
 
 def _milliseconds(row: Row) -> str:
-    if "seconds" not in row:
-        return "-"
     median, low, high = (1e3 * value for value in row["seconds"])
     digits = 3 if median < 1 else 2 if median < 100 else 0
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _speedup(row: Row) -> str:
-    if "speedup" not in row:
-        return "-"
-    if row["baseline"]:
-        return "1"
     median, low, high = row["speedup"]
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+    return "1" if row["kind"] == "baseline" else f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _mib(count: int) -> str:
-    mib = count / 2**20
+def _mib(row: Row) -> str:
+    mib = row["peak_bytes"] / 2**20
     return f"{mib:.2f}" if mib < 10 else f"{mib:.0f}"
 
 
-def _cells(case: dict[str, Any], row: Row) -> tuple[str, ...]:
+def _cells(name: str, row: Row, baseline: Row) -> tuple[str, ...]:
     errors = row.get("errors")
-    baseline = next((one for one in case["contenders"] if one["baseline"]), {})
     worse = None if row is baseline else worst_error_ratio(row, baseline)
     facts = [f"{name} {value:.3g}" for name, value in row.get("facts", {}).items()]
-    note = "baseline" if row is baseline and row["status"] == "ok" else row["status"]
-    note = ", ".join(facts) if note == "ok" and facts else note
+    note = ", ".join([row["kind"]] * (row["kind"] in ("baseline", "floor")) + facts)
+    note = note if row["status"] == "ok" else row["status"]
     return (
-        case["name"],
-        row["name"],
-        _milliseconds(row),
-        _speedup(row),
+        name,
+        _speedup(row) if "speedup" in row else "-",
         f"{row['of_floor'][0]:.2f}" if "of_floor" in row else "-",
-        _mib(row["peak_bytes"]) if "peak_bytes" in row else "-",
+        _milliseconds(row),
+        _mib(row),
         f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "-",
         f"{row['tflops']:.1f}" if "tflops" in row else "-",
         f"{max(errors.values()):.1e}" if errors else "-",
         f"{worse:.2g}" if worse is not None else "-",
         # The whole message is in the JSON; a table cell is one short line.
-        "" if note == "ok" else " ".join(note.split()).replace("|", "/")[:90],
+        " ".join(note.split()).replace("|", "/")[:90],
     )
 
 
-def table(record: Record) -> str:
-    """A Markdown table, one row a contender.
+def table(case: CaseRows) -> str:
+    """A Markdown table of one case, the fastest first.
 
     Times are medians (lower to upper quartile), speed-ups medians of the ratios within a round, "of floor" likewise
     against the bare products. "max error" is against float64 and relative to the largest value; "error / eager's" the
     worst result's as a multiple of the baseline's. Columns that nobody fills are left out.
     """
-    origin = record["provenance"]
-    rows = [_cells(case, row) for case in record["cases"] for row in case["contenders"]]
-    used = [i for i in range(len(COLUMNS)) if i < 2 or any(row[i] not in ("-", "") for row in rows)]
+    timed = [name for name, row in case.rows.items() if "seconds" in row]
+    rows = [_cells(name, case.rows[name], case.baseline) for name in sorted(timed, key=lambda n: case.of(n, "seconds"))]
+    used = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] not in ("-", "") for row in rows)]
     lines = [tuple(COLUMNS[i] for i in used), *(tuple(row[i] for i in used) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
+    blocks = [f"{case.op}, {case.name}: {described(case.params)}", *([_aligned(lines)] if rows else [])]
+    return "\n\n".join([*blocks, *_not_timed(case)])
+
+
+def _not_timed(case: CaseRows) -> list[str]:
+    """One paragraph that names who was not timed, together with those of the same reason; [] for nobody."""
+    reasons: dict[str, list[str]] = {}
+    for name, row in case.rows.items():
+        if "seconds" not in row:
+            reasons.setdefault(" ".join(row["status"].removeprefix("skipped: ").split())[:120], []).append(name)
+    text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return [f"Not timed: {text}"] if text else []
+
+
+def goals_table(goals: list[Row]) -> str:
+    """One line a goal and case; "" without goals."""
+    head = ("goal", "case", "measured", "limit", "met")
+    lines = [
+        (goal["goal"], goal["case"], f"{goal['measured']:.3g}", goal["limit"], "yes" if goal["met"] else "no")
+        for goal in goals
+    ]
+    return _aligned([head, *lines]) if lines else ""
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    head = (
-        f"{record['op']} on {origin['device_name']} ({origin['threads']} threads), {origin['date'][:10]}, commit "
-        f"{origin['commit']}; {versions}{'; quick' if record.get('quick') else ''}"
-    )
-    return "\n".join([head, "", *text, *_goals(record)])
+    return "\n".join(text)
 
 
-def _goals(record: Record) -> list[str]:
-    """Lines of a second table, one a goal and case; nothing for an operator without goals."""
-    lines = [
-        f"| {row['goal']} | {row['case']} | {row['measured']:.3g} | {row['limit']} | {'yes' if row['met'] else 'no'} |"
-        for row in record.get("goals", [])
-    ]
-    return ["", "| goal | case | measured | limit | met |", "|---|---|---|---|---|", *lines] if lines else []
+def origin(record: dict[str, Any]) -> str:
+    """Where, when and with what a file was measured, in a line."""
+    machine, commit = record["machine_info"], record["commit_info"]["id"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    quick = "; quick" if record.get("quick") else ""
+    where = f"{machine['device_name']} ({machine['threads']} threads), {record['datetime'][:10]}"
+    return f"{where}, commit {commit}; {versions}{quick}"
 
 
-def draw(record: Record, path: Path) -> Path | None:
-    """Bars of time and of peak memory by case; the path, or None without matplotlib or without anything timed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    cases = [case for case in record["cases"] if any("seconds" in row for row in case["contenders"])]
-    if not cases:
-        return None
-    names = list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"] if "seconds" in row))
-    figure = Figure(figsize=(max(8.0, 2.0 + 1.1 * len(cases)), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    width = 0.8 / len(names)
-    for number, name in enumerate(names):
-        rows = [next((r for r in case["contenders"] if r["name"] == name), {}) for case in cases]
-        spots = [place - 0.4 + width * (number + 0.5) for place in range(len(cases))]
-        timed = [(x, [1e3 * s for s in row["seconds"]]) for x, row in zip(spots, rows, strict=True) if "seconds" in row]
-        if timed:
-            medians = [ms[0] for _, ms in timed]
-            bars = [[ms[0] - ms[1] for _, ms in timed], [ms[2] - ms[0] for _, ms in timed]]
-            left.bar([x for x, _ in timed], medians, width, yerr=bars, label=name, error_kw={"elinewidth": 0.8})
-        sized = [(x, r["peak_bytes"] / 2**20) for x, r in zip(spots, rows, strict=True) if r.get("peak_bytes")]
-        right.bar([x for x, _ in sized], [mib for _, mib in sized], width, label=name)
-    for axes, title in ((left, "time (ms), median and quartiles"), (right, "peak memory (MiB)")):
-        axes.set_yscale("log")
-        axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(len(cases)), [case["name"] for case in cases], rotation=20, ha="right", fontsize=8)
-        axes.grid(axis="y", alpha=0.3)
-    left.legend(fontsize=8)
-    figure.suptitle(f"{record['op']} on {record['provenance']['device_name']}", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+def show(path: Path) -> None:
+    """Print a result file's tables and draw its plot; nothing for another kind of JSON."""
+    record = json.loads(path.read_text())
+    if not (cases := cases_of(record)):
+        return
+    goals = goals_table(record["goals"])
+    print("\n\n".join([origin(record), *map(table, cases), *([goals] if goals else [])]) + "\n")
+    drawn = draw(cases, record["machine_info"], path.with_suffix(".png"))
+    print(f"{path}" + (f" and {drawn.name}" if drawn else " (no plot: nothing timed, or matplotlib is not installed)"))
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        show(Path(file))

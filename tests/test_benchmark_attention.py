@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from benchmarks import attention, present
+from benchmarks import bench_attention as attention
+from benchmarks import harness, present
+from benchmarks.goals import CaseRows
 
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_a_run_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tower, fp32 = (4, 2, 8), {"dtype": torch.float32, "quick": True}
-    cases = [
-        attention.case("forward", 1, 64, tower, 0.5, **fp32),
-        attention.case("train", 1, 40, tower, 0.5, train=True, **fp32),
-        attention.case("decode", 2, 48, tower, 0.25, rows=1, **fp32),
-        attention.case("suffix", 2, 48, tower, 0.25, rows=5, **fp32),
-    ]
-    monkeypatch.setattr(attention, "cases", lambda device: cases)
-    uncompiled = r"^(?!.*(compiled|Flex)).*$"
-    options = ["--quick", "--device", "cpu", "--results", str(tmp_path), "--budget", "600", "--contenders", uncompiled]
-    assert attention.main(options) == 0
-    record = json.loads((tmp_path / "attention-cpu.json").read_text())
-    assert record["goals"] == []
-    found = {(case["name"], row["name"]): row for case in record["cases"] for row in case["contenders"]}
-    for (case, name), row in found.items():
-        refused = case == "suffix" and name in ("sdpa+mass", "SDPA + visual_mass, text rows")
-        assert row["status"].startswith("skipped: sdpa+mass aligns" if refused else "ok"), (case, name, row["status"])
-        assert refused or row["seconds"][0] > 0
-    assert {"out", "mass"} <= set(found["forward", "portable"]["errors"])
-    assert {"out", "mass", "d_q", "d_k", "d_v"} <= set(found["train", "sdpa+mass"]["errors"])
-    assert set(found["train", "portable (no mass)"]["errors"]) == {"out"}
+UNCOMPILED = [c for c in attention.contenders(CPU) if "compiled" not in c.name and "Flex" not in c.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options"),
+    [
+        ("forward", (1, 64), {}),
+        ("train", (1, 40), {"train": True}),
+        ("decode", (2, 48), {"rows": 1}),
+        ("suffix", (2, 48), {"rows": 5}),
+    ],
+)
+def test_all_contenders_pass_the_gate_and_are_timed(name: str, sizes: tuple[int, int], options: dict) -> None:
+    case = attention.case(name, *sizes, (4, 2, 8), 0.5, dtype=torch.float32, **options)
+    rows = harness.compare(case, UNCOMPILED, CPU, budget=0.1)
+    for contender, row in rows.items():
+        refused = name == "suffix" and contender in ("sdpa+mass", "SDPA + visual_mass, text rows")
+        assert row["status"].startswith("skipped: sdpa+mass aligns" if refused else "ok"), (contender, row["status"])
+        assert refused or min(row["samples"]) > 0
+    gradients = {"d_q", "d_k", "d_v"} if name == "train" else set()
+    assert set(rows["portable"]["errors"]) == {"out", "mass"} | gradients
+    assert set(rows["portable (no mass)"]["errors"]) == {"out"}
 
 
 def test_the_gpus_cases_are_those_of_the_goals_first() -> None:
@@ -68,29 +67,23 @@ def test_whoever_is_absent_on_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) ->
     assert why("SDPA flash (no mass)", few) is None
 
 
-def row(name: str, seconds: float, **errors: float) -> dict:
-    return {"name": name, "seconds": [seconds] * 3, "errors": errors, "status": "ok", "baseline": False, "peer": False}
+def row(seconds: float, **errors: float) -> dict:
+    return {"kind": "ours", "seconds": [seconds] * 3, "errors": errors}
 
 
 def test_goals_are_ratios_of_what_was_timed() -> None:
-    rows = [
-        row("eager with weights", 50.0, out=1e-3, mass=2e-3),
-        row("SDPA flash (no mass)", 1.2),
-        row("SDPA cuDNN (no mass)", 0.98),
-        row("triton (no mass)", 1.0),
-        row("triton", 1.02, out=1e-3, mass=1e-3),
-        row("sdpa+mass", 1.1),
-        row("SDPA + visual_mass, text rows", 1.05),
-    ]
-    cases = [
-        {"name": "big", "params": {"T": 8192, "train": False}, "contenders": rows},
-        {"name": "small", "params": {"T": 512, "train": True}, "contenders": [row("triton", 1.0)]},
-    ]
-    record = {
-        "provenance": {"device": "cuda", "device_name": "x", "threads": 1, "date": "", "commit": "", "versions": {}}
+    rows = {
+        "eager with weights": row(50.0, out=1e-3, mass=2e-3),
+        "SDPA flash (no mass)": row(1.2),
+        "SDPA cuDNN (no mass)": row(0.98),
+        "triton (no mass)": row(1.0),
+        "triton": row(1.02, out=1e-3, mass=1e-3),
+        "sdpa+mass": row(1.1),
+        "SDPA + visual_mass, text rows": row(1.05),
     }
-    record |= {"op": "attention", "cases": cases}
-    found = {goal["goal"]: goal for goal in attention.goals(record)}
+    big = CaseRows("attention", "big", {"T": 8192, "train": False}, rows)
+    small = CaseRows("attention", "small", {"T": 512, "train": True}, {"triton": row(1.0)})
+    found = {goal["goal"]: goal for goal in attention.goals([big, small], "cuda")}
     assert len(found) == 5 and {goal["case"] for goal in found.values()} == {"big"}
     assert found["time with mass / without, our kernels"]["measured"] == pytest.approx(1.02)
     assert found["fastest attention's time / best with mass"]["measured"] == pytest.approx(0.98 / 1.02)
@@ -98,12 +91,12 @@ def test_goals_are_ratios_of_what_was_timed() -> None:
     assert found["eager's time / best with mass"]["measured"] == pytest.approx(50 / 1.02)
     assert found["largest error / eager's, our kernels"]["measured"] == pytest.approx(1.0)
     lengths = [
-        {"name": f"forward-7b-{n}k", "params": {"T": n * 1024, "train": False}, "contenders": [row("triton", 1.0)]}
-        for n in (8, 16)
+        CaseRows(
+            "attention", f"forward-7b-{n}k", {"T": n * 1024, "train": False}, {"triton": row(1.0) | {"peak_bytes": p}}
+        )
+        for n, p in ((8, 100), (16, 199))
     ]
-    for n, case in zip((100, 199), lengths, strict=True):
-        case["contenders"][0]["peak_bytes"] = n
-    assert attention.goals(record | {"cases": lengths})[-1]["measured"] == pytest.approx(1.99)
-    printed = present.table(record | {"goals": list(found.values())})
-    assert "| fastest attention's time / mass of text rows | big | 0.933 | >= 0.94 | no |" in printed
-    assert attention.goals(record | {"provenance": {"device": "cpu"}}) == []
+    assert attention.goals(lengths, "cuda")[-1]["measured"] == pytest.approx(1.99)
+    printed = present.goals_table(list(found.values()))
+    assert "| fastest attention's time / mass of text rows | big  | 0.933    | >= 0.94 | no  |" in printed
+    assert attention.goals([big], "cpu") == []

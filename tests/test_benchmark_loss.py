@@ -2,66 +2,94 @@
 
 from __future__ import annotations
 
-import json
+import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import divergence, logprobs, policy_loss, present
+from benchmarks import bench_divergence as divergence
+from benchmarks import bench_logprobs as logprobs
+from benchmarks import bench_policy_loss as policy_loss
+from benchmarks import harness, present
+from benchmarks.goals import CaseRows
+from benchmarks.harness import Case
+from benchmarks.heads import eager, missing
+from benchmarks.measure import quartiles
 from mmrpt_kernels.testing import HEADS
 
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HEAD = (96, 32, 1031)
 
 
-def run(module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cases: list) -> dict:
-    monkeypatch.setattr(module, "cases", lambda device: cases)
-    options = ["--quick", "--device", "cpu", "--results", str(tmp_path), "--budget", "600"]
-    assert module.main([*options, "--contenders", r"^(?!.*(compiled|TRL|Liger))"]) == 0
-    name = module.__name__.rpartition(".")[2]
-    return json.loads((tmp_path / f"{name}-cpu.json").read_text())
+def measured(module, case: Case, leave_out: str = "compiled|TRL|Liger") -> CaseRows:
+    contenders = [c for c in module.contenders(CPU) if not re.search(leave_out, c.name)]
+    rows = harness.compare(case, contenders, CPU, budget=0.1)
+    for name, row in rows.items():
+        assert row["status"] == "ok" or row["status"].startswith("skipped"), (name, row["status"])
+        row |= {"seconds": quartiles(row["samples"])} if "samples" in row else {}
+    return CaseRows("op", case.name, case.params, rows)
 
 
-def test_the_policy_loss_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    full, half, quick = torch.float32, torch.bfloat16, {"quick": True}
+FULL, HALF = torch.float32, torch.bfloat16
+BIAS, TRAINED = {"bias": True}, {"logits": "trained"}
+
+
+def test_the_policy_loss_end_to_end() -> None:
     cases = [
-        policy_loss.case("flat", HEAD, full, keep=0.4, **quick),
-        policy_loss.case("trained", HEAD, full, keep=1.0, logits="trained", **quick),
-        policy_loss.case("half", HEAD, half, keep=0.4, logits="trained", **quick),
-        policy_loss.case("frozen", HEAD, full, keep=1.0, learn=("hidden",), **quick),
-        policy_loss.case("forward", HEAD, full, keep=0.4, learn=(), **quick),
+        policy_loss.case("flat", HEAD, FULL, keep=0.4, **BIAS),
+        policy_loss.case("trained", HEAD, FULL, keep=1.0, **TRAINED),
+        policy_loss.case("half", HEAD, HALF, keep=0.4, **TRAINED),
+        policy_loss.case("frozen", HEAD, FULL, keep=1.0, learn=("hidden",)),
+        policy_loss.case("forward", HEAD, FULL, keep=0.4, learn=()),
     ]
-    record = run(policy_loss, monkeypatch, tmp_path, cases)
-    found = {(case["name"], row["name"]): row for case in record["cases"] for row in case["contenders"]}
-    assert set(found["half", "portable, auto left out"]["errors"]) == {"value", "d_hidden", "d_weight"}
-    assert set(found["frozen", "portable"]["errors"]) == {"value", "d_hidden"}
-    assert set(found["forward", "portable"]["errors"]) == {"value"}
+    found = {case.name: measured(policy_loss, case) for case in cases}
+    rows = {name: case.rows for name, case in found.items()}
+    assert set(rows["half"]["portable, auto left out"]["errors"]) == {"value", "d_hidden", "d_weight"}
+    assert set(rows["frozen"]["portable"]["errors"]) == {"value", "d_hidden"}
+    assert set(rows["forward"]["portable"]["errors"]) == {"value"}
     for case in ("trained", "half"):
-        name = "portable, auto left out" if case == "half" else "portable, 2^-8 left out"
-        assert found[case, name]["seconds"][0] > 0 and found[case, name]["facts"]["words kept"] < 0.45, case
-    assert found["trained", "portable, 2^-8 left out"]["errors"]["d_hidden"] > 1e-5, "said, though float32 does better"
-    assert found["trained", "portable, auto left out"]["status"] == "skipped: exact for float32 inputs"
-    assert found["forward", "portable, 2^-8 left out"]["status"] == "skipped: there is no gradient"
-    assert found["trained", "eager by hand"]["status"] == "skipped: all tokens are kept"
-    judged = {(goal["goal"], goal["case"]): goal["limit"] for goal in record["goals"]}
+        row = rows[case]["portable, auto left out" if case == "half" else "portable, 2^-8 left out"]
+        assert row["seconds"][0] > 0 and row["facts"]["words kept"] < 0.45, case
+    assert rows["trained"]["portable, 2^-8 left out"]["errors"]["d_hidden"] > 1e-5, "said, though float32 does better"
+    assert rows["trained"]["portable, auto left out"]["status"] == "skipped: exact for float32 inputs"
+    assert rows["forward"]["portable, 2^-8 left out"]["status"] == "skipped: there is no gradient"
+    assert rows["trained"]["eager by hand"]["status"] == "skipped: all tokens are kept"
+    judged = {(g["goal"], g["case"]): g["limit"] for g in policy_loss.goals(list(found.values()), "cpu")}
     assert judged["eager's time / portable", "flat"] == ">= 1.7" and len(judged) == 5
     assert judged["eager's time / portable", "trained"] == judged["eager's time / portable", "frozen"] == ">= 1"
     assert judged["eager's time / portable, auto left out", "half"] == ">= 1.7"
 
 
-def test_log_probs_end_to_end_and_their_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cases = [
-        logprobs.case("score", *HEAD, torch.bfloat16),
-        logprobs.case("train", *HEAD, torch.bfloat16, keep=0.4, logits="trained"),
-    ]
-    record = run(logprobs, monkeypatch, tmp_path, cases)
-    (goal,) = record["goals"]
+def test_log_probs_end_to_end_and_their_precision() -> None:
+    score = measured(logprobs, logprobs.case("score", HEAD, HALF, **BIAS))
+    train = measured(logprobs, logprobs.case("train", HEAD, HALF, keep=0.4, **TRAINED))
+    (goal,) = logprobs.goals([score, train], "cpu")
     assert goal["goal"] == "largest error of a log-probability, portable" and goal["case"] == "score" and goal["met"]
     assert 0 < goal["measured"] <= 1e-5 and goal["limit"] == "<= 1e-05"
-    row = next(r for r in record["cases"][1]["contenders"] if r["name"] == "linear_token_loss, auto left out")
-    assert row["status"] == "ok" and row["facts"]["words kept"] < 0.45
+    assert train.rows["linear_token_loss, auto left out"]["facts"]["words kept"] < 0.45
+
+
+@pytest.mark.parametrize("learn", [(), ("hidden_p", "weight"), ("hidden_p", "hidden_q", "weight")])
+def test_divergences_end_to_end(learn: tuple[str, ...]) -> None:
+    case = measured(divergence, divergence.case("c", HEAD, FULL, learn=learn, **BIAS))
+    assert set(case.rows["portable"]["errors"]) >= {"divergence", *(f"d_{name}" for name in learn)}
+
+
+def trl_and_eager(module, case: Case) -> dict[str, dict]:
+    return measured(module, case, leave_out="^(?!TRL|eager$)").rows
+
+
+@pytest.mark.skipif(missing("trl.kernels.chunked_divergence") is not None, reason="TRL 1.16 is not installed")
+def test_trls_heads_compute_what_is_compared() -> None:
+    """A contender that computed something else would be marked inaccurate, and so would a bias that was dropped."""
+    assert trl_and_eager(policy_loss, policy_loss.case("c", HEAD, FULL, keep=0.4, **BIAS))["TRL"]["status"] == "ok"
+    assert trl_and_eager(logprobs, logprobs.case("c", HEAD, FULL, **BIAS))["TRL"]["status"] == "ok"
+    for learn, kind in (((), "kl"), (divergence.FIRST, "kl"), (divergence.FIRST, "js")):
+        case = divergence.case("c", HEAD, FULL, learn=learn, kind=kind, **BIAS)
+        assert trl_and_eager(divergence, case)["TRL"]["status"] == "ok"
+    both = trl_and_eager(divergence, divergence.case("c", HEAD, FULL, learn=divergence.BOTH))["TRL"]
+    assert both["status"].startswith("skipped: TRL's head has one kind at a time and a gradient in the student alone")
 
 
 def test_the_gpus_cases_have_every_shape_asked_for_and_the_goals_first() -> None:
@@ -79,12 +107,16 @@ def test_the_gpus_cases_have_every_shape_asked_for_and_the_goals_first() -> None
     assert {tuple(p["learn"]) for p in cases.values()} == {(), ("hidden",), ("hidden", "weight")}
     assert {p["logits"] for p in cases.values()} == set(HEADS)
     assert {p["keep"] for p in (case.params for case in logprobs.cases(GPU))} == {None, 0.2, 0.4, 1.0}
+    for module in (policy_loss, logprobs, divergence):
+        for device in (CPU, GPU):
+            assert {case.params["bias"] for case in module.cases(device)} == {False, True}, "the trainer has a bias"
 
 
 def test_every_peer_is_named_and_whoever_is_absent_says_why() -> None:
     names = {contender.name for contender in policy_loss.contenders(GPU)}
-    assert {"eager, compiled", "eager, auto-chunked", "TRL", "Liger GRPO", "verl", "cut-cross-entropy"} <= names
-    cut = next(c for c in policy_loss.contenders(torch.device("cpu")) if c.name == "cut-cross-entropy")
+    peers = {"eager, compiled", "eager, auto-chunked", "TRL", "Liger GRPO", "Liger scaled CE", "verl"}
+    assert peers | {"cut-cross-entropy"} <= names
+    cut = next(c for c in policy_loss.contenders(CPU) if c.name == "cut-cross-entropy")
     assert cut.skip == "its kernels need a GPU"
 
 
@@ -92,7 +124,7 @@ def test_inputs_stay_clear_of_the_clip() -> None:
     """No token's log-ratio is within 0.08 of a clip, so rounding decides about none; some are clipped, most are not."""
     case = policy_loss.case("c", (512, 32, 257), torch.float64, keep=0.4)
     inputs = case.make_inputs(torch.device("cpu"))
-    logps = logprobs.eager(inputs["hidden"], inputs["weight"], inputs["targets"], entropy=False).logps
+    logps = eager(inputs["hidden"], inputs["weight"], inputs["targets"], entropy=False).logps
     log_ratio = (logps - inputs["old_logps"]).detach()
     clips = torch.tensor([0.8, 1.2], dtype=torch.float64).log()
     assert (log_ratio[..., None] - clips).abs().min() > 0.08
@@ -100,29 +132,24 @@ def test_inputs_stay_clear_of_the_clip() -> None:
     assert inputs["perception_mask"].sum(1).tolist() == [26] * 8  # ceil(0.4 * 64)
 
 
-def row(name: str, seconds: float, *, peer: bool = False, **more) -> dict:
-    return {"name": name, "seconds": [seconds] * 3, "status": "ok", "baseline": False, "peer": peer} | more
+def row(seconds: float, kind: str = "ours", **more) -> dict:
+    return {"kind": kind, "seconds": [seconds] * 3} | more
 
 
 def test_goals_on_a_gpu() -> None:
-    ours = {"peak_bytes": 40, "of_floor": [1.2, 1.1, 1.3]}
-    rows = [
-        row("eager", 60.0, baseline=True, peak_bytes=900),
-        row("triton", 12.0, **ours),
-        row("triton, auto left out", 6.0, peak_bytes=44, of_floor=[0.6] * 3),
-        row("TRL", 24.0, peer=True, peak_bytes=70),
-        row("Liger GRPO", 12.0, peer=True, peak_bytes=100),
-        row("cut-cross-entropy by hand", 5.0, peer=True, peak_bytes=50),
-    ]
+    rows = {
+        "eager": row(60.0, "baseline", peak_bytes=900),
+        "triton": row(12.0, peak_bytes=40, of_floor=[1.2, 1.1, 1.3]),
+        "triton, auto left out": row(6.0, peak_bytes=44, of_floor=[0.6] * 3),
+        "TRL": row(24.0, "peer", peak_bytes=70),
+        "Liger GRPO": row(12.0, "peer", peak_bytes=100),
+        "cut-cross-entropy by hand": row(5.0, "peer", peak_bytes=50),
+    }
     both = ["hidden", "weight"]
-
-    def case(name: str, keep: float, learn: list[str]) -> dict:
-        return {"name": name, "params": {"keep": keep, "learn": learn}, "contenders": rows}
-
-    cases = [case("all", 1.0, both), case("some", 0.4, both), case("frozen", 1.0, ["hidden"]), case("forward", 0.4, [])]
-    provenance = {"device": "cuda", "device_name": "x", "threads": 1, "date": "", "commit": "", "versions": {}}
-    record = {"op": "policy_loss", "provenance": provenance, "cases": cases}
-    found = {(goal["goal"], goal["case"]): goal for goal in policy_loss.goals(record)}
+    kinds = (("all", 1.0, both), ("some", 0.4, both), ("frozen", 1.0, ["hidden"]), ("forward", 0.4, []))
+    cases = [CaseRows("policy_loss", name, {"keep": keep, "learn": learn}, rows) for name, keep, learn in kinds]
+    goals = policy_loss.goals(cases, "cuda")
+    found = {(goal["goal"], goal["case"]): goal for goal in goals}
 
     def judged(goal: str, name: str) -> tuple[float, str, bool]:
         return tuple(found[goal, name][key] for key in ("measured", "limit", "met"))
@@ -135,14 +162,15 @@ def test_goals_on_a_gpu() -> None:
     assert judged("TRL's time / triton", "all") == (2.0, ">= 1.5", True)
     assert judged("memory / fastest peer's (Liger GRPO), triton", "frozen") == (0.4, "<= 0.5", True)
     assert not any(name == "forward" or "Liger GRPO's" in goal for goal, name in found if name != "all")
-    printed = present.table(record | {"goals": list(found.values())})
-    assert "| time / bare products, triton | some | 1.2 | <= 1.25 | yes |" in printed
+    assert re.search(
+        r"\| time / bare products, triton +\| some +\| 1.2 +\| <= 1.25 \| yes \|", present.goals_table(goals)
+    )
 
 
 def test_by_hand_is_the_same_loss() -> None:
     inputs = policy_loss.case("c", HEAD, torch.float64, keep=0.4).make_inputs(torch.device("cpu"))
     whole, by_hand = (
-        policy_loss.step(partial(loss, logprobs.eager))(**inputs)
+        policy_loss.step(partial(loss, eager))(**inputs)
         for loss in (policy_loss.loss_from_logps, policy_loss.loss_by_hand)
     )
     for name, value in whole.items():

@@ -1,11 +1,11 @@
 """Attention with visual mass against eager attention that returns its weights, and against attention without a mass.
 
-    python -m benchmarks.attention [--quick] [--device cpu|cuda] [--threads 2] [--budget 600]
+    pytest benchmarks/bench_attention.py [--quick] [--device cpu|cuda] [--threads 2] [--budget 600]
 
 Image tokens stand before the text, as in a VLM's prompt; masses are asked for in all rows, except by "text rows" (the
 rows behind the image). "forward" cases score; "train" cases add the backward pass of out and mass together; "decode"
 cases have 1 or 16 new rows over a long cache. On a GPU the cases are text towers of Qwen2.5-VL (3b, 7b, 32b) and
-Qwen3-VL (8b); with --quick those that the goals speak of, which are judged below the table (see `goals`).
+Qwen3-VL (8b); with --quick those that the goals speak of, which are judged below the tables (see `goals`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks import harness
-from benchmarks.goals import Goals, cases_of, ratio
-from benchmarks.harness import Case, Contender
-from benchmarks.logprobs import compiled_per_shape, no_compiler
-from mmrpt_kernels import backends
-from mmrpt_kernels.attention import attention_with_visual_mass, visual_mass
+from benchmarks.goals import CaseRows, Goals, ratio
+from benchmarks.harness import Case, Contender, report
+from benchmarks.heads import OURS, compiled_per_shape, no_compiler
+from mmrpt_kernels import attention_with_visual_mass, visual_mass
 
 FIRST_IMAGE_TOKEN = 8  # behind a short system prompt
 
@@ -269,53 +267,43 @@ def without_mass(device: torch.device) -> list[Contender]:
         for name, module in (("flash-attn 2", "flash_attn"), ("flash-attn 3", "flash_attn_interface")):
             made[name] = (partial(flash_attn, module=module), absent(module))
     return [
-        Contender(f"{name} (no mass)", forward_or_both(fn), peer=True, compare=("out",), skip=skip)
+        Contender(f"{name} (no mass)", forward_or_both(fn), "peer", compare=("out",), skip=skip)
         for name, (fn, skip) in made.items()
     ]
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    kernels = "portable" if device.type == "cpu" else "triton"
-    why_not = backends.TRITON_MISSING or None if kernels == "triton" else None
-    plain = partial(ours, backend=kernels, mass=False)
+    kernels = OURS[device.type][0]
+    square, plain = needs_square("sdpa+mass"), partial(ours, backend=kernels, mass=False)
+    compiled, text_rows = forward_or_both(compiled_per_shape(eager)), forward_or_both(sdpa_and_text_rows)
     made = [
-        Contender("eager with weights", forward_or_both(eager), baseline=True),
-        Contender(
-            "eager with weights, compiled",
-            forward_or_both(compiled_per_shape(eager)),
-            peer=True,
-            skip=no_compiler(device),
-        ),
+        Contender("eager with weights", forward_or_both(eager), "baseline"),
+        Contender("eager with weights, compiled", compiled, "peer", skip=no_compiler(device)),
         *without_mass(device),
-        Contender(f"{kernels} (no mass)", forward_or_both(plain), compare=("out",), skip=why_not),
-        Contender(kernels, forward_or_both(partial(ours, backend=kernels)), skip=why_not),
-        Contender("sdpa+mass", forward_or_both(partial(ours, backend="sdpa+mass")), skip=needs_square("sdpa+mass")),
-        Contender(
-            "SDPA + visual_mass, text rows",
-            forward_or_both(sdpa_and_text_rows),
-            compare=("out",),
-            skip=needs_square("sdpa+mass"),
-        ),
+        Contender(f"{kernels} (no mass)", forward_or_both(plain), compare=("out",), variant=True),
+        Contender(kernels, forward_or_both(partial(ours, backend=kernels))),
+        Contender("sdpa+mass", forward_or_both(partial(ours, backend="sdpa+mass")), skip=square),
+        Contender("SDPA + visual_mass, text rows", text_rows, compare=("out",), skip=square, variant=True),
     ]
     if device.type != "cpu":
         for module in ("flash_colreduce", "flash_colsum"):
-            fn = forward_or_both(partial(column_sums, module=module))
-            made.append(Contender(f"{module} (per key)", fn, peer=True, compare=(), skip=columns_skip(module)))
+            fn, skip = forward_or_both(partial(column_sums, module=module)), columns_skip(module)
+            made.append(Contender(f"{module} (per key)", fn, "peer", compare=(), skip=skip, variant=True))
     return made
 
 
-def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
+def goals(cases: list[CaseRows], device: str) -> list[dict[str, Any]]:
     """What the kernels are to reach on a GPU, from the medians of each case that timed what it takes."""
-    if record["provenance"]["device"] == "cpu":
+    if device == "cpu":
         return []
     found, peaks = Goals(), {}
-    for case in cases_of(record):
+    for case in cases:
         name, time = case.name, partial(case.of, what="seconds")
         limit = 1.05 if case.params["train"] else 1.03
         with_mass = ratio(time("triton"), time("triton (no mass)"))
         found.at_most("time with mass / without, our kernels", name, with_mass, limit)
-        best = time(case.fastest(lambda row: row["name"] in ("triton", "sdpa+mass")))
-        rival = time(case.fastest(lambda row: row["name"].endswith("(no mass)")))
+        best = time(case.fastest(lambda name, row: name in ("triton", "sdpa+mass")))
+        rival = time(case.fastest(lambda name, row: name.endswith("(no mass)")))
         found.at_least("fastest attention's time / best with mass", name, ratio(rival, best), 0.94)
         text = time("SDPA + visual_mass, text rows")
         found.at_least("fastest attention's time / mass of text rows", name, ratio(rival, text), 0.94)
@@ -329,10 +317,5 @@ def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
     return found.rows
 
 
-def main(argv=None) -> int:
-    args = harness.parse_args("attention", argv)
-    return harness.run("attention", cases(args.device), contenders(args.device), args, goals=goals)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def test_attention(rows, contender, benchmark) -> None:
+    report(rows[contender], benchmark)

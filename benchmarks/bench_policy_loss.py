@@ -1,13 +1,14 @@
 """The clipped policy loss, forward and backward: linear_policy_loss against materialised logits and other fused heads.
 
-    python -m benchmarks.policy_loss [--quick] [--device cpu|cuda] [--threads 2] [--only 7b]
+    pytest benchmarks/bench_policy_loss.py [--quick] [--device cpu|cuda] [--threads 2] [--only 7b]
 
 Every case is one training step of the head: loss, d hidden and d weight ("frozen": d hidden alone, as with LoRA;
 "forward": the loss alone). "keep40" is VPPO's filter: 40 % of the tokens have a policy term, and no term of the loss
 runs over the others; "keep100" has no filter. The same loss is built by "eager" from full logits and log_softmax, by
 the heads of others (TRL, verl, cut-cross-entropy) from per-token log-probs of all tokens, as their trainers call them,
 and by Liger from its own fused GRPO loss; "by hand": the caller gathers the tokens kept and gives those alone. Ours
-compute what has a gradient; "statistics" also log-probs and entropies of all other response tokens.
+compute what has a gradient; "statistics" also log-probs and entropies of all other response tokens. "bias" adds one to
+the logits, as mmrpt's trainer always does.
 
 Logits are flat (normal, standard deviation 3), but for "zipf", "peaked" and "trained", a briefly trained head
 (`mmrpt_kernels.testing.draw_head`): there it pays to leave words without probability out of the gradient's products, as
@@ -15,7 +16,7 @@ cut-cross-entropy does, and ours with skip_below ("left out": their notes say wh
 gate compares 1,024 tokens.
 
 "bare products" is the floor: the matrix products that the mathematics needs on the tokens kept, in the inputs' dtype,
-all at once where memory allows, and nothing else. What is to be reached is judged below the table (`goals`).
+all at once where memory allows, and nothing else. What is to be reached is judged below the tables (`goals`).
 """
 
 from __future__ import annotations
@@ -27,30 +28,31 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.goals import CaseRows, Goals, cases_of, ratio
-from benchmarks.harness import Case, Contender
-from benchmarks.logprobs import (
-    compiled_per_shape,
+from benchmarks.goals import CaseRows, Goals, ratio
+from benchmarks.harness import Case, Contender, report
+from benchmarks.heads import (
+    OURS,
+    Head,
+    Skip,
     cut_cross_entropy,
+    draw_bias,
     eager,
-    first_compiled,
+    eager_compiled,
     gate_rows,
+    head_peers,
+    in_dtype_of,
     missing,
-    no_auto_chunker,
+    needs_gpu,
     no_compiler,
     ours,
-    ours_everywhere,
     products,
-    trl,
-    verl,
     words_left_out,
 )
-from mmrpt_kernels import LogProbs, backends, linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.testing import HEADS, draw_head
 
 SEQUENCES = 8
 BOTH, HIDDEN = ("hidden", "weight"), ("hidden",)
-Head = Callable[..., LogProbs]
 
 
 def clipped(logps, old_logps, advantages) -> torch.Tensor:
@@ -59,17 +61,17 @@ def clipped(logps, old_logps, advantages) -> torch.Tensor:
     return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
 
 
-def loss_from_logps(head: Head, hidden, weight, targets, advantages, response_mask, perception_mask, old_logps):
+def loss_from_logps(head: Head, hidden, weight, targets, bias, advantages, response_mask, perception_mask, old_logps):
     """The loss as a trainer writes it: per-token log-probs of all tokens, then the surrogate over (B, T)."""
-    logps = head(hidden, weight, targets, entropy=False).logps
+    logps = head(hidden, weight, targets, bias, entropy=False).logps
     losses = clipped(logps, old_logps, advantages[:, None])
     return (losses * perception_mask * response_mask).sum() / response_mask.sum()
 
 
-def loss_by_hand(head: Head, hidden, weight, targets, advantages, response_mask, perception_mask, old_logps):
+def loss_by_hand(head: Head, hidden, weight, targets, bias, advantages, response_mask, perception_mask, old_logps):
     """The same from the tokens kept alone, gathered by whoever writes the trainer."""
     mask = response_mask & perception_mask
-    logps = head(hidden[mask], weight, targets[mask], entropy=False).logps
+    logps = head(hidden[mask], weight, targets[mask], bias, entropy=False).logps
     return clipped(logps, old_logps[mask], advantages[:, None].expand(mask.shape)[mask]).sum() / response_mask.sum()
 
 
@@ -78,9 +80,7 @@ def fused(backend: str | None, *, return_statistics: bool = False, skip_below=No
     return linear_policy_loss(**inputs, **options).loss
 
 
-def token_loss(
-    backend: str, hidden, weight, targets, advantages, response_mask, perception_mask, old_logps
-) -> torch.Tensor:
+def token_loss(hidden, weight, targets, bias, advantages, response_mask, perception_mask, old_logps) -> torch.Tensor:
     """The same loss brought as a user's own function."""
     old, by_token = old_logps.reshape(-1), advantages[:, None].expand(targets.shape).reshape(-1)
 
@@ -88,11 +88,11 @@ def token_loss(
         return clipped(logps, old[rows], by_token[rows])
 
     mask = response_mask & perception_mask
-    total = linear_token_loss(hidden, weight, targets, loss, active_mask=mask, use_entropy=False, backend=backend)
+    total = linear_token_loss(hidden, weight, targets, loss, active_mask=mask, use_entropy=False, bias=bias)
     return total / response_mask.sum()
 
 
-def liger(hidden, weight, targets, advantages, response_mask, perception_mask, old_logps) -> torch.Tensor:
+def liger(hidden, weight, targets, bias, advantages, response_mask, perception_mask, old_logps) -> torch.Tensor:
     """Liger's fused linear GRPO; its mask is the filter, its divisor the response's length. Compiled where it can be,
     as its users run it."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -100,15 +100,8 @@ def liger(hidden, weight, targets, advantages, response_mask, perception_mask, o
     compiled = no_compiler(hidden.device) is None
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo")
     mask = (response_mask & perception_mask).to(hidden.dtype)
-    return loss(
-        hidden,
-        weight,
-        targets,
-        mask,
-        advantages,
-        old_per_token_logps=old_logps,
-        num_items_in_batch=response_mask.sum(),
-    )[0]
+    options = {"old_per_token_logps": old_logps, "num_items_in_batch": response_mask.sum()}
+    return loss(hidden, weight, targets, mask, advantages, in_dtype_of(weight, bias), **options)[0]
 
 
 def floor(hidden, weight, perception_mask, **_: Any) -> dict[str, torch.Tensor]:
@@ -126,6 +119,7 @@ def make_inputs(
     keep: float,
     learn: tuple[str, ...],
     logits: str,
+    bias: bool,
 ) -> dict[str, Any]:
     """logits: a kind of `draw_head`; ceil(keep * T) tokens kept a sequence. Log-ratios are within 0.1, and 0.5 or -0.5
     for one token in twenty: no rounding of logits to bfloat16 moves one across the clip, or it would be all that errors
@@ -135,13 +129,12 @@ def make_inputs(
     shape = (SEQUENCES, rows // SEQUENCES)
     made = {"hidden": drawn.hidden.view(*shape, hidden), "weight": drawn.weight.clone()}
     made = {name: tensor.requires_grad_(name in learn) for name, tensor in made.items()}
-    targets = drawn.targets.view(shape)
+    made |= {"targets": drawn.targets.view(shape), "bias": draw_bias(vocab, device) if bias else None}
     with torch.no_grad():
-        own = linear_logprobs(made["hidden"], made["weight"], targets).logps
+        own = linear_logprobs(**made).logps
     far, near, place = torch.rand(3, *shape, generator=generator, device=device)
     log_ratio = torch.where(far < 0.05, (near - 0.5).sign() * 0.5, (near - 0.5) * 0.2)
     return made | {
-        "targets": targets,
         "advantages": torch.randn(SEQUENCES, generator=generator, device=device),
         "response_mask": torch.ones(shape, dtype=torch.bool, device=device),
         "perception_mask": place.argsort(1).argsort(1) < -int(-keep * shape[1] // 1),
@@ -157,18 +150,20 @@ def case(
     keep: float,
     learn: tuple[str, ...] = BOTH,
     logits: str = "flat",
+    bias: bool = False,
     quick: bool = False,
 ) -> Case:
     """A Case of N, H, V. Three (frozen: two; forward: one) products of 2 N H V each on the tokens kept: what the
     mathematics needs."""
     rows, hidden, vocab = head
-    sizes = {"hidden": hidden, "vocab": vocab, "dtype": dtype, "keep": keep, "learn": learn, "logits": logits}
+    sizes = {"hidden": hidden, "vocab": vocab, "dtype": dtype, "keep": keep}
+    inputs = partial(make_inputs, **sizes, learn=learn, logits=logits, bias=bias)
     params = {"N": rows, "H": hidden, "V": vocab, "dtype": str(dtype).removeprefix("torch."), "keep": keep}
     return Case(
         name,
-        params | {"learn": list(learn), "logits": logits},
-        partial(make_inputs, rows=rows, **sizes),
-        gate_inputs=partial(make_inputs, rows=min(rows, gate_rows(logits)), **sizes),
+        params | {"learn": list(learn), "logits": logits, "bias": bias},
+        partial(inputs, rows=rows),
+        gate_inputs=partial(inputs, rows=min(rows, gate_rows(logits))),
         floor=20.0,  # the size of the log-probabilities whose difference is the ratio's exponent
         flops=2.0 * (1 + len(learn)) * rows * hidden * vocab * keep,
         quick=quick,
@@ -182,6 +177,7 @@ def cases(device: torch.device) -> list[Case]:
         return [
             case("32k-keep40", large, full, keep=0.4, quick=True),
             case("32k-keep100", large, full, keep=1.0, quick=True),
+            case("32k-keep40-bias", large, full, keep=0.4, bias=True, quick=True),
             case("tiny-keep40", (2048, 128, 1024), full, keep=0.4, quick=True),
             case("8k-trained-keep40", small, full, keep=0.4, logits="trained", quick=True),
             case("152k-keep40", wide, full, keep=0.4),
@@ -198,6 +194,7 @@ def cases(device: torch.device) -> list[Case]:
         case("7b-8k-keep40", seven, half, keep=0.4, quick=True),
         case("7b-8k-frozen", seven, half, keep=1.0, learn=HIDDEN, quick=True),
         case("7b-8k-trained-keep100", seven, half, keep=1.0, logits="trained", quick=True),
+        case("7b-8k-keep40-bias", seven, half, keep=0.4, bias=True),
         case("3b-8k-keep40", three, half, keep=0.4),
         case("32b-8k-keep40", wide, half, keep=0.4),
         case("7b-8k-trained-keep40", seven, half, keep=0.4, logits="trained"),
@@ -225,14 +222,14 @@ def step(fn: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return call
 
 
-def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
+def goals(cases: list[CaseRows], device: str) -> list[dict[str, Any]]:
     """What a training step is to reach with the kernels that the table of backends chooses, exact and with words left
     out. Peers count as their trainers call them, not by hand."""
     found = Goals()
-    for case in cases_of(record):
+    for case in cases:
         if not case.params["learn"]:
             continue
-        if record["provenance"]["device"] == "cpu":
+        if device == "cpu":
             judge_cpu(found, case)
         else:
             for name in ("triton", "triton, auto left out"):
@@ -249,7 +246,7 @@ def judge_cpu(found: Goals, case: CaseRows) -> None:
 def judge_gpu(found: Goals, case: CaseRows, name: str) -> None:
     keep, trains = case.params["keep"], case.params["learn"] == list(BOTH)
     seconds = case.of(name, "seconds")
-    best = case.fastest(lambda row: row["peer"] and not row["name"].endswith("by hand"))
+    best = case.fastest(lambda name, row: row["kind"] == "peer" and not name.endswith("by hand"))
     memory = ratio(case.of(name, "peak_bytes"), case.of(best, "peak_bytes"))
     floors = 1.25 if keep < 1.0 else 1.10
     found.at_most(f"time / bare products, {name}", case.name, case.of(name, "of_floor"), floors)
@@ -276,57 +273,43 @@ def rounding_float32(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return call
 
 
-def rounding_is_exact(device: torch.device, case: Case) -> bool:
-    return device.type == "cpu" and case.params["dtype"] == "bfloat16"
-
-
 def contenders(device: torch.device) -> list[Contender]:
-    on_gpu = None if device.type == "cuda" else "its kernels need a GPU"
-    chosen = backends.first_choice("policy_loss", device=device, dtype=torch.bfloat16)
-    plain, compiled = partial(loss_from_logps, eager), first_compiled(device)
-    chunked = step(compiled_per_shape(plain, auto_chunker=True))
+    chosen = OURS[device.type][0]
 
-    def peer(name: str, fn: Callable[..., Any], skip: str | Callable[[Case], str | None] | None) -> Contender:
-        return Contender(name, step(fn), peer=True, skip=skip)
+    def peer(name: str, fn: Callable[..., Any], skip: Skip, variant: bool = False) -> Contender:
+        return Contender(name, step(fn), "peer", skip=skip, variant=variant)
 
     def all_kept(case: Case) -> str | None:
         return "all tokens are kept" if case.params["keep"] == 1.0 else None
 
-    no_cut = on_gpu or missing("cut_cross_entropy")
+    def with_head(head: Head) -> Callable[..., Any]:
+        return step(partial(loss_from_logps, head))
+
+    def setting(name: str, fn: Callable[..., Any], **options: Any) -> Contender:
+        return Contender(name, step(fn), variant=True, **options)
+
+    def not_exact(case: Case) -> str | None:
+        exact = device.type == "cpu" and case.params["dtype"] == "bfloat16"
+        return None if exact else "for bfloat16 inputs on a CPU"
+
+    no_cut = needs_gpu(device) or missing("cut_cross_entropy")
     return [
-        Contender("eager", step(plain), baseline=True),
-        Contender("bare products", floor, floor=True),
-        *(
-            contender
-            for backend in ours_everywhere("policy_loss", device)
-            for contender in (
-                Contender(backend, step(partial(fused, backend))),
-                Contender(f"{backend}, statistics", step(partial(fused, backend, return_statistics=True))),
-            )
-        ),
-        Contender(
-            "portable, float32 rounds to bfloat16",
-            step(rounding_float32(partial(fused, "portable"))),
-            skip=lambda case: None if rounding_is_exact(device, case) else "for bfloat16 inputs on a CPU",
-        ),
+        Contender("eager", with_head(eager), "baseline"),
+        Contender("bare products", floor, "floor"),
+        *(Contender(backend, step(partial(fused, backend))) for backend in OURS[device.type]),
+        setting(f"{chosen}, statistics", partial(fused, chosen, return_statistics=True)),
+        setting(f"{chosen}, float32 rounds to bfloat16", rounding_float32(partial(fused, chosen)), skip=not_exact),
         *words_left_out(chosen, lambda share: step(partial(fused, chosen, skip_below=share))),
-        Contender("linear_token_loss", step(partial(token_loss, None))),
-        Contender("linear_logprobs + autograd", step(partial(loss_from_logps, partial(ours, None)))),
-        peer("eager, compiled", compiled_per_shape(plain), compiled),
-        Contender("eager, auto-chunked", chunked, peer=True, skip=on_gpu or no_auto_chunker() or compiled),
-        peer("TRL", partial(loss_from_logps, trl), missing("trl.trainer.utils")),
+        setting("linear_token_loss", token_loss),
+        setting("linear_logprobs + autograd", partial(loss_from_logps, partial(ours, None))),
+        *eager_compiled(device, partial(loss_from_logps, eager), step),
+        *head_peers(device, with_head),
         peer("Liger GRPO", liger, missing("liger_kernel.chunked_loss")),
-        peer("verl", partial(loss_from_logps, verl), on_gpu or missing("verl.utils.kernel")),
         peer("cut-cross-entropy", partial(loss_from_logps, cut_cross_entropy), no_cut),
         peer("eager by hand", partial(loss_by_hand, eager), all_kept),
-        peer("cut-cross-entropy by hand", partial(loss_by_hand, cut_cross_entropy), no_cut or all_kept),
+        peer("cut-cross-entropy by hand", partial(loss_by_hand, cut_cross_entropy), no_cut or all_kept, variant=True),
     ]
 
 
-def main(argv=None) -> int:
-    args = harness.parse_args("policy_loss", argv)
-    return harness.run("policy_loss", cases(args.device), contenders(args.device), args, goals=goals)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def test_policy_loss(rows, contender, benchmark) -> None:
+    report(rows[contender], benchmark)
