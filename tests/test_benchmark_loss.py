@@ -10,10 +10,11 @@ import torch
 
 from benchmarks import bench_divergence as divergence
 from benchmarks import bench_logprobs as logprobs
+from benchmarks import bench_objective as objective
 from benchmarks import bench_policy_loss as policy_loss
 from benchmarks import harness, present
 from benchmarks.goals import CaseRows
-from benchmarks.harness import Case
+from benchmarks.harness import Case, Contender
 from benchmarks.heads import eager, missing
 from benchmarks.measure import quartiles
 from mmrpt_kernels.testing import HEADS
@@ -90,6 +91,22 @@ def test_trls_heads_compute_what_is_compared() -> None:
         assert trl_and_eager(divergence, case)["TRL"]["status"] == "ok"
     both = trl_and_eager(divergence, divergence.case("c", HEAD, FULL, learn=divergence.BOTH))["TRL"]
     assert both["status"].startswith("skipped: TRL's head has one kind at a time and a gradient in the student alone")
+
+
+@pytest.mark.parametrize("logits", ["flat", "trained"])
+def test_the_trainers_path_is_what_eager_writes_out(logits: str) -> None:
+    """Perception weights, filter, clips, bias and normaliser: one that differed would be marked inaccurate."""
+
+    def without_bias(hidden, weight, targets, bias, *, entropy):
+        return eager(hidden, weight, targets, entropy=entropy)
+
+    case = objective.case("c", (24, 24), HEAD[1:], FULL, logits=logits)
+    wrong = Contender("wrong", objective.step(partial(objective.from_logps, without_bias)))
+    contenders = [c for c in objective.contenders(CPU) if c.name in ("eager", "bare products", "trainer")]
+    rows = harness.compare(case, [*contenders, wrong], CPU, budget=0.1)
+    assert rows["trainer"]["status"] == "ok" and rows["trainer"]["speedup"]
+    assert set(rows["trainer"]["errors"]) == {"value", "d_hidden", "d_weight"}
+    assert rows["wrong"]["status"].startswith("inaccurate")
 
 
 def test_the_gpus_cases_have_every_shape_asked_for_and_the_goals_first() -> None:
