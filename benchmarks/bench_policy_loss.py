@@ -6,7 +6,7 @@ Every case is one training step of the head: loss, d hidden and d weight ("froze
 "forward": the loss alone). "keep40" is VPPO's filter: 40 % of the tokens have a policy term, and no term of the loss
 runs over the others; "keep100" has no filter. The same loss is built by "eager" from full logits and log_softmax, by
 the heads of others (TRL, verl, cut-cross-entropy) from per-token log-probs of all tokens, as their trainers call them,
-and by Liger from its own fused GRPO loss; "by hand": the caller gathers the tokens kept and gives those alone. Ours
+and by Liger from its own fused GRPO loss; "on gathered rows": the caller gives the tokens kept alone. Ours
 compute what has a gradient; "statistics" also log-probs and entropies of all other response tokens. "bias" adds one to
 the logits, as mmrpt's trainer always does.
 
@@ -68,7 +68,7 @@ def loss_from_logps(head: Head, hidden, weight, targets, bias, advantages, respo
     return (losses * perception_mask * response_mask).sum() / response_mask.sum()
 
 
-def loss_by_hand(head: Head, hidden, weight, targets, bias, advantages, response_mask, perception_mask, old_logps):
+def loss_of_gathered(head: Head, hidden, weight, targets, bias, advantages, response_mask, perception_mask, old_logps):
     """The same from the tokens kept alone, gathered by whoever writes the trainer."""
     mask = response_mask & perception_mask
     logps = head(hidden[mask], weight, targets[mask], bias, entropy=False).logps
@@ -224,7 +224,7 @@ def step(fn: Callable[..., torch.Tensor]) -> Callable[..., Any]:
 
 def goals(cases: list[CaseRows], device: str) -> list[dict[str, Any]]:
     """What a training step is to reach with the kernels that the table of backends chooses, exact and with words left
-    out. Peers count as their trainers call them, not by hand."""
+    out. Peers count as their trainers call them, not on gathered rows."""
     found = Goals()
     for case in cases:
         if not case.params["learn"]:
@@ -246,7 +246,7 @@ def judge_cpu(found: Goals, case: CaseRows) -> None:
 def judge_gpu(found: Goals, case: CaseRows, name: str) -> None:
     keep, trains = case.params["keep"], case.params["learn"] == list(BOTH)
     seconds = case.of(name, "seconds")
-    best = case.fastest(lambda name, row: row["kind"] == "peer" and not name.endswith("by hand"))
+    best = case.fastest(lambda name, row: row["kind"] == "peer" and not name.endswith("gathered rows"))
     memory = ratio(case.of(name, "peak_bytes"), case.of(best, "peak_bytes"))
     floors = 1.25 if keep < 1.0 else 1.10
     found.at_most(f"time / bare products, {name}", case.name, case.of(name, "of_floor"), floors)
@@ -306,8 +306,13 @@ def contenders(device: torch.device) -> list[Contender]:
         *head_peers(device, with_head),
         peer("Liger GRPO", liger, missing("liger_kernel.chunked_loss")),
         peer("cut-cross-entropy", partial(loss_from_logps, cut_cross_entropy), no_cut),
-        peer("eager by hand", partial(loss_by_hand, eager), all_kept),
-        peer("cut-cross-entropy by hand", partial(loss_by_hand, cut_cross_entropy), no_cut or all_kept, variant=True),
+        peer("eager on gathered rows", partial(loss_of_gathered, eager), all_kept),
+        peer(
+            "cut-cross-entropy on gathered rows",
+            partial(loss_of_gathered, cut_cross_entropy),
+            no_cut or all_kept,
+            variant=True,
+        ),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.goals import CaseRows
 
-__all__ = ["described", "draw"]
+__all__ = ["described", "draw", "times"]
 
 # Okabe and Ito's colours, told apart by colour-blind readers: ours in blues, eager grey, each peer its own.
 OURS = ("#0072B2", "#56B4E9", "#004166")
@@ -55,12 +55,12 @@ def _panel(case: CaseRows, speed: Any, memory: Any, colours: dict[str, str]) -> 
     speed.barh(names, values, xerr=spread, error_kw={"elinewidth": 0.8, "ecolor": "#444444"}, **style)
     for place, (value, high) in enumerate(zip(values, spread[1], strict=True)):
         readable = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the floor's line
-        speed.text(value + high + 0.015 * widest, place, _times(value), va="center", fontsize=8, bbox=readable)
+        speed.text(value + high + 0.015 * widest, place, times(value), va="center", fontsize=8, bbox=readable)
     speed.axvline(1.0, color=EAGER, linewidth=0.8)
     if floor is not None:
         speed.axvline(floor, color=FLOOR, linestyle="--", linewidth=1.2)
         above = {"transform": speed.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-        speed.text(floor, 1.01, f"bare products {_times(floor)}", color=FLOOR, fontsize=7.5, **above)
+        speed.text(floor, 1.01, f"bare products {times(floor)}", color=FLOOR, fontsize=7.5, **above)
     speed.set_xlim(0, 1.18 * widest)
     shares = [100 * case.rows[name]["memory_ratio"] for name in names]
     memory.barh(names, [min(share, MOST_MEMORY) for share in shares], **style)
@@ -75,7 +75,7 @@ def _panel(case: CaseRows, speed: Any, memory: Any, colours: dict[str, str]) -> 
     memory.tick_params(axis="y", left=False, labelleft=False)
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
     return f"{value:.1f}x" if value >= 1 else f"{value:.2f}x"
 
 

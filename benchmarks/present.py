@@ -87,7 +87,8 @@ def _not_timed(case: CaseRows) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, row in case.rows.items():
         if "seconds" not in row:
-            reasons.setdefault(" ".join(row["status"].removeprefix("skipped: ").split())[:120], []).append(name)
+            why = "passed the gate" if row["status"] == "ok" else row["status"].removeprefix("skipped: ")
+            reasons.setdefault(" ".join(why.split())[:120], []).append(name)
     text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
     return [f"Not timed: {text}"] if text else []
 

@@ -55,7 +55,7 @@ def test_the_policy_loss_end_to_end() -> None:
     assert rows["trained"]["portable, 2^-8 left out"]["errors"]["d_hidden"] > 1e-5, "said, though float32 does better"
     assert rows["trained"]["portable, auto left out"]["status"] == "skipped: exact for float32 inputs"
     assert rows["forward"]["portable, 2^-8 left out"]["status"] == "skipped: there is no gradient"
-    assert rows["trained"]["eager by hand"]["status"] == "skipped: all tokens are kept"
+    assert rows["trained"]["eager on gathered rows"]["status"] == "skipped: all tokens are kept"
     judged = {(g["goal"], g["case"]): g["limit"] for g in policy_loss.goals(list(found.values()), "cpu")}
     assert judged["eager's time / portable", "flat"] == ">= 1.7" and len(judged) == 5
     assert judged["eager's time / portable", "trained"] == judged["eager's time / portable", "frozen"] == ">= 1"
@@ -160,7 +160,7 @@ def test_goals_on_a_gpu() -> None:
         "triton, auto left out": row(6.0, peak_bytes=44, of_floor=[0.6] * 3),
         "TRL": row(24.0, "peer", peak_bytes=70),
         "Liger GRPO": row(12.0, "peer", peak_bytes=100),
-        "cut-cross-entropy by hand": row(5.0, "peer", peak_bytes=50),
+        "cut-cross-entropy on gathered rows": row(5.0, "peer", peak_bytes=50),
     }
     both = ["hidden", "weight"]
     kinds = (("all", 1.0, both), ("some", 0.4, both), ("frozen", 1.0, ["hidden"]), ("forward", 0.4, []))
@@ -184,11 +184,11 @@ def test_goals_on_a_gpu() -> None:
     )
 
 
-def test_by_hand_is_the_same_loss() -> None:
+def test_gathered_rows_have_the_same_loss() -> None:
     inputs = policy_loss.case("c", HEAD, torch.float64, keep=0.4).make_inputs(torch.device("cpu"))
-    whole, by_hand = (
+    whole, gathered = (
         policy_loss.step(partial(loss, eager))(**inputs)
-        for loss in (policy_loss.loss_from_logps, policy_loss.loss_by_hand)
+        for loss in (policy_loss.loss_from_logps, policy_loss.loss_of_gathered)
     )
     for name, value in whole.items():
-        torch.testing.assert_close(by_hand[name], value, msg=name)
+        torch.testing.assert_close(gathered[name], value, msg=name)

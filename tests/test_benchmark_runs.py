@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import goals, present
+from benchmarks import goals, present, readme
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,3 +177,26 @@ def test_a_benchmark_that_hangs_may_write_what_it_has_before_it_is_stopped() -> 
     code, output = all_benchmarks.run_one(["sh", "-c", script], limit=0.5)
     assert code == 124 and output.split()[:2] == ["begun", "written"] and "stopped after" in output
     assert time.monotonic() - begun < all_benchmarks.WRITING
+
+
+def test_readmes_table_is_what_the_result_files_say() -> None:
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*-cpu.json"))]
+    text, _ = readme.table(records)
+    shown = readme.README.read_text()
+    assert text.count("\n| ") >= 10 and f"{readme.BEGIN}{text}\n{readme.END}" in shown, (
+        "run python -m benchmarks.readme benchmarks/results/*-cpu.json"
+    )
+
+
+def test_a_row_of_readmes_table_and_one_that_was_not_measured() -> None:
+    rows = {
+        "eager": {"kind": "baseline", "speedup": [1.0] * 3},
+        "portable": {"kind": "ours", "speedup": [2.55, 2.0, 3.0], "memory_ratio": 0.244},
+        "TRL": {"kind": "peer", "speedup": [0.45] * 3},
+        "bare products": {"kind": "floor", "speedup": [2.9] * 3},
+        "absent": {"kind": "peer", "status": "skipped: not here"},
+    }
+    case = goals.CaseRows("policy_loss", "32k", {}, rows)
+    assert readme.line("a loss", case, "portable") == "| a loss | 2.5x | 24 % | bare products 2.9x; TRL 0.45x |"
+    text, absent = readme.table([])
+    assert len(absent) == len(readme.ROWS) and text.count("\n| ") == 0
