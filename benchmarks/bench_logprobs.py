@@ -8,7 +8,7 @@ rows whose gradient is zero in the others (as a trainer with VPPO's filter asks 
 rows kept alone; cross-entropy heads get the others' labels as ignore_index. "bias" cases add one to the logits, as
 mmrpt's trainer always does. Logits are flat (normal, standard deviation 3) but for "trained", a briefly trained head
 (`mmrpt_kernels.testing.draw_head`), where it pays to leave words without probability out of the gradient:
-cut-cross-entropy does, and ours with skip_below ("left out").
+cut-cross-entropy does, and ours with skip_below.
 
 "bare products" is the floor: the matrix products that the mathematics needs, in the inputs' dtype, and nothing else.
 """

@@ -12,8 +12,8 @@ the logits, as mmrpt's trainer always does.
 
 Logits are flat (normal, standard deviation 3), but for "zipf", "peaked" and "trained", a briefly trained head
 (`mmrpt_kernels.testing.draw_head`): there it pays to leave words without probability out of the gradient's products, as
-cut-cross-entropy does, and ours with skip_below ("left out": their notes say which share of the words stays). Their
-gate compares 1,024 tokens.
+cut-cross-entropy does, and ours with skip_below (their notes say which share of the words stays). Their gate compares
+1,024 tokens.
 
 "bare products" is the floor: the matrix products that the mathematics needs on the tokens kept, in the inputs' dtype,
 all at once where memory allows, and nothing else. What is to be reached is judged below the tables (`goals`).
@@ -232,13 +232,13 @@ def goals(cases: list[CaseRows], device: str) -> list[dict[str, Any]]:
         if device == "cpu":
             judge_cpu(found, case)
         else:
-            for name in ("triton", "triton, auto left out"):
+            for name in ("triton", "triton, skip_below=auto"):
                 judge_gpu(found, case, name)
     return found.rows
 
 
 def judge_cpu(found: Goals, case: CaseRows) -> None:
-    for name in ("portable", "portable, auto left out"):
+    for name in ("portable", "portable, skip_below=auto"):
         faster = case.of(name, "speedup")
         found.at_least(f"eager's time / {name}", case.name, faster, 1.7 if case.params["keep"] < 1.0 else 1.0)
 

@@ -103,8 +103,8 @@ def words_left_out(name: str, call: Callable[[float | str], Callable[..., Any]])
 
     auto, asked = call("auto"), call(AUTO_SHARE)
     return [
-        Contender(f"{name}, auto left out", auto, skip=skip(True), facts=partial(facts, auto)),
-        Contender(f"{name}, 2^-8 left out", asked, skip=skip(False), facts=partial(facts, asked), approximate=True),
+        Contender(f"{name}, skip_below=auto", auto, skip=skip(True), facts=partial(facts, auto)),
+        Contender(f"{name}, skip_below=2^-8", asked, skip=skip(False), facts=partial(facts, asked), approximate=True),
     ]
 
 

@@ -30,7 +30,7 @@ ROWS = (
     ("the same, 100 % kept", "policy_loss", "32k-keep100", "portable"),
     ("the same in bfloat16, 40 % kept", "policy_loss", "32k-keep40-bf16", "portable"),
     ("a briefly trained head, V 8192, 40 % kept", "policy_loss", "8k-trained-keep40", "portable"),
-    ("the same, words left out (2^-8)", "policy_loss", "8k-trained-keep40", "portable, 2^-8 left out"),
+    ("the same, words left out (2^-8)", "policy_loss", "8k-trained-keep40", "portable, skip_below=2^-8"),
     ("the trainer's path: perception weights, filter, clips; V 8192", "objective", "8k", "trainer"),
     ("log-probs and entropy, N 1024, H 512, V 32,000", "logprobs", "score-32k", "portable"),
     ("log-probs through autograd, 40 % of the rows with a gradient", "logprobs", "train-32k-keep40", "portable"),

@@ -46,20 +46,20 @@ def test_the_policy_loss_end_to_end() -> None:
     ]
     found = {case.name: measured(policy_loss, case) for case in cases}
     rows = {name: case.rows for name, case in found.items()}
-    assert set(rows["half"]["portable, auto left out"]["errors"]) == {"value", "d_hidden", "d_weight"}
+    assert set(rows["half"]["portable, skip_below=auto"]["errors"]) == {"value", "d_hidden", "d_weight"}
     assert set(rows["frozen"]["portable"]["errors"]) == {"value", "d_hidden"}
     assert set(rows["forward"]["portable"]["errors"]) == {"value"}
     for case in ("trained", "half"):
-        row = rows[case]["portable, auto left out" if case == "half" else "portable, 2^-8 left out"]
+        row = rows[case]["portable, skip_below=auto" if case == "half" else "portable, skip_below=2^-8"]
         assert row["seconds"][0] > 0 and row["facts"]["words kept"] < 0.45, case
-    assert rows["trained"]["portable, 2^-8 left out"]["errors"]["d_hidden"] > 1e-5, "said, though float32 does better"
-    assert rows["trained"]["portable, auto left out"]["status"] == "skipped: exact for float32 inputs"
-    assert rows["forward"]["portable, 2^-8 left out"]["status"] == "skipped: there is no gradient"
+    assert rows["trained"]["portable, skip_below=2^-8"]["errors"]["d_hidden"] > 1e-5, "said, though float32 does better"
+    assert rows["trained"]["portable, skip_below=auto"]["status"] == "skipped: exact for float32 inputs"
+    assert rows["forward"]["portable, skip_below=2^-8"]["status"] == "skipped: there is no gradient"
     assert rows["trained"]["eager on gathered rows"]["status"] == "skipped: all tokens are kept"
     judged = {(g["goal"], g["case"]): g["limit"] for g in policy_loss.goals(list(found.values()), "cpu")}
     assert judged["eager's time / portable", "flat"] == ">= 1.7" and len(judged) == 5
     assert judged["eager's time / portable", "trained"] == judged["eager's time / portable", "frozen"] == ">= 1"
-    assert judged["eager's time / portable, auto left out", "half"] == ">= 1.7"
+    assert judged["eager's time / portable, skip_below=auto", "half"] == ">= 1.7"
 
 
 def test_log_probs_end_to_end_and_their_precision() -> None:
@@ -68,7 +68,7 @@ def test_log_probs_end_to_end_and_their_precision() -> None:
     (goal,) = logprobs.goals([score, train], "cpu")
     assert goal["goal"] == "largest error of a log-probability, portable" and goal["case"] == "score" and goal["met"]
     assert 0 < goal["measured"] <= 1e-5 and goal["limit"] == "<= 1e-05"
-    assert train.rows["linear_token_loss, auto left out"]["facts"]["words kept"] < 0.45
+    assert train.rows["linear_token_loss, skip_below=auto"]["facts"]["words kept"] < 0.45
 
 
 @pytest.mark.parametrize("learn", [(), ("hidden_p", "weight"), ("hidden_p", "hidden_q", "weight")])
@@ -157,7 +157,7 @@ def test_goals_on_a_gpu() -> None:
     rows = {
         "eager": row(60.0, "baseline", peak_bytes=900),
         "triton": row(12.0, peak_bytes=40, of_floor=[1.2, 1.1, 1.3]),
-        "triton, auto left out": row(6.0, peak_bytes=44, of_floor=[0.6] * 3),
+        "triton, skip_below=auto": row(6.0, peak_bytes=44, of_floor=[0.6] * 3),
         "TRL": row(24.0, "peer", peak_bytes=70),
         "Liger GRPO": row(12.0, "peer", peak_bytes=100),
         "cut-cross-entropy on gathered rows": row(5.0, "peer", peak_bytes=50),
@@ -175,7 +175,7 @@ def test_goals_on_a_gpu() -> None:
     assert judged("time / bare products, triton", "some") == (1.2, "<= 1.25", True)
     assert judged("time / bare products, triton", "frozen") == (1.2, "<= 1.1", False)
     assert judged("fastest peer's time (Liger GRPO) / triton", "all") == (1.0, ">= 1.3", False)
-    assert judged("fastest peer's time (Liger GRPO) / triton, auto left out", "some") == (2.0, ">= 2.4", False)
+    assert judged("fastest peer's time (Liger GRPO) / triton, skip_below=auto", "some") == (2.0, ">= 2.4", False)
     assert judged("TRL's time / triton", "all") == (2.0, ">= 1.5", True)
     assert judged("memory / fastest peer's (Liger GRPO), triton", "frozen") == (0.4, "<= 0.5", True)
     assert not any(name == "forward" or "Liger GRPO's" in goal for goal, name in found if name != "all")

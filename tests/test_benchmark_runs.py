@@ -52,6 +52,7 @@ MORE = []
 def test_tiny(rows, contender, benchmark):
     report(rows[contender], benchmark)
 """
+PEER = TINY.replace("MORE = []", 'MORE = [Contender("stable peer", stable, "peer")]')
 
 
 def run_pytest(folder: Path, *options: str, text: str = TINY) -> subprocess.CompletedProcess:
@@ -102,8 +103,11 @@ def test_a_run_writes_what_was_measured_where_and_when(tmp_path: Path, capsys: p
 
 
 def test_nothing_is_timed_where_benchmarks_are_disabled(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "--benchmark-disable", "--only", "^small$", "--contenders", "ours")
-    assert done.returncode == 0 and "2 passed" in done.stdout and "speed-up" not in done.stdout, done.stdout
+    done = run_pytest(
+        tmp_path, "--benchmark-disable", "--only", "^small$", "--contenders", "ours|stable peer", text=PEER
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout and "speed-up" not in done.stdout, done.stdout
+    assert "Not timed: eager, stable, ours, stable peer (passed the gate)" in done.stdout
 
 
 @pytest.mark.parametrize(
