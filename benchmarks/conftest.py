@@ -62,7 +62,7 @@ class Suite:
         budget = self.budget or (QUICK_BUDGET if self.quick else DEFAULT_BUDGET)
         now = time.monotonic()
         self.end = self.end or now + budget
-        if (left := self.end - now) > 0:
+        if (left := self.end - now) > 0 or not timed:
             # Gate, compilation and warm-up take their share too: half of the case's part is left for timing.
             share = 0.5 * left / cases_left
             rows = harness.compare(case, contenders, self.device, budget=share, quick=self.quick, time=timed)

@@ -129,6 +129,16 @@ def test_the_gpus_cases_have_every_shape_asked_for_and_the_goals_first() -> None
             assert {case.params["bias"] for case in module.cases(device)} == {False, True}, "the trainer has a bias"
 
 
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("module", [policy_loss, logprobs, divergence, objective])
+def test_there_is_one_baseline_one_floor_and_a_name_for_each(module, device: torch.device) -> None:
+    contenders = module.contenders(device)
+    assert len({c.name for c in contenders}) == len(contenders)
+    assert [c.kind for c in contenders].count("baseline") == [c.kind for c in contenders].count("floor") == 1
+    assert [c.name for c in contenders if c.kind == "ours" and not c.variant], "somebody of ours is in the plots"
+    assert any(case.quick for case in module.cases(device))
+
+
 def test_every_peer_is_named_and_whoever_is_absent_says_why() -> None:
     names = {contender.name for contender in policy_loss.contenders(GPU)}
     peers = {"eager, compiled", "eager, auto-chunked", "TRL", "Liger GRPO", "Liger scaled CE", "verl"}
