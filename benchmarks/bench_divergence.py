@@ -228,7 +228,7 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("bare products", bare_products, "floor"),
         *(Contender(backend, forward_or_both(partial(ours, backend=backend))) for backend in backends),
         *eager_compiled(device, eager, forward_or_both),
-        peer("TRL", trl, missing("trl.kernels.chunked_divergence"), ("divergence",)),
+        peer("TRL", trl, missing("trl.kernels.chunked_divergence"), ("entropy_p", *gradients)),
         peer("Liger fused JSD", liger, no_liger or needs_gpu(device), gradients),
         peer("Liger chunked JSD", liger_chunked, no_liger, gradients),
     ]

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from benchmarks.measure import peak_bytes, quartiles, time_in_turns
@@ -36,6 +37,7 @@ __all__ = ["Case", "Contender", "compare", "replay_clock", "report", "with_backw
 
 Inputs = dict[str, Any]
 Row = dict[str, Any]
+REFERENCES = ("baseline", "floor")  # kinds that the others' ratios are taken to
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Contender:
         is reported, not fatal; "floor", the bare products that the mathematics needs: not gated, and the others' times
         are also given as multiples of its time, at most one.
     skip: why it cannot run here (shown in the table), or None; or a function of the case that says so.
-    compare: names of the results that the gate compares; None: all the baseline has. A contender that returns fewer
-        results than the baseline must name those it has; (): what it computes is something else.
+    compare: names of the results that the gate compares where the baseline has them; None: all the baseline has. A
+        contender that returns fewer must name those it has; (): what it computes is something else.
     approximate: asked to be inexact beyond the error rule: its errors are reported, not judged.
     facts: called as facts(**inputs), untimed: name -> number worth knowing beside the times, shown in the note.
     variant: another setting of a contender that is there already: in the tables, not in the plots.
@@ -148,7 +150,8 @@ class _Gate:
         row["errors"], row["absolute_errors"] = {}, {}
         if contender.kind == "floor":
             return
-        names = tuple(self.truth) if contender.compare is None else contender.compare
+        names = [name for name in self.truth if contender.compare is None or name in contender.compare]
+        assert names or contender.compare == (), f"none of {contender.compare} is among {', '.join(self.truth)}"
         for name in names:
             assert name in results, f"{name} is missing; results: {', '.join(results) or 'none'}"
             truth = self.truth[name]
@@ -252,9 +255,6 @@ def _measure(
             row["memory_ratio"] = row["peak_bytes"] / max(rows[base]["peak_bytes"], 1)
 
 
-REFERENCES = ("baseline", "floor")
-
-
 def compare(
     case: Case,
     contenders: Sequence[Contender],
@@ -317,8 +317,6 @@ replay_clock = _ReplayClock()
 def report(row: Row, benchmark: Any) -> None:
     """The outcome of one test: hands a timed row to pytest-benchmark, whose statistics come back as "seconds" (median
     and quartiles) and "rounds"; skips what was skipped; fails for ours that raised or is inaccurate."""
-    import pytest
-
     samples, status = row.pop("samples", None), row["status"]
     if samples:
         replay_clock.replay(benchmark, samples)

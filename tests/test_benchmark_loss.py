@@ -88,7 +88,9 @@ def test_trls_heads_compute_what_is_compared() -> None:
     assert trl_and_eager(logprobs, logprobs.case("c", HEAD, FULL, **BIAS))["TRL"]["status"] == "ok"
     for learn, kind in (((), "kl"), (divergence.FIRST, "kl"), (divergence.FIRST, "js")):
         case = divergence.case("c", HEAD, FULL, learn=learn, kind=kind, **BIAS)
-        assert trl_and_eager(divergence, case)["TRL"]["status"] == "ok"
+        row = trl_and_eager(divergence, case)["TRL"]
+        compared = {"d_hidden_p", "d_weight"} if learn else {"entropy_p"}
+        assert row["status"] == "ok" and set(row["errors"]) == {"divergence"} | compared
     both = trl_and_eager(divergence, divergence.case("c", HEAD, FULL, learn=divergence.BOTH))["TRL"]
     assert both["status"].startswith("skipped: TRL's head has one kind at a time and a gradient in the student alone")
 

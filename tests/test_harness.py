@@ -211,6 +211,11 @@ def test_a_missing_result_and_a_wrong_mask_are_caught() -> None:
     assert rows["less"]["status"] == "inaccurate: mask is missing; results: lse"
 
 
+def test_a_name_that_no_result_has_is_refused() -> None:
+    rows = compared(Contender("eager", stable, EAGER), Contender("ours", stable, compare=("typing error",)))
+    assert rows["ours"]["status"] == "inaccurate: none of ('typing error',) is among out"
+
+
 def test_half_precision_is_judged_by_half_precision() -> None:
     def rounded(x, shift, rows):
         return torch.logsumexp(x.float(), -1).to(x.dtype)
