@@ -126,13 +126,6 @@ def rows(request: pytest.FixtureRequest, case: str) -> Iterator[dict[str, dict[s
         print(f"\n\n{present.table(found)}\n", flush=True)
 
 
-@pytest.fixture(autouse=True)
-def _grouped_by_case(request: pytest.FixtureRequest) -> None:
-    if "case" in request.fixturenames and "benchmark" in request.fixturenames:
-        suite = request.config.stash[SUITES][request.module.__name__]
-        request.getfixturevalue("benchmark").group = f"{suite.op}: {request.getfixturevalue('case')}"
-
-
 def _suites(config: pytest.Config) -> list[Suite]:
     return [suite for suite in config.stash[SUITES].values() if suite.done]
 

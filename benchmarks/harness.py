@@ -319,6 +319,7 @@ def report(row: Row, benchmark: Any) -> None:
     and quartiles) and "rounds"; skips what was skipped; fails for ours that raised or is inaccurate."""
     samples, status = row.pop("samples", None), row["status"]
     if samples:
+        benchmark.group = f"{row['op']}: {row['case']}"
         replay_clock.replay(benchmark, samples)
         row |= {"seconds": [benchmark.stats[key] for key in ("median", "q1", "q3")], "rounds": len(samples)}
         benchmark.extra_info |= {key: value for key, value in row.items() if key not in ("seconds", "rounds")}
