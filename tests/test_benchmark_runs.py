@@ -68,7 +68,7 @@ def run_pytest(folder: Path, *options: str, text: str = TINY) -> subprocess.Comp
         "-c",
         str(ROOT / "pyproject.toml"),
     ]
-    command += ["--device", "cpu", "-p", "no:cacheprovider", f"--benchmark-storage={folder / 'stored'}", "--budget=4"]
+    command += ["--device", "cpu", "-p", "no:cacheprovider", f"--benchmark-storage={folder / 'stored'}", "--budget=60"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
 
