@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import goals, present, readme
+from benchmarks import conftest, goals, present, readme
+from benchmarks.harness import Case, Contender
+from tests.test_harness import log_sum_exp, make_inputs, stable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,28 +114,62 @@ def test_nothing_is_timed_where_benchmarks_are_disabled(tmp_path: Path) -> None:
     assert "Not timed: eager, stable, ours, stable peer (passed the gate)" in done.stdout
 
 
+class Options:
+    """A pytest configuration as far as conftest.py reads it."""
+
+    def __init__(self, **options) -> None:
+        known = dict.fromkeys(("quick", "budget", "only", "contenders", "threads"))
+        self.options, self.stash = known | {"device": torch.device("cpu")} | options, {}
+
+    def getoption(self, name: str):
+        return self.options[name]
+
+
+def suite(*contenders: Contender, **options) -> conftest.Suite:
+    cases = [Case("small", {}, make_inputs(8)), Case("long", {}, make_inputs(64), quick=False)]
+    functions = {"cases": lambda device: cases, "contenders": lambda device: contenders}
+    return conftest.Suite(SimpleNamespace(__name__="benchmarks.bench_tiny", **functions), Options(**options))
+
+
+EAGER = Contender("eager", log_sum_exp, "baseline")
+
+
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("contenders", "message"),
     [
-        ('[Contender("b", stable, "baseline")]', "tiny: got 2 baselines, expected exactly one contender"),
-        ('[Contender("eager", stable)]', "tiny: two contenders share a name"),
+        ([Contender("a", stable)], "tiny: got 0 baselines, expected exactly one contender"),
+        ([EAGER, Contender("b", stable, "baseline")], "tiny: got 2 baselines"),
+        ([EAGER, Contender("a", stable), Contender("a", stable)], "tiny: two contenders share a name"),
     ],
 )
-def test_a_benchmark_that_cannot_mean_anything_is_refused(tmp_path: Path, more: str, message: str) -> None:
-    done = run_pytest(tmp_path, "--quick", text=TINY.replace("MORE = []", f"MORE = {more}"))
-    assert done.returncode != 0 and message in done.stdout + done.stderr
+def test_a_benchmark_that_cannot_mean_anything_is_refused(contenders: list[Contender], message: str) -> None:
+    with pytest.raises(pytest.UsageError, match=message):
+        suite(*contenders)
 
 
-def test_a_spent_budget_is_said_not_hidden(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "--budget=0.001", "-rs", "--contenders", "^stable")
-    assert done.returncode == 0 and "the budget of 0 s is spent (--budget)" in done.stdout
+def test_filters_keep_the_baseline() -> None:
+    chosen = suite(EAGER, Contender("a", stable), Contender("b", stable), quick=True, contenders=re.compile("^a$"))
+    assert list(chosen.contenders) == ["eager", "a"] and list(chosen.cases) == ["small"]
+    assert list(suite(EAGER, only=re.compile("lon")).cases) == ["long"]
 
 
-def test_a_device_that_is_not_there_is_said(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    done = run_pytest(tmp_path, "--device", "cuda")
-    assert "--device cuda: torch sees no GPU here; use --device cpu" in done.stderr
+def test_a_spent_budget_is_said_not_hidden() -> None:
+    def slow(**inputs):
+        time.sleep(0.05)
+        return log_sum_exp(**inputs)
+
+    tiny = suite(Contender("eager", slow, "baseline"), Contender("stable", stable), budget=0.1)
+    first = tiny.run("small", {"stable"}, 2, timed=True)
+    assert first.rows["eager"]["status"] == "ok" and "speedup" in first.rows["stable"], "the baseline takes part"
+    second = tiny.run("long", {"stable"}, 1, timed=True)
+    assert second.rows["stable"]["status"] == "skipped: the budget of 0 s is spent (--budget)"
+    assert tiny.run("long", {"stable"}, 1, timed=False).rows["stable"]["status"] == "ok", "the gate has no budget"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_said() -> None:
+    with pytest.raises(pytest.UsageError, match="--device cuda: torch sees no GPU here; use --device cpu"):
+        conftest.pytest_configure(Options(device=torch.device("cuda")))
 
 
 def test_all_benchmarks_names_what_it_does_not_know(capsys: pytest.CaptureFixture) -> None:
