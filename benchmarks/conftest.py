@@ -150,9 +150,10 @@ def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, An
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What pytest-benchmark does not know: the cases' sizes, who was not timed and why, the goals. Times of single
-    rounds are left out: the ratios within a round are made."""
+    rounds are left out, since the ratios within a round are made, and so are options that timed nothing."""
     for one in output_json["benchmarks"]:
         one["stats"].pop("data", None)
+        one["options"] = {}
     done = [case for suite in _suites(config) for case in suite.done]
     output_json["quick"] = config.getoption("quick")
     output_json["cases"] = [{"op": case.op, "name": case.name, "params": case.params} for case in done]

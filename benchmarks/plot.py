@@ -14,9 +14,8 @@ OURS = ("#0072B2", "#56B4E9", "#004166")
 EAGER, COMPILED, FLOOR = "#999999", "#E69F00", "#D55E00"
 PEERS = ("#009E73", "#CC79A7", "#F0E442", "#882255", "#000000")
 PANELS_A_ROW = 2
-LEGEND = (
-    "median of speed over eager within a round, with quartiles; dashed: the matrix products alone; ours bold, framed"
-)
+LEGEND = ("median of speed over eager within a round, with quartiles", "ours bold, framed")
+FLOORS_LEGEND = "dashed: the matrix products alone"
 MOST_MEMORY = 200.0  # per cent of eager's; longer bars are cut, their numbers are not
 
 
@@ -44,35 +43,46 @@ def _colours(cases: list[CaseRows]) -> dict[str, str]:
 
 def _panel(case: CaseRows, speed: Any, memory: Any, colours: dict[str, str]) -> None:
     names = _shown(case)
-    faces = [colours[name] for name in names]
-    edges = ["black" if case.rows[name]["kind"] == "ours" else "none" for name in names]
-    medians = [case.rows[name]["speedup"] for name in names]
-    spread = [[median - low for median, low, _ in medians], [high - median for median, _, high in medians]]
-    values = [one[0] for one in medians]
-    floor = next((row["speedup"][0] for row in case.rows.values() if row["kind"] == "floor" and "speedup" in row), None)
-    widest = max([one[2] for one in medians] + [floor or 0.0])
-    style = {"color": faces, "edgecolor": edges, "linewidth": 1.2, "height": 0.72}
-    speed.barh(names, values, xerr=spread, error_kw={"elinewidth": 0.8, "ecolor": "#444444"}, **style)
-    for place, (value, high) in enumerate(zip(values, spread[1], strict=True)):
-        readable = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the floor's line
-        speed.text(value + high + 0.015 * widest, place, times(value), va="center", fontsize=8, bbox=readable)
-    speed.axvline(1.0, color=EAGER, linewidth=0.8)
-    if floor is not None:
-        speed.axvline(floor, color=FLOOR, linestyle="--", linewidth=1.2)
-        above = {"transform": speed.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-        speed.text(floor, 1.01, f"bare products {times(floor)}", color=FLOOR, fontsize=7.5, **above)
-    speed.set_xlim(0, 1.18 * widest)
+    ours = [case.rows[name]["kind"] == "ours" for name in names]
+    edges = ["black" if mine else "none" for mine in ours]
+    style = {"color": [colours[name] for name in names], "edgecolor": edges, "linewidth": 1.2, "height": 0.72}
+    _draw_speed(case, names, speed, style)
     shares = [100 * case.rows[name]["memory_ratio"] for name in names]
     memory.barh(names, [min(share, MOST_MEMORY) for share in shares], **style)
     for place, share in enumerate(shares):
         memory.text(1.02 * min(share, MOST_MEMORY) + 2, place, f"{share:.0f} %", va="center", fontsize=8)
-    limit = min(MOST_MEMORY, max(shares))
-    memory.set_xlim(0, 1.4 * limit)
-    labels = [f"ours: {name}" if case.rows[name]["kind"] == "ours" else name for name in names]
-    speed.set_yticks(range(len(names)), labels)
-    for label, name in zip(speed.get_yticklabels(), names, strict=True):
-        label.set_fontweight("bold" if case.rows[name]["kind"] == "ours" else "normal")
+    memory.set_xlim(0, 1.4 * min(MOST_MEMORY, max(shares)))
+    speed.set_yticks(range(len(names)), [f"ours: {n}" if mine else n for n, mine in zip(names, ours, strict=True)])
+    for label, mine in zip(speed.get_yticklabels(), ours, strict=True):
+        label.set_fontweight("bold" if mine else "normal")
     memory.tick_params(axis="y", left=False, labelleft=False)
+    speed.set_title(case.name, fontsize=10, loc="left", fontweight="bold", pad=26)
+    place_at = {"xy": (0, 1), "xytext": (0, 15), "xycoords": "axes fraction", "textcoords": "offset points"}
+    words = speed.annotate(described(case.params), fontsize=8, color="#444444", **place_at)
+    words.set_in_layout(False)  # it may run on over the memory's panel
+    for axes, label in ((speed, "speed, eager = 1"), (memory, "peak memory, % of eager's")):
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_speed(case: CaseRows, names: list[str], axes: Any, style: dict[str, Any]) -> None:
+    """Bars of speed over eager with quartiles and numbers, lines at eager and at the floor."""
+    medians = [case.rows[name]["speedup"] for name in names]
+    below, above = [one[0] - one[1] for one in medians], [one[2] - one[0] for one in medians]
+    values = [one[0] for one in medians]
+    axes.barh(names, values, xerr=[below, above], error_kw={"elinewidth": 0.8, "ecolor": "#444444"}, **style)
+    axes.axvline(1.0, color=EAGER, linewidth=0.8)
+    floor = next((row["speedup"][0] for row in case.rows.values() if row["kind"] == "floor" and "speedup" in row), None)
+    if floor is not None:
+        axes.axvline(floor, color=FLOOR, linestyle="--", linewidth=1.2)
+        over = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axes.text(floor, 1.01, f"bare products {times(floor)}", color=FLOOR, fontsize=7.5, **over)
+    widest = max([one[2] for one in medians] + [floor or 0.0])
+    axes.set_xlim(0, 1.18 * widest)
+    readable = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the floor's line
+    for place, (value, high) in enumerate(zip(values, above, strict=True)):
+        axes.text(value + high + 0.015 * widest, place, times(value), va="center", fontsize=8, bbox=readable)
 
 
 def times(value: float) -> str:
@@ -102,28 +112,20 @@ def draw(cases: list[CaseRows], machine: dict[str, Any], path: Path) -> Path | N
     columns = min(PANELS_A_ROW, len(cases))
     groups = [cases[start : start + columns] for start in range(0, len(cases), columns)]
     heights = [max(len(_shown(case)) for case in group) * 0.26 + 1.15 for group in groups]
-    figure = Figure(figsize=(7.2 * columns, sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(7.2 * columns, sum(heights) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{cases[0].op} on {machine['device_name']} ({machine['threads']} threads)\n{LEGEND}", fontsize=10)
-    grid = figure.subplots(
-        len(groups), 2 * columns, squeeze=False, height_ratios=heights, width_ratios=[3, 1.3] * columns
-    )
+    floors = any(row["kind"] == "floor" for case in cases for row in case.rows.values())
+    head = f"{cases[0].op} on {machine['device_name']}, threads: {machine['threads']}"
+    legend = ("; " if columns > 1 else "\n").join((*LEGEND, FLOORS_LEGEND) if floors else LEGEND)
+    figure.suptitle(f"{head}\n{legend}", fontsize=10)
+    shape = {"height_ratios": heights, "width_ratios": [3, 1.3] * columns}
+    grid = figure.subplots(len(groups), 2 * columns, squeeze=False, **shape)
     colours = _colours(cases)
-    for axes, group in zip(grid, groups, strict=True):
-        for place in range(columns):
-            speed, memory = axes[2 * place : 2 * place + 2]
-            if place >= len(group):
-                speed.remove(), memory.remove()
-                continue
-            _panel(group[place], speed, memory, colours)
-            speed.set_title(group[place].name, fontsize=10, loc="left", fontweight="bold", pad=26)
-            place_at = {"xy": (0, 1), "xytext": (0, 15), "xycoords": "axes fraction", "textcoords": "offset points"}
-            words = speed.annotate(described(group[place].params), fontsize=8, color="#444444", **place_at)
-            words.set_in_layout(False)  # it may run on over the memory's panel
-            for one, label in ((speed, "speed, eager = 1"), (memory, "peak memory, % of eager's")):
-                one.set_xlabel(label, fontsize=8)
-                one.tick_params(labelsize=8)
-                one.spines[["top", "right"]].set_visible(False)
+    for row, group in zip(grid, groups, strict=True):
+        for case, speed, memory in zip(group, row[::2], row[1::2], strict=False):
+            _panel(case, speed, memory, colours)
+        for axes in row[2 * len(group) :]:
+            axes.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
