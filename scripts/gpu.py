@@ -4,7 +4,7 @@
 
 Parts run as processes of their own, so that one that hangs, crashes or poisons the GPU does not take the others along;
 each gets a share of the time left. Tables are printed last. Exit code 0 when every part succeeded. Writes into the
-results folder: gpu-tests.log, gpu-sanitizer.log, gpu-summary.json and what the benchmarks write.
+results folder: gpu-tests.log, gpu-sanitizer.log, gpu-benchmarks.log, gpu-summary.json and what the benchmarks write.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def run_benchmarks(results: Path, limit: float) -> tuple[Part, str]:
     """Every operator's benchmark; also their tables."""
     budget = max(limit - 15.0, 10.0)
     arguments = ["--device", "cuda", "--results", str(results), "--budget", f"{budget:.0f}"]
-    code, output, seconds = run([sys.executable, "-m", "benchmarks", *arguments], limit)
+    code, output, seconds = run([sys.executable, "-m", "benchmarks", *arguments], limit, results / "gpu-benchmarks.log")
     summary = "all done" if code == 0 else ("stopped at its limit" if code == 124 else f"exit {code}")
     return Part("benchmarks", code == 0, seconds, summary), output
 
