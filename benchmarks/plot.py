@@ -127,5 +127,5 @@ def draw(cases: list[CaseRows], machine: dict[str, Any], path: Path) -> Path | N
         for axes in row[2 * len(group) :]:
             axes.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
     return path
