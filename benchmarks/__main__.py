@@ -42,7 +42,8 @@ def command_of(name: str, options: Sequence[str], results: Path) -> list[str]:
         return [sys.executable, "-m", "benchmarks.end_to_end", "--results", str(results), *options]
     quiet = [] if any(word.startswith("--benchmark-compare") for word in options) else ["--benchmark-quiet"]
     store = ["--benchmark-json", str(results / f"{name}.json.tmp")]
-    return [sys.executable, "-m", "pytest", str(HERE / f"bench_{name}.py"), "-q", "-rfE", *quiet, *store, *options]
+    words = ["-q", "-rfE", "--disable-warnings", *quiet, *store, *options]
+    return [sys.executable, "-m", "pytest", str(HERE / f"bench_{name}.py"), *words]
 
 
 def run_one(command: Sequence[str], limit: float) -> tuple[int, str]:
