@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels import backends
-from mmrpt_kernels.attention import portable, reference, vendor
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention import portable, reference, sdpa
+from mmrpt_kernels.attention.masks import AttentionOptions
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.checks import (
     check,
@@ -210,7 +210,7 @@ def _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backen
         check_reverse_mode("attention_with_visual_mass", q, k, v, key_weights)
     weights = key_weights if key_weights.dim() == q.dim() - 1 else key_weights[..., None]
     if chosen == "sdpa+mass":
-        out, lse = vendor.attention(q, k, v, options)
+        out, lse = sdpa.attention(q, k, v, options)
         chosen = backends.first_choice("visual_mass", device=q.device, dtype=q.dtype, traits=traits)
         mass = IMPLEMENTATIONS[chosen].mass_from_lse(q, k, lse.detach(), weights, options)
     else:

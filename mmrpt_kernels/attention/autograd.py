@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmrpt_kernels.attention.dense import statistics_dtype
+from mmrpt_kernels.attention.portable_dense import statistics_dtype
 
 __all__ = ["gradients_like", "make_attention_differentiable", "make_mass_differentiable", "mass_like", "results_like"]
 

@@ -23,9 +23,9 @@ __all__ = [
     "Settings",
     "decode_settings",
     "forward_settings",
-    "keys_settings",
+    "dkv_settings",
     "product_precision",
-    "rows_settings",
+    "dq_settings",
 ]
 
 # Groups of weights that one visit of the keys serves; each costs a float32 per row in registers. More fit where no sum
@@ -148,12 +148,12 @@ def forward_settings(architecture: int, dtype: torch.dtype, size: int, rich: boo
     return _row(FORWARD, architecture, dtype, size, rich)
 
 
-def keys_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
+def dkv_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     """The row of the backward pass over keys (dk, dv, dw)."""
     return _row(KEYS, architecture, dtype, size, rich)
 
 
-def rows_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
+def dq_settings(architecture: int, dtype: torch.dtype, size: int, rich: bool) -> Settings:
     """The row of the backward pass over rows (dq)."""
     return _row(ROWS, architecture, dtype, size, rich)
 

@@ -1,7 +1,7 @@
 """The portable backend as custom operators: packed batches are walked sequence by sequence, each one dense.
 
 Memory is linear in T and S: tiles of scores are made, used and dropped, and the backward pass makes them again from the
-saved lse. On a CPU without a soft cap the products run in torch's fused attention (see engines.py).
+saved lse. On a CPU without a soft cap the products run in torch's fused attention (see portable_tiles.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mmrpt_kernels.attention.autograd import (
     mass_like,
     results_like,
 )
-from mmrpt_kernels.attention.dense import Masks, attend, attend_backward
-from mmrpt_kernels.attention.engines import RowGradients
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.selected import selected_mass, selected_mass_backward
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.portable_dense import Masks, attend, attend_backward
+from mmrpt_kernels.attention.portable_mass import selected_mass, selected_mass_backward
+from mmrpt_kernels.attention.portable_tiles import RowGradients
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.packing import Segment, read_segments
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.masks import AttentionOptions
 
 __all__ = ["attention", "mass_from_lse"]
 

@@ -1,6 +1,6 @@
 """Compile Triton kernels for an NVIDIA architecture without a GPU, and read what the machine code needs.
 
-    spec = KernelSpec("mmrpt_kernels.attention.triton.side", "_kernel", arch=90,
+    spec = KernelSpec("mmrpt_kernels.attention.triton.mass_forward", "_kernel", arch=90,
                       signature={"q": "*bf16", "num_rows": "i32", "stride": "i64:16"}, constants={"BLOCK": 64})
     compiled, = compile_kernels([spec])     # raises ResourceError when it spills or needs too much shared memory
     assert "wgmma" in compiled.ptx

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.attention.config import MAX_GROUPS_DECODE, decode_settings
-from mmrpt_kernels.attention.triton.call import Problem, architecture
+from mmrpt_kernels.attention.triton.launch import Problem, architecture
 from mmrpt_kernels.attention.triton.tiles import LENGTHS, LN_2, capped_scores
 
 __all__ = ["MAX_ROWS", "decode", "serves"]

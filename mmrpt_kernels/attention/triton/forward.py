@@ -1,8 +1,8 @@
 """Fused forward pass: out, mass and lse of every row in one visit of its keys.
 
 A program owns a block of rows of one head and walks the key blocks with an online softmax. The mass of a group is a
-second row sum beside the softmax's own. Blocks free of weight add nothing to it, blocks full of weight add the row sum
-that is there already, and mixed blocks alone multiply per element. Both sums take the same steps in the same order, so
+second row sum beside the softmax's own. Blocks without weight add nothing, blocks of weight 1 add the row sum that
+is there already, and only blocks of both multiply per element. Both sums take the same steps in the same order, so
 rounding, which never reverses an order, keeps the mass of boolean weights in [0, 1], and the two are equal bit for bit
 where a row sees weighted keys alone.
 """
@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from mmrpt_kernels.attention.config import MAX_GROUPS, MAX_GROUPS_ALONE, forward_settings
-from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
-from mmrpt_kernels.attention.triton.kinds import classify
+from mmrpt_kernels.attention.triton.key_blocks import classify
+from mmrpt_kernels.attention.triton.launch import Problem, architecture, launch, tiling
 from mmrpt_kernels.attention.triton.tiles import (
-    FULL,
+    ALL,
     LENGTHS,
     LN_2,
     LOG2_E,
-    MIXED,
+    SOME,
     band_allows,
     capped_scores,
     key_blocks_of_rows,
@@ -41,8 +41,8 @@ def _mass_of_block(mass, p, row_sum, alpha, block_kinds, w_ptrs, w_g, keep, grou
     column = tl.arange(0, GROUPS)[None, :]
     for g in tl.static_range(GROUPS):
         kind = tl.load(block_kinds + g, mask=g < groups, other=0)
-        part = tl.where(kind == FULL, row_sum, 0.0)
-        if kind == MIXED:
+        part = tl.where(kind == ALL, row_sum, 0.0)
+        if kind == SOME:
             w = tl.load(w_ptrs + g * w_g, mask=keep, other=0).to(tl.float32)  # (BLOCK_N,)
             part = tl.sum(p * w[None, :], 1)
         mass = tl.where(column == g, tl.fma(mass, alpha[:, None], part[:, None]), mass)

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton.call import architecture
-from mmrpt_kernels.attention.triton.rows import RowList
-from mmrpt_kernels.attention.triton.side import precision, row_tile
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton.launch import architecture
+from mmrpt_kernels.attention.triton.mass_forward import precision, query_tile
+from mmrpt_kernels.attention.triton.query_list import QueryList
 from mmrpt_kernels.attention.triton.tiles import LENGTHS, LOG2_E, capped_scores, products_of
 
 __all__ = ["Tiles", "side_backward_settings", "side_mass_backward"]
@@ -94,7 +94,7 @@ def _rows_kernel(
     batch = tl.program_id(2).to(tl.int64)
     if tile * BLOCK_M >= tl.load(counts + batch):
         return
-    row, live, low, high = row_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
+    row, live, low, high = query_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
     k += batch * stride_kb + (head // repeat) * stride_kh
     weights += batch * stride_wb
     padding += batch * stride_pb
@@ -177,7 +177,7 @@ def _keys_kernel(
         head = head_kv * repeat + step
         dmass_head = dmass + batch * stride_mb + head * stride_mh + group * stride_mg
         for tile in range(begin // BLOCK_M, tl.cdiv(end, BLOCK_M)):
-            row, live, low, high = row_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
+            row, live, low, high = query_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
             at_q = batch * stride_qb + head * stride_qh + row * stride_qt
             q_tile = tl.load(q + at_q[:, None] + d[None, :], mask=live[:, None] & within[None, :], other=0.0)  # (M, D)
             at_lse = batch * stride_lb + head * stride_lh + row * stride_lt
@@ -217,14 +217,14 @@ def side_mass_backward(
     dmass: torch.Tensor,
     mass: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
-    rows: RowList,
+    rows: QueryList,
     options: AttentionOptions,
     settings: tuple[Tiles, Tiles] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk in the dtypes of q and k, dw (B, S, G) float32, None for boolean weights.
 
     Args:
-        q, k, lse, key_weights, key_padding_mask: as in `side_mass`.
+        q, k, lse, key_weights, key_padding_mask: as in `mass_forward`.
         dmass, mass: (B, Hq, T, G) float32.
         rows: the rows to visit; the others add nothing.
     """

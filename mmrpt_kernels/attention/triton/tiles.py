@@ -15,12 +15,12 @@ import triton.language as tl
 from mmrpt_kernels.common.tanh import tanh
 
 __all__ = [
-    "FREE",
-    "FULL",
+    "NONE",
+    "ALL",
     "LENGTHS",
     "LN_2",
     "LOG2_E",
-    "MIXED",
+    "SOME",
     "band_allows",
     "capped_scores",
     "key_blocks_of_rows",
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 # What a block of keys holds of one group's weights: zeros alone, ones alone, or anything. kinds (B, blocks, G) int8.
-FREE = tl.constexpr(0)
-FULL = tl.constexpr(1)
-MIXED = tl.constexpr(2)
+NONE = tl.constexpr(0)
+ALL = tl.constexpr(1)
+SOME = tl.constexpr(2)
 
 # Arguments that follow the lengths of a call, for do_not_specialize: Triton would compile a kernel anew where one of
 # them becomes 1 or a multiple of 16. Strides of q, k, v, dout and masks are not among them: that they are multiples of
@@ -108,15 +108,15 @@ def rows_of_keys(key_first, key_last, shift, row_lo, row_hi, left, right, LEFT: 
 
 
 @triton.jit
-def load_tile(pointers, keep, column, SOME: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile (N, BLOCK) of q, k, v or dout: 0 beyond DIM columns and, where SOME rows may be missing, outside `keep`.
+def load_tile(pointers, keep, column, PARTIAL: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile (N, BLOCK) of q, k, v or dout: 0 beyond DIM columns and, with PARTIAL, outside `keep`.
 
     Args:
         keep: (N, 1) bool. column: (1, BLOCK) int.
     """
-    if SOME and DIM < BLOCK:
+    if PARTIAL and DIM < BLOCK:
         return tl.load(pointers, mask=keep & (column < DIM), other=0.0)
-    elif SOME:
+    elif PARTIAL:
         return tl.load(pointers, mask=keep, other=0.0)
     elif DIM < BLOCK:
         return tl.load(pointers, mask=column < DIM, other=0.0)
@@ -173,9 +173,9 @@ def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
 def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
     """One group's part of `weigh`."""
     kind = tl.load(block_kind, mask=exists, other=0)
-    dmass = tl.load(dmass_ptrs, mask=live & (kind != FREE), other=0.0)  # (rows,)
-    extra += tl.where(kind == FULL, dmass, 0.0)
-    if kind == MIXED:
+    dmass = tl.load(dmass_ptrs, mask=live & (kind != NONE), other=0.0)  # (rows,)
+    extra += tl.where(kind == ALL, dmass, 0.0)
+    if kind == SOME:
         w = tl.load(w_ptrs, mask=keep, other=0).to(tl.float32)  # (keys,)
         if KEYS_FIRST:
             dp += w[:, None] * dmass[None, :]
@@ -189,7 +189,7 @@ def weigh(
     dp, extra, w_ptrs, w_g, keep, dmass_ptrs, live, block_kinds, groups,
     GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """(dp with the mixed groups' weight_j * dmass_t, extra (rows,) with the full groups' dmass_t).
+    """(dp with the SOME groups' weight_j * dmass_t, extra (rows,) with the ALL groups' dmass_t).
 
     Args:
         KEYS_FIRST: dp is (keys, rows), else (rows, keys).

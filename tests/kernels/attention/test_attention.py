@@ -8,13 +8,13 @@ import torch
 from benchmarks.measure import peak_bytes
 from mmrpt_kernels.attention import (
     attention_with_visual_mass,
-    dense,
     masked_attention_with_visual_mass,
     portable,
+    portable_dense,
     reference,
     visual_mass,
 )
-from mmrpt_kernels.attention.geometry import AttentionOptions, tiles
+from mmrpt_kernels.attention.masks import AttentionOptions, tiles
 from mmrpt_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
@@ -47,7 +47,7 @@ by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def engine(request, monkeypatch) -> str:
     """Both engines of the portable backend, the plain one also where the fused one would be taken."""
     if request.param == "plain":
-        monkeypatch.setattr(dense, "FLASH_AVAILABLE", False)
+        monkeypatch.setattr(portable_dense, "FLASH_AVAILABLE", False)
     return request.param
 
 
@@ -362,10 +362,10 @@ def test_any_mask_over_many_blocks(engine, seed):
 @pytest.mark.parametrize("device, fewest, most", [("cpu", 512, 512), ("cuda", 10, 40)])
 def test_tiles_are_of_the_device(device, fewest, most):
     """Scores of 8,192 rows and keys in 28 heads: CPU tiles that stay in the cache, elsewhere not 6,000 launches."""
-    size = dense.block_size(0, 28 * 8192 * 4, torch.device(device))
+    size = portable_dense.block_size(0, 28 * 8192 * 4, torch.device(device))
     assert fewest <= len(tiles(8192, 8192, NO_BAND, size, whole=False, explicit_mask=False)) <= most
-    assert dense.block_size(7, 28 * 8192 * 4, torch.device(device)) == 7
-    assert dense.block_size(0, 2**40, torch.device(device)) == dense.MIN_BLOCK_ROWS
+    assert portable_dense.block_size(7, 28 * 8192 * 4, torch.device(device)) == 7
+    assert portable_dense.block_size(0, 2**40, torch.device(device)) == portable_dense.MIN_BLOCK_ROWS
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])

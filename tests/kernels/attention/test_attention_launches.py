@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
 from mmrpt_kernels.attention import attention_with_visual_mass, visual_mass
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import attention, backward_keys, backward_rows, decode, forward
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton import attention, backward_dkv, backward_dq, decode, forward
 from mmrpt_kernels.testing.aot import recorded_launches
 from tests.kernels.attention.test_attention import cumulative
 from tests.kernels.devices import INTERPRETING
@@ -105,7 +105,7 @@ def fence(monkeypatch) -> list[str]:
 
         return launched
 
-    for module in (forward, backward_rows, backward_keys):
+    for module in (forward, backward_dq, backward_dkv):
         monkeypatch.setattr(module, "launch", fenced(module.launch))
     return written
 

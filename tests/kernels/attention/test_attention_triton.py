@@ -20,8 +20,8 @@ from mmrpt_kernels.attention import (
     masked_attention_with_visual_mass,
     reference,
 )
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import attention, backward_keys, tiles
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton import attention, backward_dkv, tiles
 from mmrpt_kernels.common.tanh import tanh
 from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from tests.kernels.attention.test_attention import (
@@ -242,7 +242,7 @@ def test_gradients_of_some_results_alone(which, device, seed):
 @pytest.mark.parametrize("wanted", [4, 10**6])
 def test_query_heads_spread_over_programs(wanted, device, monkeypatch, seed):
     """Whatever the split of a key head's query heads, dk, dv and dw come out alike."""
-    monkeypatch.setattr(backward_keys, "PROGRAMS_WANTED", wanted)
+    monkeypatch.setattr(backward_dkv, "PROGRAMS_WANTED", wanted)
     case = AttentionCase("split", 1, 9, 17, 6, 1, 8, weights="float", groups=2)
     test_it_meets_the_definition(case, device, seed)
 

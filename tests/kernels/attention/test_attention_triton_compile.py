@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import config
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import backward_keys, backward_rows, forward
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton import backward_dkv, backward_dq, forward
 from mmrpt_kernels.attention.triton.backward import backward
-from mmrpt_kernels.attention.triton.call import prepare
+from mmrpt_kernels.attention.triton.launch import prepare
 from mmrpt_kernels.testing.aot import Compiled, KernelSpec, check_resources, compile_kernels, recorded_launches
 
-PRODUCTS = ("_forward", "_backward_keys", "_backward_rows")
+PRODUCTS = ("_forward", "_backward_dkv", "_backward_dq")
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -53,7 +53,7 @@ def launches(
         cu,
         cu,
     )
-    for module in (forward, backward_keys, backward_rows):
+    for module in (forward, backward_dkv, backward_dq):
         monkeypatch.setattr(module, "architecture", lambda device: arch)
         monkeypatch.setattr(
             module,
@@ -64,7 +64,7 @@ def launches(
         )
     tensors = tensors if cu is None else [x[0] for x in tensors]
     problem = prepare(*tensors, AttentionOptions(*window, dim**-0.5, softcap), masks)
-    with recorded_launches(forward, backward_keys, backward_rows, arch=arch) as specs:
+    with recorded_launches(forward, backward_dkv, backward_dq, arch=arch) as specs:
         out, mass, lse, normalizers = forward.forward(problem)
         backward(problem, (out, mass, normalizers), (out, mass, lse))
     assert {spec.kernel for spec in specs} == {*PRODUCTS, "_row_terms"}
@@ -92,7 +92,7 @@ def check(made: list[Compiled], arch: int) -> None:
         constants, dtype = one.spec.constants, one.spec.signature["q"][1:]
         if dtype != "fp32" and one.spec.kernel in PRODUCTS:
             # A product with fewer than 64 rows is too small for a warp group: it runs on the older instruction.
-            tall = constants["BLOCK_N" if one.spec.kernel == "_backward_keys" else "BLOCK_M"] >= 64
+            tall = constants["BLOCK_N" if one.spec.kernel == "_backward_dkv" else "BLOCK_M"] >= 64
             assert (INSTRUCTION[arch] if tall else "mma.sync") in one.ptx, one.spec.title
 
 

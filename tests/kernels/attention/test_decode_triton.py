@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import attention_with_visual_mass, reference
 from mmrpt_kernels.attention.config import MAX_GROUPS_DECODE
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import attention, decode, fused
-from mmrpt_kernels.attention.triton.call import prepare
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton import attention, attention_op, decode
+from mmrpt_kernels.attention.triton.launch import prepare
 from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
 from tests.kernels.attention.test_attention import (
@@ -55,7 +55,7 @@ def decoding_alone(monkeypatch):
     def refused(problem):
         raise AssertionError("the fused forward pass ran")
 
-    monkeypatch.setattr(fused, "forward", refused)
+    monkeypatch.setattr(attention_op, "forward", refused)
 
 
 def decoded(device: str, options: AttentionOptions, **masks):

@@ -14,20 +14,20 @@ pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, visual_mass
 from mmrpt_kernels.attention.triton import (
-    backward_keys,
-    backward_rows,
+    backward_dkv,
+    backward_dq,
     decode,
     forward,
-    kinds,
-    rows,
-    side,
+    key_blocks,
+    mass_forward,
+    query_list,
     side_backward,
 )
 from mmrpt_kernels.testing.aot import recorded_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-MODULES = (forward, backward_keys, backward_rows, decode, kinds, rows, side, side_backward)
+MODULES = (forward, backward_dkv, backward_dq, decode, key_blocks, query_list, mass_forward, side_backward)
 # Multiples of 16, of 8 and others; some longer than the window.
 LENGTHS = (17, 18, 24, 31, 32, 33, 48, 57, 64, 95)
 

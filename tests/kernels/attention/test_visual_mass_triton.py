@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import reference, visual_mass
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import kinds, rows, side, side_backward
-from mmrpt_kernels.attention.triton.mass import mass_from_lse
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton import key_blocks, mass_forward, query_list, side_backward
+from mmrpt_kernels.attention.triton.mass_op import mass_from_lse
 from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from mmrpt_kernels.testing.aot import compile_kernels, recorded_launches
 from tests.kernels.attention.test_attention import (
@@ -220,7 +220,7 @@ def test_key_blocks_are_classified(padded, device, seed):
     weights = (torch.rand(2, 10, 3, generator=generator) < 0.5).float().repeat_interleave(16, 1)[:, :-5]
     weights[0, 3, 0], weights[1, 20, 1] = torch.nan, 0.5
     padding = torch.rand(2, 155, generator=generator) < 0.8 if padded else None
-    found = kinds.classify(weights.to(device), None if padding is None else padding.to(device), 16)
+    found = key_blocks.classify(weights.to(device), None if padding is None else padding.to(device), 16)
     for b in range(2):
         for g in range(3):
             expected = []
@@ -244,11 +244,11 @@ def test_wanted_rows_are_listed_with_their_keys(window, device, seed):
     lengths_k = torch.randint(0, 40, (150,), generator=generator).tolist() + [7]
     cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
     total_q, total_k = sum(lengths_q), sum(lengths_k)
-    assert total_q > rows.CHUNK
+    assert total_q > query_list.CHUNK
     wanted = torch.rand(1, total_q, generator=generator) < 0.7
     options = AttentionOptions(*window, 1.0, 0.0)
     packing = (cu_q.to(device), cu_k.to(device))
-    found = rows.list_rows(1, total_q, total_k, wanted.to(device), packing, options, torch.device(device))
+    found = query_list.list_queries(1, total_q, total_k, wanted.to(device), packing, options, torch.device(device))
     expected = []
     for sequence, (num_rows, num_keys) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         for t in range(num_rows):
@@ -276,10 +276,10 @@ def launches(arch: int, dim: int, dtype: torch.dtype, worst: bool) -> list:
     weights = empty(2, 4096, 3, of=torch.float32) if worst else empty(2, 4096, 1, of=torch.bool)
     padding = empty(2, 4096, of=torch.bool) if worst else None
     options = AttentionOptions(-1, 0, dim**-0.5, 30.0 if worst else 0.0)
-    with recorded_launches(kinds, rows, side, side_backward, arch=arch) as specs:
-        listed = rows.list_rows(2, 4096, 4096, padding, None, options, q.device)
-        settings = side.side_settings(arch, dtype, dim)
-        mass = side.side_mass(q, k, lse, weights, padding, listed, options, settings)
+    with recorded_launches(key_blocks, query_list, mass_forward, side_backward, arch=arch) as specs:
+        listed = query_list.list_queries(2, 4096, 4096, padding, None, options, q.device)
+        settings = mass_forward.side_settings(arch, dtype, dim)
+        mass = mass_forward.mass_forward(q, k, lse, weights, padding, listed, options, settings)
         settings = side_backward.side_backward_settings(arch, dtype, dim)
         side_backward.side_mass_backward(q, k, lse, weights, mass, mass, padding, listed, options, settings)
     assert {spec.kernel for spec in specs} >= {"_list_kernel", "_classify_kernel", "_mass_kernel", "_keys_kernel"}

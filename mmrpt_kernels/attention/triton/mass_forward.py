@@ -14,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton.call import architecture
-from mmrpt_kernels.attention.triton.kinds import classify
-from mmrpt_kernels.attention.triton.rows import RowList
-from mmrpt_kernels.attention.triton.tiles import FULL, LENGTHS, LOG2_E, capped_scores
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton.key_blocks import classify
+from mmrpt_kernels.attention.triton.launch import architecture
+from mmrpt_kernels.attention.triton.query_list import QueryList
+from mmrpt_kernels.attention.triton.tiles import ALL, LENGTHS, LOG2_E, capped_scores
 
-__all__ = ["SideSettings", "precision", "row_tile", "side_mass", "side_settings"]
+__all__ = ["SideSettings", "precision", "query_tile", "mass_forward", "side_settings"]
 
 
 class SideSettings(NamedTuple):
@@ -51,7 +51,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def row_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M: tl.constexpr):
+def query_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M: tl.constexpr):
     """Of a tile of the list: positions (BLOCK_M,) int64, whether each is one, and its keys [low, high)."""
     entry = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = entry < tl.load(counts + batch)
@@ -117,7 +117,7 @@ def _mass_kernel(
     batch = tl.program_id(2).to(tl.int64)
     if tile * BLOCK_M >= tl.load(counts + batch):
         return
-    row, live, low, high = row_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
+    row, live, low, high = query_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
     k += batch * stride_kb + (head // repeat) * stride_kh
     weights += batch * stride_wb + group * stride_wg
     padding += batch * stride_pb
@@ -156,7 +156,7 @@ def _mass_kernel(
         scores, _ = capped_scores(products, scale, softcap, CAPPED)
         probs = tl.exp2(scores - row_lse[:, None])
         seen_by_all = (block * BLOCK_N >= inner_low) & (block * BLOCK_N + BLOCK_N <= inner_high)
-        if seen_by_all & (tl.load(kinds + block * groups) == FULL) & (HAS_PADDING == 0):
+        if seen_by_all & (tl.load(kinds + block * groups) == ALL) & (HAS_PADDING == 0):
             total += tl.sum(probs, axis=1)
         else:
             weight = tl.load(weights + key_wide * stride_ws, mask=inside, other=0).to(tl.float32)  # (BLOCK_N,)
@@ -172,13 +172,13 @@ def _mass_kernel(
     tl.store(mass_at, total, mask=live)
 
 
-def side_mass(
+def mass_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     lse: torch.Tensor,
     key_weights: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
-    rows: RowList,
+    rows: QueryList,
     options: AttentionOptions,
     settings: SideSettings | None = None,
 ) -> torch.Tensor:

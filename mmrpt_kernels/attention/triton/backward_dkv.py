@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, keys_settings
-from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, tiling
-from mmrpt_kernels.attention.triton.kinds import classify
+from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, dkv_settings
+from mmrpt_kernels.attention.triton.key_blocks import classify
+from mmrpt_kernels.attention.triton.launch import Problem, architecture, launch, tiling
 from mmrpt_kernels.attention.triton.tiles import (
     LENGTHS,
     band_allows,
@@ -22,7 +22,7 @@ from mmrpt_kernels.attention.triton.tiles import (
     weigh,
 )
 
-__all__ = ["backward_of_keys"]
+__all__ = ["backward_dkv"]
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _rows_of_head(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _backward_keys(
+def _backward_dkv(
     q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dk_out, dv_out, dw_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
@@ -202,7 +202,7 @@ def _splits(programs: int, repeat: int) -> int:
     return next((n for n in divisors if programs * n >= PROGRAMS_WANTED), repeat)
 
 
-def backward_of_keys(
+def backward_dkv(
     problem: Problem, shared: dict[str, Any], dk: torch.Tensor, dv: torch.Tensor, dw: torch.Tensor | None
 ) -> None:
     """Write dk (B, S, Hkv, D), dv (B, S, Hkv, Dv) where dout came, and dw (B, S, G) float32 where wanted.
@@ -211,7 +211,7 @@ def backward_of_keys(
     """
     k = problem.k
     (batch, num_keys, heads_kv), groups = k.shape[:3], problem.weights.shape[2]
-    settings = keys_settings(architecture(k.device), k.dtype, max(problem.block_dims()), problem.rich)
+    settings = dkv_settings(architecture(k.device), k.dtype, max(problem.block_dims()), problem.rich)
     own = tiling(problem, settings.keys, of_keys=True)
     splits = _splits(own["num_tiles"] * batch * heads_kv, problem.repeat)
     # What several programs share they write apart, and a sum in a fixed order brings it together.
@@ -235,7 +235,7 @@ def backward_of_keys(
     for start in range(0, 1 if dw is None else groups, MAX_GROUPS):
         count = 0 if dw is None else triton.next_power_of_2(min(groups - start, MAX_GROUPS))
         own |= {"dw_first": start, "DW_GROUPS": count}
-        launch(_backward_keys, own["num_tiles"] * own["num_heads"], shared | own, settings)
+        launch(_backward_dkv, own["num_tiles"] * own["num_heads"], shared | own, settings)
     if splits > 1:
         dk.copy_(parts[0].sum(0))
         if shared["HAS_DOUT"]:

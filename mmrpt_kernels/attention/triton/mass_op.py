@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.attention.autograd import make_mass_differentiable
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton.call import as_batch, last_contiguous
-from mmrpt_kernels.attention.triton.rows import RowList, list_rows
-from mmrpt_kernels.attention.triton.side import side_mass
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.triton.launch import as_batch, last_contiguous
+from mmrpt_kernels.attention.triton.mass_forward import mass_forward
+from mmrpt_kernels.attention.triton.query_list import QueryList, list_queries
 from mmrpt_kernels.attention.triton.side_backward import side_mass_backward
 from mmrpt_kernels.common.autocast import without_autocast
 
@@ -22,10 +22,10 @@ def _rows_of(
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
     options: AttentionOptions,
-) -> RowList:
-    """`list_rows` of a batch; a packed one is a batch of one."""
+) -> QueryList:
+    """`list_queries` of a batch; a packed one is a batch of one."""
     cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
-    return list_rows(q.shape[0], q.shape[1], k.shape[1], wanted, cu_seqlens, options, q.device)
+    return list_queries(q.shape[0], q.shape[1], k.shape[1], wanted, cu_seqlens, options, q.device)
 
 
 @torch.library.custom_op("mmrpt_kernels::triton_visual_mass", mutates_args=())
@@ -49,7 +49,7 @@ def _visual_mass(
     q, k, lse, key_weights, query_mask = as_batch(packed, q, k, lse, key_weights, query_mask)
     with torch.cuda.device_of(q):
         rows = _rows_of(q, k, query_mask, cu_seqlens_q, cu_seqlens_k, options)
-        mass = side_mass(last_contiguous(q), last_contiguous(k), lse, key_weights, key_padding_mask, rows, options)
+        mass = mass_forward(last_contiguous(q), last_contiguous(k), lse, key_weights, key_padding_mask, rows, options)
     return mass[0] if packed else mass
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from mmrpt_kernels.attention.dense import block_size, statistics_dtype
-from mmrpt_kernels.attention.engines import Gradients, PlainEngine, RowGradients
-from mmrpt_kernels.attention.geometry import AttentionOptions, Tile, band, tile_allowed
+from mmrpt_kernels.attention.masks import AttentionOptions, Tile, band, tile_allowed
+from mmrpt_kernels.attention.portable_dense import block_size, statistics_dtype
+from mmrpt_kernels.attention.portable_tiles import Gradients, PlainTiles, RowGradients
 
 __all__ = ["selected_mass", "selected_mass_backward"]
 
@@ -121,7 +121,7 @@ def selected_mass_backward(
         known = RowGradients(None, dmass_b, None, None, mass[b : b + 1, :, rows], lse_b.masked_fill(dead, torch.inf))
         into = Gradients(q.new_zeros((1, rows.numel()) + q.shape[2:], dtype=dtype), dk[b : b + 1], None, None)
         into = into._replace(w=None if dw is None else dw[b : b + 1])
-        engine = PlainEngine(q[b : b + 1, rows].to(dtype), k_b, None, key_weights[b : b + 1].to(dtype), options)
+        engine = PlainTiles(q[b : b + 1, rows].to(dtype), k_b, None, key_weights[b : b + 1].to(dtype), options)
         size = block_size(block_rows, q.shape[2] * num_keys * k_b.element_size(), q.device)
         row_bounds = (bounds[0][rows], bounds[1][rows])
         for tile in _blocks(rows, torch.arange(num_keys, device=q.device), bounds, size):

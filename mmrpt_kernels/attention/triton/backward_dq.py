@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.config import ROW_TERMS, rows_settings
-from mmrpt_kernels.attention.triton.call import Problem, architecture, launch, strides, tiling
-from mmrpt_kernels.attention.triton.kinds import classify
+from mmrpt_kernels.attention.config import ROW_TERMS, dq_settings
+from mmrpt_kernels.attention.triton.key_blocks import classify
+from mmrpt_kernels.attention.triton.launch import Problem, architecture, launch, strides, tiling
 from mmrpt_kernels.attention.triton.tiles import (
     LENGTHS,
     band_allows,
@@ -22,7 +22,7 @@ from mmrpt_kernels.attention.triton.tiles import (
     weigh,
 )
 
-__all__ = ["backward_of_rows", "terms_of_rows"]
+__all__ = ["backward_dq", "row_terms"]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -124,7 +124,7 @@ def _keys_of_row_block(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _backward_rows(
+def _backward_dq(
     q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dq_out,
     cu_q, cu_k, tile_sequence, tile_first,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
@@ -199,7 +199,7 @@ def _backward_rows(
     tl.store(dq_ptrs, (dq * scale).to(dq_out.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :])
 
 
-def terms_of_rows(
+def row_terms(
     problem: Problem, results: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """delta (B, Hq, T), dmass (B, Hq, T, G): as the kernel says. results: out, mass, normalizers."""
@@ -234,10 +234,10 @@ def terms_of_rows(
     return made
 
 
-def backward_of_rows(problem: Problem, shared: dict[str, Any], dq: torch.Tensor) -> None:
+def backward_dq(problem: Problem, shared: dict[str, Any], dq: torch.Tensor) -> None:
     """Write dq (B, T, Hq, D). shared: the arguments of both passes."""
     q = problem.q
-    settings = rows_settings(architecture(q.device), q.dtype, max(problem.block_dims()), problem.rich)
+    settings = dq_settings(architecture(q.device), q.dtype, max(problem.block_dims()), problem.rich)
     heads = q.shape[0] * q.shape[2]
     own = tiling(problem, settings.rows, of_keys=False) | {
         "kinds": classify(problem.weights, problem.padding, settings.keys).kinds,
@@ -248,4 +248,4 @@ def backward_of_rows(problem: Problem, shared: dict[str, Any], dq: torch.Tensor)
         "BLOCK_N": settings.keys,
         "SLICE_D": settings.slice_d,
     }
-    launch(_backward_rows, own["num_tiles"] * heads, shared | own, settings)
+    launch(_backward_dq, own["num_tiles"] * heads, shared | own, settings)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.attention.dense import statistics_dtype
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.portable_dense import statistics_dtype
 
 __all__ = ["attention"]
 

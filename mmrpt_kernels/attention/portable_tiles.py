@@ -1,8 +1,8 @@
 """The portable backend's two engines: each does attention with mass of one tile, forward and backward.
 
-FlashEngine rides torch's fused CPU attention. The key weights stand as extra columns of v, so the mass of every row
+CpuFlashTiles rides torch's fused CPU attention. The key weights stand as extra columns of v, so the mass of every row
 comes out of the same pass as extra columns of the output:  P @ [v | w] = [out | mass].
-PlainEngine is softmax(q k^T) in plain PyTorch, for what the fused kernel lacks (soft cap, other devices).
+PlainTiles is softmax(q k^T) in plain PyTorch, for what the fused kernel lacks (soft cap, other devices).
 Both work in float32 (float64 for float64 inputs) and take (B, T, H, D) tensors. Gradients, from the saved lse:
 
     P = exp(s - lse),  dP = dout v^T + dmass w^T,  delta = rowsum(dout * out) + rowsum(dmass * mass) - dlse
@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mmrpt_kernels.attention.geometry import AttentionOptions, Tile
+from mmrpt_kernels.attention.masks import AttentionOptions, Tile
 
-__all__ = ["FLASH_AVAILABLE", "Engine", "FlashEngine", "Gradients", "PlainEngine", "RowGradients"]
+__all__ = ["FLASH_AVAILABLE", "TileAttention", "CpuFlashTiles", "Gradients", "PlainTiles", "RowGradients"]
 
 FLASH_AVAILABLE = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
@@ -42,8 +42,8 @@ class Gradients(NamedTuple):
     w: torch.Tensor | None
 
 
-class Engine(Protocol):
-    """allowed: `geometry.tile_allowed` of the tile."""
+class TileAttention(Protocol):
+    """allowed: `masks.tile_allowed` of the tile."""
 
     def forward(self, tile: Tile, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """out (B, rows, Hq, Dv), mass (B, Hq, rows, G), lse (B, Hq, rows); dead rows hold anything."""
@@ -71,7 +71,7 @@ def _columns(parts: list[tuple[torch.Tensor | float, int]], like: torch.Tensor, 
     return made
 
 
-class FlashEngine:
+class CpuFlashTiles:
     """torch's fused CPU attention on [v | w]; a head of the kernel is max(D, Dv + G) wide. GQA without copies."""
 
     whole = True  # one causal or full tile may hold all rows
@@ -153,7 +153,7 @@ class FlashEngine:
             into.w[:, tile.keys] += dv[..., start : start + self.groups].sum(1)
 
 
-class PlainEngine:
+class PlainTiles:
     """softmax(q k^T) of a tile in plain PyTorch; heads that share a key head are stacked as rows of one product."""
 
     whole = False

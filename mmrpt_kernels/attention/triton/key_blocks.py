@@ -1,8 +1,8 @@
-"""Which key blocks carry weight: each block of keys is free of, full of, or mixed in weight, group by group.
+"""Which key blocks carry weight: group by group, a block's weights are all 0 (NONE), all 1 (ALL) or anything (SOME).
 
-Image tokens come in long runs, so nearly all blocks are free or full. A free block adds nothing to the mass; in a full
-one the mass of a row grows by just the row sum that softmax needs anyway; only mixed ones pay per key. One kernel says
-so on the device and lists the blocks that are not free: nothing waits for the host.
+Image tokens come in long runs, so nearly all blocks are NONE or ALL. NONE adds nothing to the mass; with ALL the mass
+of a row grows by just the row sum that softmax needs anyway; only SOME pays per key. One kernel says so on the device
+and lists the blocks that are not NONE: nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.triton.tiles import FREE, FULL, LENGTHS, MIXED
+from mmrpt_kernels.attention.triton.tiles import ALL, LENGTHS, NONE, SOME
 
 __all__ = ["KeyBlocks", "classify"]
 
@@ -21,7 +21,7 @@ __all__ = ["KeyBlocks", "classify"]
 class KeyBlocks(NamedTuple):
     """What the weights hold, by blocks of `block` keys that start at key 0 of the tensor (packed: of all sequences)."""
 
-    kinds: torch.Tensor  # (B, N, G) int8: FREE, FULL or MIXED
+    kinds: torch.Tensor  # (B, N, G) int8: NONE, ALL or SOME
     visit: torch.Tensor  # (B, G, N) int32: the blocks that are not free, rising; as many as `before` ends with
     before: torch.Tensor  # (B, G, N + 1) int32: how many of them stand before block n
     block: int  # keys of a block
@@ -62,10 +62,10 @@ def _classify_kernel(
         if HAS_PADDING:
             allowed &= tl.load(padding + key * stride_ps, mask=allowed, other=0) != 0  # (CHUNK, BLOCK)
         weight = tl.load(weights + key * stride_ws, mask=allowed, other=0).to(tl.float32)  # (CHUNK, BLOCK)
-        # A NaN is neither 0 nor 1: mixed.
+        # A NaN is neither 0 nor 1.
         some = tl.max((weight != 0).to(tl.int32), axis=1)
         other = tl.max((allowed & (weight != 1)).to(tl.int32), axis=1)
-        kind = tl.where(some == 0, FREE, tl.where(other == 0, FULL, MIXED))
+        kind = tl.where(some == 0, NONE, tl.where(other == 0, ALL, SOME))
         place = found + tl.cumsum(some, axis=0) - some
         inside = block < num_blocks
         tl.store(kinds + block * groups, kind.to(tl.int8), mask=inside)
@@ -78,7 +78,7 @@ def _classify_kernel(
 def classify(key_weights: torch.Tensor, key_padding_mask: torch.Tensor | None, block: int) -> KeyBlocks:
     """Kinds of all blocks of `block` keys, without waiting for the device.
 
-    Keys that padding forbids, and those beyond the last key, count for nothing: whoever uses FULL must leave them out
+    Keys that padding forbids, and those beyond the last key, count for nothing: whoever uses ALL must leave them out
     of the row sum, as softmax does.
 
     Args:

@@ -12,15 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.masks import AttentionOptions
 from mmrpt_kernels.attention.triton.tiles import LENGTHS
 
-__all__ = ["RowList", "list_rows"]
+__all__ = ["QueryList", "list_queries"]
 
 CHUNK = 2048
 
 
-class RowList(NamedTuple):
+class QueryList(NamedTuple):
     """The wanted rows that may see a key at all; packed: one list over all sequences, keys counted over all of them."""
 
     rows: torch.Tensor  # (B, T) int32: positions, rising; the first count entries hold
@@ -104,7 +104,7 @@ def _list_kernel(
     tl.store(counts + batch, found)
 
 
-def list_rows(
+def list_queries(
     batch: int,
     num_rows: int,
     num_keys: int,
@@ -112,7 +112,7 @@ def list_rows(
     cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None,
     options: AttentionOptions,
     device: torch.device,
-) -> RowList:
+) -> QueryList:
     """The list, made on the device without waiting for it.
 
     Args:
@@ -121,7 +121,7 @@ def list_rows(
         cu_seqlens: of the rows and of the keys, (sequences + 1,) int each, where packed.
     """
     listed = (torch.empty((batch, num_rows), dtype=torch.int32, device=device) for _ in range(3))
-    made = RowList(*listed, torch.empty((batch,), dtype=torch.int32, device=device))
+    made = QueryList(*listed, torch.empty((batch,), dtype=torch.int32, device=device))
     if batch == 0:
         return made
     cu_q, cu_k = (made.counts, made.counts) if cu_seqlens is None else cu_seqlens

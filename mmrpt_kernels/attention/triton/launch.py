@@ -8,7 +8,7 @@ import torch
 import triton
 
 from mmrpt_kernels.attention.config import L2_BYTES, Settings, product_precision
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.masks import AttentionOptions
 
 __all__ = [
     "Problem",
@@ -207,5 +207,5 @@ def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]
 
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings, **options: Any) -> None:
-    """Start `programs` programs of `kernel` on the current device, which is the tensors' own (fused.py)."""
+    """Start `programs` programs of `kernel` on the current device, which is the tensors' own (attention_op.py)."""
     kernel[(programs,)](**arguments, num_warps=settings.warps, num_stages=settings.stages, **options)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmrpt_kernels import BackendError, use_backend
-from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, reference, vendor
+from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, reference, sdpa
 from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from tests.kernels.attention.test_attention import (
     CASES,
@@ -70,7 +70,7 @@ def test_it_meets_the_definition(case, seed):
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
 def test_every_kernel_of_a_gpu_errs_no_more_than_eager(case, dtype, kernel, seed):
     with sdpa_kernel(kernel):
-        name = vendor._kernel_name("cuda", None, case.dim)
+        name = sdpa._kernel_name("cuda", None, case.dim)
     if name.upper() not in kernel.name:
         pytest.skip(f"{kernel.name} is not taken on this GPU at head size {case.dim}")
     inputs = attention_inputs(case, dtype=dtype, seed=seed)

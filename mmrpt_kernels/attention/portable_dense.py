@@ -6,8 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from mmrpt_kernels.attention.engines import FLASH_AVAILABLE, Engine, FlashEngine, Gradients, PlainEngine, RowGradients
-from mmrpt_kernels.attention.geometry import AttentionOptions, Tile, attended_counts, band, tile_allowed, tiles
+from mmrpt_kernels.attention.masks import AttentionOptions, Tile, attended_counts, band, tile_allowed, tiles
+from mmrpt_kernels.attention.portable_tiles import (
+    FLASH_AVAILABLE,
+    CpuFlashTiles,
+    Gradients,
+    PlainTiles,
+    RowGradients,
+    TileAttention,
+)
 
 __all__ = ["Masks", "attend", "attend_backward", "statistics_dtype"]
 
@@ -51,7 +58,7 @@ def _plan(
     options: AttentionOptions,
     masks: Masks,
     block_rows: int,
-) -> tuple[Engine, list[Tile]]:
+) -> tuple[TileAttention, list[Tile]]:
     """The engine that is fastest for the call, and its tiles.
 
     Keys and values that padding forbids are zeroed, so that what stands there, NaN included, reaches nobody. The fused
@@ -69,10 +76,10 @@ def _plan(
         rows = block_size(block_rows, num_keys * q.element_size() * (q.shape[0] if explicit else 1), q.device)
         found = tiles(num_rows, num_keys, options, rows, whole=True, explicit_mask=explicit)
         if all(tile.shape != "masked" for tile in found) or bool(torch.isfinite(k).all()):
-            return FlashEngine(q, k, v, w, options), found
+            return CpuFlashTiles(q, k, v, w, options), found
     rows = block_size(block_rows, q.shape[0] * q.shape[2] * num_keys * q.element_size(), q.device)
     found = tiles(num_rows, num_keys, options, rows, whole=False, explicit_mask=explicit)
-    return PlainEngine(q, k, v, w, options), found
+    return PlainTiles(q, k, v, w, options), found
 
 
 def _settle(

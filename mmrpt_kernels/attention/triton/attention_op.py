@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.attention.autograd import make_attention_differentiable, results_like
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.masks import AttentionOptions
 from mmrpt_kernels.attention.triton.backward import backward
-from mmrpt_kernels.attention.triton.call import as_batch, prepare
 from mmrpt_kernels.attention.triton.decode import decode, serves
 from mmrpt_kernels.attention.triton.forward import forward
+from mmrpt_kernels.attention.triton.launch import as_batch, prepare
 from mmrpt_kernels.common.autocast import without_autocast
 
 __all__ = ["attention"]
