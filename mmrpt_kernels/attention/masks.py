@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["AttentionOptions", "Tile", "attended_counts", "band", "row_interval", "tile_allowed", "tiles"]
+__all__ = ["AttentionOptions", "Masks", "Tile", "attended_counts", "band", "row_interval", "tile_allowed", "tiles"]
 
 
 class AttentionOptions(NamedTuple):
@@ -25,6 +25,16 @@ class AttentionOptions(NamedTuple):
     def banded(self) -> bool:
         """Whether causality or a window forbids anything."""
         return self.window_left >= 0 or self.window_right >= 0
+
+
+class Masks(NamedTuple):
+    """What thins out the band, and which rows are wanted; None = nothing does, all are."""
+
+    key_padding_mask: torch.Tensor | None = None  # (B, S) bool, True = may be attended
+    attn_mask: torch.Tensor | None = None  # (B or 1, 1, T, S) bool, True = may be attended
+    query_mask: torch.Tensor | None = None  # (B, T), packed (sum T,), bool: rows whose mass is wanted
+    cu_seqlens_q: torch.Tensor | None = None  # (sequences + 1,) int32 or int64: packed sequences
+    cu_seqlens_k: torch.Tensor | None = None
 
 
 class Tile(NamedTuple):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from mmrpt_kernels.attention.masks import AttentionOptions, Tile, attended_counts, band, tile_allowed, tiles
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks, Tile, attended_counts, band, tile_allowed, tiles
+from mmrpt_kernels.attention.operators import statistics_dtype
 from mmrpt_kernels.attention.portable_tiles import (
     FLASH_AVAILABLE,
     CpuFlashTiles,
@@ -16,7 +15,7 @@ from mmrpt_kernels.attention.portable_tiles import (
     TileAttention,
 )
 
-__all__ = ["Masks", "attend", "attend_backward", "statistics_dtype"]
+__all__ = ["attend", "attend_backward", "block_size", "exact_shares"]
 
 # Scores or masks of one tile. On a CPU a few MiB per core keep the passes of the softmax in cache; elsewhere a tile is
 # a dozen launches, and a layer of 8,192 rows and 28 heads should be tens of tiles, not hundreds.
@@ -24,27 +23,13 @@ TILE_BYTES, CPU_TILE_BYTES = 256 * 2**20, 8 * 2**20
 MIN_BLOCK_ROWS, CPU_MAX_BLOCK_ROWS = 16, 512
 
 
-class Masks(NamedTuple):
-    """What thins out the band."""
-
-    key_padding_mask: torch.Tensor | None = None  # (B, S) bool, True = may be attended
-    attn_mask: torch.Tensor | None = None  # (B or 1, 1, T, S) bool
-
-
-def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def block_size(block_rows: int, bytes_per_row: int, device: torch.device) -> int:
-    """`block_rows` where given, else the rows of a tile that fit the device's budget."""
-    if block_rows > 0:
-        return block_rows
+def block_size(bytes_per_row: int, device: torch.device) -> int:
+    """The rows of a tile that fit the device's budget."""
     on_cpu = device.type == "cpu"
     rows = (CPU_TILE_BYTES if on_cpu else TILE_BYTES) // max(1, bytes_per_row)
     return max(MIN_BLOCK_ROWS, min(rows, CPU_MAX_BLOCK_ROWS) if on_cpu else rows)
@@ -57,12 +42,12 @@ def _plan(
     w: torch.Tensor,
     options: AttentionOptions,
     masks: Masks,
-    block_rows: int,
 ) -> tuple[TileAttention, list[Tile]]:
-    """The engine that is fastest for the call, and its tiles.
+    """The way that is fastest for the call, and its tiles.
 
     Keys and values that padding forbids are zeroed, so that what stands there, NaN included, reaches nobody. The fused
-    kernel adds its mask to the scores, and NaN + -inf is NaN: keys that are not finite take the plain engine there.
+    kernel adds its mask to the scores, and NaN + -inf is NaN: keys that are not finite take the plain way. It holds the
+    largest product for the largest score, which a scale of 0 or below makes wrong.
     """
     dtype = statistics_dtype(q)
     q, k, w = _widen(q, dtype), _widen(k, dtype), w.to(dtype)
@@ -72,42 +57,32 @@ def _plan(
         k = k.masked_fill(forbidden, 0.0)
         v = None if v is None else v.masked_fill(forbidden, 0.0)
     num_rows, num_keys, explicit = q.shape[1], k.shape[1], masks.attn_mask is not None
-    if FLASH_AVAILABLE and q.device.type == "cpu" and options.softcap == 0.0 and v is not None:
-        rows = block_size(block_rows, num_keys * q.element_size() * (q.shape[0] if explicit else 1), q.device)
+    if FLASH_AVAILABLE and q.device.type == "cpu" and options.softcap == 0.0 and options.scale > 0.0:
+        rows = block_size(num_keys * q.element_size() * (q.shape[0] if explicit else 1), q.device)
         found = tiles(num_rows, num_keys, options, rows, whole=True, explicit_mask=explicit)
         if all(tile.shape != "masked" for tile in found) or bool(torch.isfinite(k).all()):
             return CpuFlashTiles(q, k, v, w, options), found
-    rows = block_size(block_rows, q.shape[0] * q.shape[2] * num_keys * q.element_size(), q.device)
+    rows = block_size(q.shape[0] * q.shape[2] * num_keys * q.element_size(), q.device)
     found = tiles(num_rows, num_keys, options, rows, whole=False, explicit_mask=explicit)
     return PlainTiles(q, k, v, w, options), found
 
 
-def _settle(
-    out: torch.Tensor,
-    mass: torch.Tensor,
-    lse: torch.Tensor,
-    key_weights: torch.Tensor,
-    bounds: tuple[torch.Tensor, torch.Tensor],
-    masks: Masks,
-) -> None:
-    """In place: rows that attend nothing get 0, 0 and -inf; masses of boolean groups lie in [0, 1] and are 1 where all
-    that a row attends to is in the group: what rounding blurs, counting knows."""
-    everything = key_weights.new_ones((*key_weights.shape[:-1], 1), dtype=torch.bool)
-    members = everything
+def exact_shares(
+    mass: torch.Tensor, key_weights: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor], masks: Masks
+) -> torch.Tensor:
+    """How many keys a row may attend to, (B, T, 1). In place: masses of boolean weights lie in [0, 1], and are exactly
+    1 where all of those keys are weighted, which counts tell and rounded sums do not."""
+    members = key_weights.new_ones((*key_weights.shape[:-1], 1), dtype=torch.bool)
     if key_weights.dtype == torch.bool:
-        members = torch.cat([everything, key_weights], dim=-1)
-    rows = block_size(0, members.shape[0] * members.shape[1] * 4, members.device)
-    counts = attended_counts(members, bounds, *masks, block_rows=rows)
-    total, counts = counts[..., :1], counts[..., 1:]
-    dead = total == 0  # (B, T, 1)
-    out.masked_fill_(dead[..., None], 0.0)
-    lse.masked_fill_(dead[:, None, :, 0], -torch.inf)
+        members = torch.cat([members, key_weights], dim=-1)
+    rows = block_size(members.shape[0] * members.shape[1] * 4, members.device)
+    counts = attended_counts(members, bounds, masks.key_padding_mask, masks.attn_mask, rows)
+    total = counts[..., :1]
     if key_weights.dtype == torch.bool:
         mass.clamp_(0.0, 1.0)
         # NaN keeps its place: a row that attends to NaN has no mass to speak of.
-        full = (counts == total)[:, None] & ~mass.isnan()
-        mass.masked_fill_(full, 1.0)
-    mass.masked_fill_(dead[:, None], 0.0)
+        mass.masked_fill_((counts[..., 1:] == total)[:, None] & ~mass.isnan(), 1.0)
+    return total
 
 
 def attend(
@@ -117,14 +92,12 @@ def attend(
     key_weights: torch.Tensor,
     options: AttentionOptions,
     masks: Masks,
-    block_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32 or float64.
 
     Args:
         q, k, v: (B, T, Hq, D), (B, S, Hkv, D), (B, S, Hkv, Dv).
         key_weights: (B, S, G) bool or float.
-        block_rows: rows of a tile, 0 = choose.
     """
     batch, num_rows, heads, _ = q.shape
     dtype = statistics_dtype(q)
@@ -134,35 +107,36 @@ def attend(
     if q.numel() == 0 or k.numel() == 0:
         return out, mass, lse
     bounds = band(num_rows, k.shape[1], options, q.device)
-    engine, found = _plan(q, k, v, key_weights, options, masks, block_rows)
+    engine, found = _plan(q, k, v, key_weights, options, masks)
     for tile in found:
-        part = engine.forward(tile, tile_allowed(tile, bounds, *masks))
+        part = engine.forward(tile, tile_allowed(tile, bounds, masks.key_padding_mask, masks.attn_mask))
         out[:, tile.rows], mass[:, :, tile.rows], lse[:, :, tile.rows] = part
-    _settle(out, mass, lse, key_weights, bounds, masks)
+    dead = exact_shares(mass, key_weights, bounds, masks) == 0  # (B, T, 1)
+    out.masked_fill_(dead[..., None], 0.0)
+    lse.masked_fill_(dead[:, None, :, 0], -torch.inf)
+    mass.masked_fill_(dead[:, None], 0.0)
     return out, mass, lse
 
 
 def attend_backward(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor | None,
+    v: torch.Tensor,
     key_weights: torch.Tensor,
     rows: RowGradients,
     options: AttentionOptions,
     masks: Masks,
-    block_rows: int,
 ) -> Gradients:
     """Gradients of q, k, v, key_weights in float32 or float64.
 
     Args:
-        v: None when `rows.dout` is (the mass alone).
         rows: as `attend` made them and as they arrived; lse -inf in dead rows.
     """
     dtype = statistics_dtype(q)
     wants_w = key_weights.is_floating_point() and rows.dmass is not None
     into = Gradients(
         *(torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k)),
-        None if v is None else torch.zeros(v.shape, dtype=dtype, device=q.device),
+        torch.zeros(v.shape, dtype=dtype, device=q.device),
         torch.zeros(key_weights.shape, dtype=dtype, device=q.device) if wants_w else None,
     )
     if q.numel() == 0 or k.numel() == 0:
@@ -178,7 +152,7 @@ def attend_backward(
         rows.lse.masked_fill(dead, torch.inf),
     )
     bounds = band(q.shape[1], k.shape[1], options, q.device)
-    engine, found = _plan(q, k, v, key_weights, options, masks, block_rows)
+    engine, found = _plan(q, k, v, key_weights, options, masks)
     for tile in found:
-        engine.backward(tile, tile_allowed(tile, bounds, *masks), rows, into)
+        engine.backward(tile, tile_allowed(tile, bounds, masks.key_padding_mask, masks.attn_mask), rows, into)
     return into

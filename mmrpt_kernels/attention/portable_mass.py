@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from mmrpt_kernels.attention.masks import AttentionOptions, Tile, band, tile_allowed
-from mmrpt_kernels.attention.portable_dense import block_size, statistics_dtype
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks, Tile, band, tile_allowed
+from mmrpt_kernels.attention.operators import statistics_dtype
+from mmrpt_kernels.attention.portable_dense import block_size, exact_shares
 from mmrpt_kernels.attention.portable_tiles import Gradients, PlainTiles, RowGradients
 
 __all__ = ["selected_mass", "selected_mass_backward"]
@@ -48,31 +49,31 @@ def selected_mass(
     k: torch.Tensor,
     lse: torch.Tensor,
     key_weights: torch.Tensor,
-    query_mask: torch.Tensor | None,
-    key_padding_mask: torch.Tensor | None,
     options: AttentionOptions,
-    block_rows: int,
+    masks: Masks,
 ) -> torch.Tensor:
-    """mass (B, Hq, T, G) in float32 or float64; rows outside query_mask and rows of lse -inf are 0.
+    """mass (B, Hq, T, G) in float32 or float64; rows outside query_mask and rows of lse -inf
+    are 0. Boolean weights: exactly 1 where all that a row may attend to is in the group.
 
     Args:
         q, k: (B, T, Hq, D), (B, S, Hkv, D).
         lse: (B, Hq, T).
         key_weights: (B, S, G) bool or float.
-        query_mask, key_padding_mask: (B, T), (B, S) bool or None.
+        masks: key_padding_mask and query_mask.
     """
+    query_mask, padding = masks.query_mask, masks.key_padding_mask
     dtype, (batch, num_rows, heads, dim) = statistics_dtype(q), q.shape
     heads_kv, groups = k.shape[2], key_weights.shape[-1]
     mass = q.new_zeros((batch, heads, num_rows, groups), dtype=dtype)
     bounds = band(num_rows, k.shape[1], options, q.device)
     for b in range(batch):
         weighted = (key_weights[b] != 0).any(-1)
-        keys = _members(weighted if key_padding_mask is None else weighted & key_padding_mask[b], k.shape[1], q.device)
+        keys = _members(weighted if padding is None else weighted & padding[b], k.shape[1], q.device)
         rows = _members(None if query_mask is None else query_mask[b], num_rows, q.device)
         k_b = k[b, keys].to(dtype).transpose(0, 1).contiguous()  # (Hkv, N, D)
         w_b = key_weights[b, keys].to(dtype)  # (N, G)
         lse_b = lse[b].to(dtype).masked_fill(lse[b] == -torch.inf, torch.inf)  # exp(s - inf) = 0
-        size = block_size(block_rows, heads * keys.numel() * k_b.element_size(), q.device)
+        size = block_size(heads * keys.numel() * k_b.element_size(), q.device)
         for tile in _blocks(rows, keys, bounds, size):
             picked = rows[tile.rows]
             q_b = (q[b, picked].to(dtype) * options.scale).transpose(0, 1)  # (Hq, R, D)
@@ -84,47 +85,65 @@ def selected_mass(
             if allowed is not None:
                 scores.masked_fill_(~allowed, -torch.inf)
             mass[b][:, picked] = scores.exp_() @ w_b[tile.keys]
-    return mass.clamp_(0.0, 1.0) if key_weights.dtype == torch.bool else mass
+    if key_weights.dtype == torch.bool:
+        dead = exact_shares(mass, key_weights, bounds, masks) == 0
+        mass.masked_fill_(dead[:, None], 0.0)
+        mass.masked_fill_((lse == -torch.inf)[..., None], 0.0)
+        if query_mask is not None:
+            mass.masked_fill_(~query_mask[:, None, :, None], 0.0)
+    return mass
 
 
 def selected_mass_backward(
     q: torch.Tensor,
     k: torch.Tensor,
-    lse: torch.Tensor,
     key_weights: torch.Tensor,
-    dmass: torch.Tensor,
-    mass: torch.Tensor,
-    query_mask: torch.Tensor | None,
-    key_padding_mask: torch.Tensor | None,
+    rows: RowGradients,
     options: AttentionOptions,
-    block_rows: int,
+    masks: Masks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk, dw (None for boolean weights) in float32 or float64; arguments as in `selected_mass`.
+    """dq, dk, dw (None for boolean weights) in float32 or float64; masks as in `selected_mass`.
 
-    lse depends on every key, so the total gradient dS = P * (dmass w^T - dmass mass) visits every key, though only the
-    rows whose dmass is not zero.
+    lse depends on every key, so dS = P * (dmass w^T - rowsum(dmass * mass) + dlse) visits every key, though only the
+    rows that have a gradient. rows: lse -inf in dead rows, no out.
     """
     dtype, num_keys = statistics_dtype(q), k.shape[1]
     dq, dk = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k))
-    dw = torch.zeros(key_weights.shape, dtype=dtype, device=q.device) if key_weights.is_floating_point() else None
+    wants_w = key_weights.is_floating_point() and rows.dmass is not None
+    dw = torch.zeros(key_weights.shape, dtype=dtype, device=q.device) if wants_w else None
     bounds = band(q.shape[1], num_keys, options, q.device)
+    wanted = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
+    if rows.dmass is not None:
+        wanted |= (rows.dmass != 0).any(-1).any(1)
+    if rows.dlse is not None:
+        wanted |= (rows.dlse != 0).any(1)
+    if masks.query_mask is not None:
+        wanted &= masks.query_mask
     for b in range(q.shape[0]):
-        wanted = (dmass[b] != 0).any(-1).any(0)
-        rows = _members(wanted if query_mask is None else wanted & query_mask[b], q.shape[1], q.device)
-        padding = None if key_padding_mask is None else key_padding_mask[b : b + 1]
+        members = _members(wanted[b], q.shape[1], q.device)
+        padding = None if masks.key_padding_mask is None else masks.key_padding_mask[b : b + 1]
         k_b = k[b : b + 1].to(dtype)
         if padding is not None:
             k_b = k_b.masked_fill(~padding[..., None, None], 0.0)
-        lse_b = lse[b : b + 1, :, rows].to(dtype)
-        dead = lse_b == -torch.inf
-        dmass_b = dmass[b : b + 1, :, rows].to(dtype).masked_fill(dead[..., None], 0.0)
-        known = RowGradients(None, dmass_b, None, None, mass[b : b + 1, :, rows], lse_b.masked_fill(dead, torch.inf))
-        into = Gradients(q.new_zeros((1, rows.numel()) + q.shape[2:], dtype=dtype), dk[b : b + 1], None, None)
-        into = into._replace(w=None if dw is None else dw[b : b + 1])
-        engine = PlainTiles(q[b : b + 1, rows].to(dtype), k_b, None, key_weights[b : b + 1].to(dtype), options)
-        size = block_size(block_rows, q.shape[2] * num_keys * k_b.element_size(), q.device)
-        row_bounds = (bounds[0][rows], bounds[1][rows])
-        for tile in _blocks(rows, torch.arange(num_keys, device=q.device), bounds, size):
-            engine.backward(tile, tile_allowed(tile, row_bounds, padding, None), known, into)
-        dq[b, rows] = into.q[0]
+        dmass, dlse, mass, lse = (
+            None if x is None else x[b : b + 1, :, members].to(dtype)
+            for x in (rows.dmass, rows.dlse, rows.mass, rows.lse)
+        )
+        dead = lse == -torch.inf
+        known = RowGradients(
+            None,
+            None if dmass is None else dmass.masked_fill(dead[..., None], 0.0),
+            None if dlse is None else dlse.masked_fill(dead, 0.0),
+            None,
+            mass,
+            lse.masked_fill(dead, torch.inf),
+        )
+        dq_b = q.new_zeros((1, members.numel()) + q.shape[2:], dtype=dtype)
+        into = Gradients(dq_b, dk[b : b + 1], None, None if dw is None else dw[b : b + 1])
+        way = PlainTiles(q[b : b + 1, members].to(dtype), k_b, None, key_weights[b : b + 1].to(dtype), options)
+        size = block_size(q.shape[2] * num_keys * k_b.element_size(), q.device)
+        row_bounds = (bounds[0][members], bounds[1][members])
+        for tile in _blocks(members, torch.arange(num_keys, device=q.device), bounds, size):
+            way.backward(tile, tile_allowed(tile, row_bounds, padding, None), known, into)
+        dq[b, members] = dq_b[0]
     return dq, dk, dw

@@ -141,6 +141,7 @@ class _Recorder:
 
     def __init__(self, kernel: Any, module: str, name: str, arch: int, into: list[KernelSpec]):
         self.kernel, self.module, self.name, self.arch, self.into = kernel, module, name, arch, into
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         return self.launch

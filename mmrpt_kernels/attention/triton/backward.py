@@ -1,6 +1,6 @@
 """Backward pass of out, mass and lse together, without atomics: the same bits every time.
 
-    P = exp2(x - m) / sum exp2(x - m) of scores x in units of log2 and their row's highest m
+    P = exp(s - lse)
     dP = dout v^T + dmass w^T,  delta = rowsum(dout * out) + rowsum(dmass * mass) - dlse
     dS = P * (dP - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout,  dw = sum over heads of P^T dmass
 
@@ -24,13 +24,13 @@ __all__ = ["backward"]
 
 def backward(
     problem: Problem,
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    results: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
     gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv in the dtypes of q, k, v; dw (B, S, G) float32, None for boolean weights.
 
     Args:
-        results: out (B, T, Hq, Dv), mass (B, Hq, T, G), normalizers (B, Hq, T, 2) as `forward` made them.
+        results: out (B, T, Hq, Dv) or None where dout is, mass (B, Hq, T, G), lse (B, Hq, T).
         gradients: those of out, mass and lse, None where none arrived.
     """
     q, k, v, groups = problem.q, problem.k, problem.v, problem.weights.shape[2]
@@ -48,7 +48,7 @@ def backward(
     shared = problem.arguments() | {
         "dout": dout,
         "dmass": dmass,
-        "norm_in": results[2],
+        "lse": results[2],
         "delta_in": delta,
         **strides("do", "bth", dout),
         "groups": groups,

@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.config import MAX_GROUPS, PROGRAMS_WANTED, dkv_settings
+from mmrpt_kernels.attention.config import DKV, MAX_GROUPS, PROGRAMS_WANTED
 from mmrpt_kernels.attention.triton.key_blocks import classify
-from mmrpt_kernels.attention.triton.launch import Problem, architecture, launch, tiling
+from mmrpt_kernels.attention.triton.launch import Problem, launch, tiling
 from mmrpt_kernels.attention.triton.tiles import (
     LENGTHS,
     band_allows,
     capped_scores,
+    load_lse,
     load_tile,
     place_of_program,
-    products_of,
     rows_of_keys,
     weigh,
 )
@@ -27,14 +27,14 @@ __all__ = ["backward_dkv"]
 
 @triton.jit
 def _rows_of_head(
-    dk, dv, dw, k_tile, k_at, v_tile, v_at, key, keep, q_base, do_base, w_ptrs, mask_base, norm_base, delta_base,
-    dm_base, kinds, q_t, do_t, w_g, mask_t, mask_s,
+    dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base,
+    dm_base, kinds, stride_qt, stride_dot, stride_wg, stride_mt, stride_ms,
     origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
     scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dw after the rows of one query head: `blocks` blocks from row `origin` on.
 
@@ -44,48 +44,36 @@ def _rows_of_head(
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
     place = tl.arange(0, BLOCK_M)
-    q_offsets = place[:, None] * q_t + dim[None, :]
-    do_offsets = place[:, None] * do_t + dim_v[None, :]
+    q_offsets = place[:, None] * stride_qt + dim[None, :]
+    do_offsets = place[:, None] * stride_dot + dim_v[None, :]
     for block in range(0, blocks):
         first = origin + block * BLOCK_M
         row = first + place
         start = first.to(tl.int64)
         live = row < row_hi  # (BLOCK_M,)
-        q_ptrs = (q_base + start * q_t) + q_offsets
+        q_ptrs = (q_base + start * stride_qt) + q_offsets
         q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-        top = tl.load((norm_base + 2 * start) + 2 * place, mask=live, other=float("inf"))  # (BLOCK_M,)
-        share = tl.load((norm_base + 2 * start) + (2 * place + 1), mask=live, other=0.0)  # (BLOCK_M,)
+        row_lse = load_lse((lse_base + start) + place, live)  # (BLOCK_M,)
         delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
-        q_at = (q_base + start * q_t) + place * q_t
-        if SLICE_D == 0 and BLOCK_D <= 64 and q_tile.dtype == tl.float32:
-            # Multiplied as in the forward pass: k . q may be summed in another order than q . k, which moves a score s
-            # by eps |s|, and exp2 of it as much. Turned tiles of wider heads would not fit the registers.
-            products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            products = products_of(q_at, k_at, live, keep, q_tile, k_tile, products, DIM, SLICE_D, PRECISION)
-            products = tl.trans(products)
-        else:
-            products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            products = products_of(k_at, q_at, keep, live, k_tile, q_tile, products, DIM, SLICE_D, PRECISION)
-        x, bend = capped_scores(products, scale, softcap, CAPPED)
-        p = tl.exp2(x - top[None, :]) * share[None, :]
+        scores, slope = capped_scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap, CAPPED)
+        p = tl.exp2(scores - row_lse[None, :])  # (BLOCK_N, BLOCK_M)
         if MASKED or (block < inner_first) | (block >= inner_stop):
             allowed = band_allows(row[None, :], key[:, None], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
             if MASKED:
                 inside = live[None, :] & (key < key_hi)[:, None]
-                mask_ptrs = mask_base + row.to(tl.int64)[None, :] * mask_t + key.to(tl.int64)[:, None] * mask_s
+                mask_ptrs = mask_base + row.to(tl.int64)[None, :] * stride_mt + key.to(tl.int64)[:, None] * stride_ms
                 allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
             p = tl.where(allowed, p, 0.0)
         dp = tl.zeros_like(p) - delta[None, :]
         if HAS_DOUT:
-            do_ptrs = (do_base + start * do_t) + do_offsets
+            do_ptrs = (do_base + start * stride_dot) + do_offsets
             do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
-            dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-            do_at = (do_base + start * do_t) + place * do_t
-            dp = products_of(v_at, do_at, keep, live, v_tile, do_tile, dp, DIM_V, SLICE_D, PRECISION)
+            dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
+            dp = tl.dot(v_tile, tl.trans(do_tile), dp)
         if HAS_DMASS:
             dm_ptrs = (dm_base + start * groups) + place * groups
             extra = tl.zeros((BLOCK_M,), tl.float32)
-            dp, extra = weigh(dp, extra, w_ptrs, w_g, keep, dm_ptrs, live, kinds, groups, GROUPS, True)
+            dp, extra = weigh(dp, extra, w_ptrs, stride_wg, keep, dm_ptrs, live, kinds, groups, GROUPS, True)
             dp += extra[None, :]
             if DW_GROUPS > 0:
                 column = tl.arange(0, DW_GROUPS)[None, :]
@@ -93,23 +81,24 @@ def _rows_of_head(
                     wanted = live & (dw_first + g < groups)
                     dmass = tl.load(dm_ptrs + (dw_first + g), mask=wanted, other=0.0)  # (BLOCK_M,)
                     dw = tl.where(column == g, dw + tl.sum(p * dmass[None, :], 1)[:, None], dw)
-        ds = p * dp * bend
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        ds = p * dp * slope
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk)
     return dk, dv, dw
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _backward_dkv(
-    q, k, v, weights, padding, mask, kinds, dout, dmass, norm_in, delta_in, dk_out, dv_out, dw_out,
+    q, k, v, weights, padding, mask, kinds, dout, dmass, lse, delta_in, dk_out, dv_out, dw_out,
     cu_q, cu_k, tile_sequence, tile_first,
-    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, w_b, w_s, w_g, pad_b, pad_s, mask_b, mask_t, mask_s,
-    do_b, do_t, do_h,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_wb, stride_ws, stride_wg, stride_pb, stride_ps, stride_mb, stride_mt, stride_ms,
+    stride_dob, stride_dot, stride_doh,
     num_rows, num_keys, num_tiles, num_heads, heads, repeat, splits, section, groups, dw_first, left, right,
     scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the rows of its query heads, or of one split of them.
 
@@ -134,16 +123,16 @@ def _backward_dkv(
     key = key_first + tl.arange(0, BLOCK_N)
     keep = (key >= key_lo) & (key < key_hi)
     if PADDED:
-        keep = keep & (tl.load(padding + batch * pad_b + key * pad_s, mask=keep, other=0) != 0)
+        keep = keep & (tl.load(padding + batch * stride_pb + key * stride_ps, mask=keep, other=0) != 0)
     # Addresses as one 64-bit base and 32-bit offsets: tensors of 64-bit addresses cost twice the registers.
     place = tl.arange(0, BLOCK_N)
     start = key_first.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_V)
-    k_base = k + batch * k_b + head_kv.to(tl.int64) * k_h + start * k_s
-    v_base = v + batch * v_b + head_kv.to(tl.int64) * v_h + start * v_s
-    k_ptrs = k_base + (place[:, None] * k_s + dim[None, :])
-    v_ptrs = v_base + (place[:, None] * v_s + dim_v[None, :])
+    k_base = k + batch * stride_kb + head_kv.to(tl.int64) * stride_kh + start * stride_ks
+    v_base = v + batch * stride_vb + head_kv.to(tl.int64) * stride_vh + start * stride_vs
+    k_ptrs = k_base + (place[:, None] * stride_ks + dim[None, :])
+    v_ptrs = v_base + (place[:, None] * stride_vs + dim_v[None, :])
     k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
 
@@ -157,23 +146,23 @@ def _backward_dkv(
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dw = tl.zeros((BLOCK_N, max(1, DW_GROUPS)), tl.float32)
     block_kinds = kinds + (batch * tl.cdiv(num_keys, BLOCK_N) + key_first // BLOCK_N) * groups
-    w_ptrs = (weights + batch * w_b + start * w_s) + place * w_s
-    mask_base = mask + batch * mask_b if MASKED else mask
+    w_ptrs = (weights + batch * stride_wb + start * stride_ws) + place * stride_ws
+    mask_base = mask + batch * stride_mb if MASKED else mask
     per_split = repeat // splits
     for member in range(per_split):
         head = (head_kv * repeat + split * per_split + member).to(tl.int64)
-        q_base = q + batch * q_b + head * q_h
-        do_base = dout + batch * do_b + head * do_h if HAS_DOUT else dout
+        q_base = q + batch * stride_qb + head * stride_qh
+        do_base = dout + batch * stride_dob + head * stride_doh if HAS_DOUT else dout
         places = (batch * heads + head) * num_rows
         dm_base = dmass + places * groups if HAS_DMASS else dmass
         dk, dv, dw = _rows_of_head(
-            dk, dv, dw, k_tile, k_base + place * k_s, v_tile, v_base + place * v_s, key, keep, q_base, do_base, w_ptrs,
-            mask_base, norm_in + 2 * places, delta_in + places, dm_base, block_kinds,
-            q_t, do_t, w_g, mask_t, mask_s,
+            dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs,
+            mask_base, lse + places, delta_in + places, dm_base, block_kinds,
+            stride_qt, stride_dot, stride_wg, stride_mt, stride_ms,
             origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
             scale, softcap,
-            DIM, DIM_V, BLOCK_D, BLOCK_V, SLICE_D, BLOCK_M, BLOCK_N, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
-            LEFT, RIGHT, MASKED, CAPPED, PRECISION,
+            DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
+            LEFT, RIGHT, MASKED, CAPPED,
         )  # fmt: skip
 
     # Keys beyond the sequence are another program's; padded ones collected nonsense, and the outputs hold 0 for them.
@@ -211,7 +200,7 @@ def backward_dkv(
     """
     k = problem.k
     (batch, num_keys, heads_kv), groups = k.shape[:3], problem.weights.shape[2]
-    settings = dkv_settings(architecture(k.device), k.dtype, max(problem.block_dims()), problem.rich)
+    settings = problem.settings(DKV)
     own = tiling(problem, settings.keys, of_keys=True)
     splits = _splits(own["num_tiles"] * batch * heads_kv, problem.repeat)
     # What several programs share they write apart, and a sum in a fixed order brings it together.
@@ -229,13 +218,12 @@ def backward_dkv(
         "section": problem.section(splits),
         "BLOCK_M": settings.rows,
         "BLOCK_N": settings.keys,
-        "SLICE_D": settings.slice_d,
     }
     # dw of more groups than fit the registers takes a launch each MAX_GROUPS; dk and dv come out the same every time.
     for start in range(0, 1 if dw is None else groups, MAX_GROUPS):
         count = 0 if dw is None else triton.next_power_of_2(min(groups - start, MAX_GROUPS))
         own |= {"dw_first": start, "DW_GROUPS": count}
-        launch(_backward_dkv, own["num_tiles"] * own["num_heads"], shared | own, settings)
+        launch(_backward_dkv, (own["num_tiles"] * own["num_heads"],), shared | own, settings)
     if splits > 1:
         dk.copy_(parts[0].sum(0))
         if shared["HAS_DOUT"]:

@@ -2,7 +2,7 @@
 
 Image tokens come in long runs, so nearly all blocks are NONE or ALL. NONE adds nothing to the mass; with ALL the mass
 of a row grows by just the row sum that softmax needs anyway; only SOME pays per key. One kernel says so on the device
-and lists the blocks that are not NONE: nothing waits for the host.
+and lists the blocks, as FlexAttention lists full and partial ones: nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -19,99 +19,96 @@ __all__ = ["KeyBlocks", "classify"]
 
 
 class KeyBlocks(NamedTuple):
-    """What the weights hold, by blocks of `block` keys that start at key 0 of the tensor (packed: of all sequences)."""
+    """Blocks of keys, from key 0 of the tensor on (packed: of all sequences)."""
 
     kinds: torch.Tensor  # (B, N, G) int8: NONE, ALL or SOME
-    visit: torch.Tensor  # (B, G, N) int32: the blocks that are not free, rising; as many as `before` ends with
-    before: torch.Tensor  # (B, G, N + 1) int32: how many of them stand before block n
-    block: int  # keys of a block
+    lists: torch.Tensor  # (B, 1 or G, 2, N) int32: block numbers, rising: [0] without keys to weigh, [1] SOME
+    before: torch.Tensor  # (B, 1 or G, 2, N + 1) int32: how many entries of a list stand before block n
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _classify_kernel(
-    weights,
-    padding,
-    kinds,
-    visit,
-    before,
-    num_keys,
-    num_blocks,
-    groups,
-    stride_wb,
-    stride_ws,
-    stride_wg,
-    stride_pb,
-    stride_ps,
-    HAS_PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program per sample and group walks all blocks, CHUNK at a time."""
-    pair = tl.program_id(0).to(tl.int64)
-    batch, group = pair // groups, pair % groups
-    weights += batch * stride_wb + group * stride_wg
-    padding += batch * stride_pb
-    kinds += batch * num_blocks * groups + group
-    visit += pair * num_blocks
-    before += pair * (num_blocks + 1)
-    found = 0
+def _classify(
+    weights, padding, kinds, lists, before, num_keys, num_blocks, groups,
+    stride_wb, stride_ws, stride_wg, stride_pb, stride_ps,
+    PADDED: tl.constexpr, TOGETHER: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program walks all blocks, CHUNK at a time: of one sample's GROUPS groups (TOGETHER), or of one group."""
+    program = tl.program_id(0).to(tl.int64)
+    if TOGETHER:
+        batch, group = program, program * 0
+    else:
+        batch, group = program // groups, program % groups
+    kinds += batch * num_blocks * groups
+    lists += program * 2 * num_blocks
+    before += program * 2 * (num_blocks + 1)
+    num_uniform, num_some = 0, 0
     for start in range(0, num_blocks, CHUNK):
         block = start + tl.arange(0, CHUNK)  # (CHUNK,)
+        inside = block < num_blocks
         key = (block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]).to(tl.int64)  # (CHUNK, BLOCK)
         allowed = key < num_keys
-        if HAS_PADDING:
-            allowed &= tl.load(padding + key * stride_ps, mask=allowed, other=0) != 0  # (CHUNK, BLOCK)
-        weight = tl.load(weights + key * stride_ws, mask=allowed, other=0).to(tl.float32)  # (CHUNK, BLOCK)
-        # A NaN is neither 0 nor 1.
-        some = tl.max((weight != 0).to(tl.int32), axis=1)
-        other = tl.max((allowed & (weight != 1)).to(tl.int32), axis=1)
-        kind = tl.where(some == 0, NONE, tl.where(other == 0, ALL, SOME))
-        place = found + tl.cumsum(some, axis=0) - some
-        inside = block < num_blocks
-        tl.store(kinds + block * groups, kind.to(tl.int8), mask=inside)
-        tl.store(before + block, place, mask=inside)
-        tl.store(visit + place, block, mask=inside & (some != 0))
-        found += tl.sum(some, axis=0)
-    tl.store(before + num_blocks, found)
+        if PADDED:
+            allowed &= tl.load(padding + batch * stride_pb + key * stride_ps, mask=allowed, other=0) != 0
+        some = tl.zeros((CHUNK,), tl.int32)
+        listed = inside.to(tl.int32) if TOGETHER else some
+        for g in tl.static_range(GROUPS):
+            exists = group + g < groups
+            w_ptrs = weights + batch * stride_wb + key * stride_ws + (group + g) * stride_wg
+            weight = tl.load(w_ptrs, mask=allowed & exists, other=0).to(tl.float32)  # (CHUNK, BLOCK)
+            # A NaN is neither 0 nor 1.
+            weighted = tl.max((weight != 0).to(tl.int32), axis=1)
+            other = tl.max((allowed & (weight != 1)).to(tl.int32), axis=1)
+            kind = tl.where(weighted == 0, NONE, tl.where(other == 0, ALL, SOME))
+            tl.store(kinds + block * groups + group + g, kind.to(tl.int8), mask=inside & exists)
+            some |= (exists & (kind == SOME)).to(tl.int32)
+            listed |= weighted
+        uniform = listed & (1 - some)
+        place_uniform = num_uniform + tl.cumsum(uniform, axis=0) - uniform
+        place_some = num_some + tl.cumsum(some, axis=0) - some
+        tl.store(lists + place_uniform, block, mask=inside & (uniform != 0))
+        tl.store(lists + num_blocks + place_some, block, mask=inside & (some != 0))
+        tl.store(before + block, place_uniform, mask=inside)
+        tl.store(before + num_blocks + 1 + block, place_some, mask=inside)
+        num_uniform += tl.sum(uniform, axis=0)
+        num_some += tl.sum(some, axis=0)
+    tl.store(before + num_blocks, num_uniform)
+    tl.store(before + 2 * num_blocks + 1, num_some)
 
 
-def classify(key_weights: torch.Tensor, key_padding_mask: torch.Tensor | None, block: int) -> KeyBlocks:
-    """Kinds of all blocks of `block` keys, without waiting for the device.
+def classify(weights: torch.Tensor, padding: torch.Tensor | None, block: int, *, together: bool = False) -> KeyBlocks:
+    """Kinds and lists of all blocks of `block` keys, without waiting for the device.
 
-    Keys that padding forbids, and those beyond the last key, count for nothing: whoever uses ALL must leave them out
-    of the row sum, as softmax does.
+    Keys that padding forbids, and those beyond the last key, do not count: whoever uses ALL must leave them out of the
+    row sum, as softmax does.
 
     Args:
-        key_weights: (B, S, G) bool or float; packed: (1, sum S, G).
-        key_padding_mask: (B, S) bool or None.
+        weights: (B, S, G) uint8 or float; packed: (1, sum S, G).
+        padding: (B, S) uint8 or None.
         block: keys of a block, a power of two.
+        together: one pair of lists for a sample, of the blocks that are NONE or ALL for every group, and of the others;
+            else a pair for each group, of its ALL and of its SOME blocks.
     """
-    batch, num_keys, groups = key_weights.shape
-    num_blocks = triton.cdiv(num_keys, block)
-    device = key_weights.device
+    batch, num_keys, groups = weights.shape
+    num_blocks, pairs = triton.cdiv(num_keys, block), 1 if together else groups
     made = KeyBlocks(
-        torch.empty((batch, num_blocks, groups), dtype=torch.int8, device=device),
-        torch.empty((batch, groups, num_blocks), dtype=torch.int32, device=device),
-        torch.empty((batch, groups, num_blocks + 1), dtype=torch.int32, device=device),
-        block,
+        torch.empty((batch, num_blocks, groups), dtype=torch.int8, device=weights.device),
+        torch.empty((batch, pairs, 2, num_blocks), dtype=torch.int32, device=weights.device),
+        torch.empty((batch, pairs, 2, num_blocks + 1), dtype=torch.int32, device=weights.device),
     )
-    if batch * groups == 0:
-        return made
-    # A bool is a byte; Triton loads bytes. The padding pointer is never followed where there is no mask.
-    weights = key_weights.view(torch.uint8) if key_weights.dtype == torch.bool else key_weights
-    padding = weights if key_padding_mask is None else key_padding_mask.view(torch.uint8)
-    _classify_kernel[(batch * groups,)](
+    _classify[(batch * pairs,)](
         weights,
         padding,
-        *made[:3],
+        *made,
         num_keys,
         num_blocks,
         groups,
         *weights.stride(),
-        *(padding.stride()[:2] if key_padding_mask is not None else (0, 0)),
-        HAS_PADDING=key_padding_mask is not None,
+        *((0, 0) if padding is None else padding.stride()),
+        PADDED=padding is not None,
+        TOGETHER=together,
+        GROUPS=triton.next_power_of_2(groups) if together else 1,
         BLOCK=block,
         CHUNK=max(1, 4096 // block),
-        num_warps=4,
+        num_warps=8,
     )
     return made

@@ -2,237 +2,161 @@
 
     mass[t, g] = sum_j exp(s[t, j] - lse[t]) w[j, g]
 
-A program takes one tile of wanted rows, one head and one group, and walks the group's own list of key blocks: groups
+A program takes one tile of wanted rows, one head and one group, and walks the group's own lists of key blocks: groups
 that share no block (one per image, say) together cost what one of them over all their blocks would.
+
+With boolean weights the weighted keys of a row are counted besides: where they are all that the row may attend to, the
+mass is exactly 1, whatever rounding made of the lse.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.config import MASS
 from mmrpt_kernels.attention.triton.key_blocks import classify
-from mmrpt_kernels.attention.triton.launch import architecture
+from mmrpt_kernels.attention.triton.launch import Problem, launch, strides
 from mmrpt_kernels.attention.triton.query_list import QueryList
-from mmrpt_kernels.attention.triton.tiles import ALL, LENGTHS, LOG2_E, capped_scores
+from mmrpt_kernels.attention.triton.tiles import LENGTHS, capped_scores, load_lse, load_tile
 
-__all__ = ["SideSettings", "precision", "query_tile", "mass_forward", "side_settings"]
-
-
-class SideSettings(NamedTuple):
-    """Launch settings of the side pass."""
-
-    block_m: int  # rows of a tile
-    block_n: int  # keys of a block
-    slice_d: int  # of the head size that one product takes; the whole where the head is no larger
-    num_warps: int
-    num_stages: int
-
-
-def side_settings(architecture: int, dtype: torch.dtype, dim: int) -> SideSettings:
-    """Settings by compute capability times ten (0: the interpreter), dtype and head size.
-
-    Chosen by what compiles without spills and leaves room for two blocks per multiprocessor; not yet timed on a GPU.
-    """
-    if architecture == 0:
-        return SideSettings(32, 16, 8, 4, 1)  # small and uneven: a short test crosses many borders
-    if dtype == torch.float32:
-        return SideSettings(64, 32, 32 if dim > 64 else 64, 8, 2)
-    return SideSettings(64, 64, 256, 4, 3) if dim > 128 else SideSettings(128, 64, 128, 8, 4)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How matrix units multiply: float32 as three products of tf32 parts, whose error is that of float32 sums."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+__all__ = ["mass_forward"]
 
 
 @triton.jit
-def query_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M: tl.constexpr):
-    """Of a tile of the list: positions (BLOCK_M,) int64, whether each is one, and its keys [low, high)."""
-    entry = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = entry < tl.load(counts + batch)
-    entry = batch * num_rows + entry
-    row = tl.load(rows + entry, mask=live, other=0).to(tl.int64)
-    low = tl.load(first + entry, mask=live, other=2147483647)
-    high = tl.load(last + entry, mask=live, other=0)
-    return row, live, low, high
+def _blocks_without_edges(
+    mass, count, q_tile, row_lse, k_base, lists, first, stop, stride_ks, scale, softcap,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """mass and count (BLOCK_M,) after entries [first, stop) of a list of blocks of weight 1 that all rows see."""
+    dim = tl.arange(0, BLOCK_D)
+    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_ks + dim[None, :]
+    for i in range(first, stop):
+        start = (tl.load(lists + i) * BLOCK_N).to(tl.int64)
+        k_tile = load_tile((k_base + start * stride_ks) + offsets, dim[None, :] >= 0, dim[None, :], False, DIM, BLOCK_D)
+        scores, _ = capped_scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap, CAPPED)  # (BLOCK_M, BLOCK_N)
+        mass += tl.sum(tl.exp2(scores - row_lse[:, None]), 1)
+        count += BLOCK_N
+    return mass, count
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _mass_kernel(
-    q,
-    k,
-    lse,
-    weights,
-    padding,
-    mass,
-    rows,
-    first,
-    last,
-    counts,
-    kinds,
-    visit,
-    before,
-    num_rows,
-    num_keys,
-    num_blocks,
-    groups,
-    repeat,
-    scale,
-    softcap,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_lb,
-    stride_lh,
-    stride_lt,
-    stride_wb,
-    stride_ws,
-    stride_wg,
-    stride_pb,
-    stride_ps,
-    stride_mb,
-    stride_mh,
-    stride_mt,
-    CAPPED: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    DIM: tl.constexpr,
-    SLICE_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of rows of one head against one group's key blocks. Grid: (tiles, heads * groups, samples)."""
-    tile = tl.program_id(0)
+def _mass_forward(
+    q, k, lse, weights, padding, allowed_before, mass, rows, first, last, counts, lists, before,
+    num_rows, num_keys, num_blocks, heads, repeat, groups, mass_stride, scale, softcap,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_lb, stride_lh, stride_lt,
+    stride_wb, stride_ws, stride_wg, stride_pb, stride_ps,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, PADDED: tl.constexpr, BOOLEAN: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one head against one group's key blocks. Grid: (tiles, heads * groups, samples).
+
+    mass (B, Hq, T, mass_stride): the first `groups` columns are written. allowed_before (B, S + 1): see `mass_forward`.
+    """
     head = (tl.program_id(1) // groups).to(tl.int64)
     group = (tl.program_id(1) % groups).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    if tile * BLOCK_M >= tl.load(counts + batch):
+    num_queries = tl.load(counts + batch)
+    if tl.program_id(0) * BLOCK_M >= num_queries:
         return
-    row, live, low, high = query_tile(rows, first, last, counts, batch, num_rows, tile, BLOCK_M)
-    k += batch * stride_kb + (head // repeat) * stride_kh
-    weights += batch * stride_wb + group * stride_wg
-    padding += batch * stride_pb
-    kinds += batch * num_blocks * groups + group
-    visit += (batch * groups + group) * num_blocks
-    before += (batch * groups + group) * (num_blocks + 1)
-    d = tl.arange(0, SLICE_D)
-    n = tl.arange(0, BLOCK_N)
+    entry = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = entry < num_queries
+    entry = batch * num_rows + entry
+    row = tl.load(rows + entry, mask=live, other=0).to(tl.int64)
+    low = tl.load(first + entry, mask=live, other=2147483647)  # the row's keys are [low, high)
+    high = tl.load(last + entry, mask=live, other=0)
+    lists += (batch * groups + group) * 2 * num_blocks
+    before += (batch * groups + group) * 2 * (num_blocks + 1)
+    before_some = before + num_blocks + 1
+    k_base = k + batch * stride_kb + (head // repeat) * stride_kh
+    w_base = weights + batch * stride_wb + group * stride_wg
+    pad_base = padding + batch * stride_pb if PADDED else padding
+    dim = tl.arange(0, BLOCK_D)
+    place = tl.arange(0, BLOCK_N)
+    k_offsets = place[:, None] * stride_ks + dim[None, :]
+    q_ptrs = q + batch * stride_qb + head * stride_qh + row[:, None] * stride_qt + dim[None, :]
+    q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+    row_lse = load_lse(lse + batch * stride_lb + head * stride_lh + row * stride_lt, live)  # (BLOCK_M,)
 
-    q_at = q + batch * stride_qb + head * stride_qh + row[:, None] * stride_qt + d[None, :]
-    q_tile = tl.load(q_at, mask=live[:, None] & (d[None, :] < DIM), other=0.0)  # (BLOCK_M, SLICE_D)
-    row_lse = tl.load(lse + batch * stride_lb + head * stride_lh + row * stride_lt, mask=live, other=0.0)  # (BLOCK_M,)
-    row_lse = row_lse.to(tl.float32) * LOG2_E
-    # A row that attends nothing has lse -inf: exp2(s - inf) is 0.
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-
-    # Every row of the tile sees the keys [inner_low, inner_high); no row sees one outside [outer_low, outer_high).
-    outer_low, outer_high = tl.min(low, axis=0), tl.max(high, axis=0)
-    inner_low, inner_high = tl.max(tl.where(live, low, 0), axis=0), tl.min(tl.where(live, high, 2147483647), axis=0)
-    begin = tl.load(before + outer_low // BLOCK_N)
-    end = tl.load(before + (outer_high + BLOCK_N - 1) // BLOCK_N)
+    # Some row sees keys of blocks [first_block, stop_block), every row all keys of [inner_first, inner_stop).
+    first_block, stop_block = tl.min(low, axis=0) // BLOCK_N, tl.cdiv(tl.max(high, axis=0), BLOCK_N)
+    inner_first = tl.cdiv(tl.max(tl.where(live, low, 0), axis=0), BLOCK_N)
+    inner_stop = tl.min(tl.where(live, high, 2147483647), axis=0) // BLOCK_N
+    inner_first = min(inner_first, stop_block)
+    inner_stop = max(inner_stop, inner_first)
+    if PADDED:
+        inner_stop = inner_first
+    all_first, all_stop = tl.load(before + first_block), tl.load(before + stop_block)
+    all_inner_first, all_inner_stop = tl.load(before + inner_first), tl.load(before + inner_stop)
+    some_first, some_stop = tl.load(before_some + first_block), tl.load(before_some + stop_block)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for i in range(begin, end):
-        block = tl.load(visit + i)
-        key = block * BLOCK_N + n  # (BLOCK_N,)
-        key_wide = key.to(tl.int64)
-        inside = key < num_keys
-        k_at = k + key_wide[None, :] * stride_ks + d[:, None]
-        k_tile = tl.load(k_at, mask=inside[None, :] & (d[:, None] < DIM), other=0.0)  # (SLICE_D, BLOCK_N)
-        products = tl.dot(q_tile, k_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        for done in range(SLICE_D, DIM, SLICE_D):
-            left = DIM - done
-            q_slice = tl.load(q_at + done, mask=live[:, None] & (d[None, :] < left), other=0.0)  # (BLOCK_M, SLICE_D)
-            k_slice = tl.load(k_at + done, mask=inside[None, :] & (d[:, None] < left), other=0.0)  # (SLICE_D, BLOCK_N)
-            products = tl.dot(q_slice, k_slice, products, input_precision=PRECISION)
-        scores, _ = capped_scores(products, scale, softcap, CAPPED)
-        probs = tl.exp2(scores - row_lse[:, None])
-        seen_by_all = (block * BLOCK_N >= inner_low) & (block * BLOCK_N + BLOCK_N <= inner_high)
-        if seen_by_all & (tl.load(kinds + block * groups) == ALL) & (HAS_PADDING == 0):
-            total += tl.sum(probs, axis=1)
-        else:
-            weight = tl.load(weights + key_wide * stride_ws, mask=inside, other=0).to(tl.float32)  # (BLOCK_N,)
-            counted = weight != 0.0
-            if HAS_PADDING:
-                counted &= tl.load(padding + key_wide * stride_ps, mask=inside, other=0) != 0
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]) & counted[None, :]
-            # Blanked, not multiplied: what stands at keys that do not count, NaN included, reaches nobody.
-            total += tl.sum(tl.where(seen, probs * weight[None, :], 0.0), axis=1)
+    count = tl.zeros((BLOCK_M,), tl.int32)
+    total, count = _blocks_without_edges(
+        total, count, q_tile, row_lse, k_base, lists, all_inner_first, all_inner_stop, stride_ks, scale, softcap,
+        DIM, BLOCK_D, BLOCK_N, CAPPED,
+    )  # fmt: skip
+    num_left = all_inner_first - all_first
+    num_edges = num_left + all_stop - all_inner_stop
+    for i in range(0, num_edges + some_stop - some_first):
+        in_all = tl.where(i < num_left, all_first + i, all_inner_stop + i - num_left)
+        block = tl.load(lists + tl.where(i < num_edges, in_all, num_blocks + some_first + i - num_edges))
+        key = block * BLOCK_N + place  # (BLOCK_N,)
+        start = (block * BLOCK_N).to(tl.int64)
+        keep = key < num_keys
+        k_ptrs = (k_base + start * stride_ks) + k_offsets
+        k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        scores, _ = capped_scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap, CAPPED)  # (BLOCK_M, BLOCK_N)
+        w_ptrs = (w_base + start * stride_ws) + place * stride_ws
+        weight = tl.load(w_ptrs, mask=keep, other=0).to(tl.float32)  # (BLOCK_N,)
+        counted = weight != 0.0
+        if PADDED:
+            counted &= tl.load(pad_base + key * stride_ps, mask=keep, other=0) != 0
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]) & counted[None, :]
+        # Blanked, not multiplied: what stands at keys that do not count, NaN included, reaches nobody.
+        total += tl.sum(tl.where(seen, tl.exp2(scores - row_lse[:, None]) * weight[None, :], 0.0), 1)
+        count += tl.sum(seen.to(tl.int32), 1)
     if BOOLEAN:
-        total = tl.clamp(total, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    mass_at = mass + batch * stride_mb + head * stride_mh + row * stride_mt + group
-    tl.store(mass_at, total, mask=live)
+        allowed = high - low
+        if PADDED:
+            allowed = tl.load(allowed_before + batch * (num_keys + 1) + high, mask=live, other=0)
+            allowed -= tl.load(allowed_before + batch * (num_keys + 1) + low, mask=live, other=0)
+        # NaN compares false and stays.
+        one = (total > 1.0) | ((count == allowed) & (count > 0) & (total > 0.0))
+        total = tl.where(one, 1.0, total)
+    mass_ptrs = mass + ((batch * heads + head) * num_rows + row) * mass_stride + group
+    tl.store(mass_ptrs, total, mask=live)
 
 
-def mass_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    key_weights: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    rows: QueryList,
-    options: AttentionOptions,
-    settings: SideSettings | None = None,
-) -> torch.Tensor:
-    """mass (B, Hq, T, G) float32; 0 in rows that are not listed. Packed inputs come as a batch of one.
+def mass_forward(problem: Problem, lse: torch.Tensor, queries: QueryList, mass: torch.Tensor) -> None:
+    """Write mass (B, Hq, T, G) float32, columns of a contiguous tensor, in the rows that are listed.
 
     Args:
-        q, k: (B, T, Hq, D), (B, S, Hkv, D), the last dimension of stride 1; float32, bfloat16 or float16.
+        problem: v is not read.
         lse: (B, Hq, T) float, natural log.
-        key_weights: (B, S, G) bool or float.
-        key_padding_mask: (B, S) bool or None.
-        rows: the rows wanted, with their keys.
+        queries: the rows wanted, with their keys.
     """
-    batch, num_rows, heads, dim = q.shape
-    groups = key_weights.shape[-1]
-    settings = settings or side_settings(architecture(q.device), q.dtype, dim)
-    mass = torch.zeros((batch, heads, num_rows, groups), dtype=torch.float32, device=q.device)
-    if mass.numel() == 0 or k.numel() == 0:
-        return mass
-    blocks = classify(key_weights, key_padding_mask, settings.block_n)
-    boolean = key_weights.dtype == torch.bool
-    weights = key_weights.view(torch.uint8) if boolean else key_weights
-    padding = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
-    _mass_kernel[(triton.cdiv(num_rows, settings.block_m), heads * groups, batch)](
-        q,
-        k,
-        lse,
-        weights,
-        weights if padding is None else padding,
-        mass,
-        *rows,
-        *blocks[:3],
-        num_rows,
-        k.shape[1],
-        blocks.kinds.shape[1],
-        groups,
-        heads // k.shape[2],
-        options.scale,
-        options.softcap,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *lse.stride(),
-        *weights.stride(),
-        *((0, 0) if padding is None else padding.stride()),
-        *mass.stride()[:3],
-        CAPPED=options.softcap > 0.0,
-        HAS_PADDING=padding is not None,
-        BOOLEAN=boolean,
-        DIM=dim,
-        SLICE_D=min(settings.slice_d, max(16, triton.next_power_of_2(dim))),
-        BLOCK_M=settings.block_m,
-        BLOCK_N=settings.block_n,
-        PRECISION=precision(q.dtype),
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
-        maxnreg=255,
-    )
-    return mass
+    (batch, num_rows, heads, _), groups = problem.q.shape, problem.weights.shape[2]
+    if problem.q.numel() == 0 or problem.k.numel() == 0:
+        return
+    settings = problem.settings(MASS)
+    blocks = classify(problem.weights, problem.padding, settings.keys)
+    allowed_before = None  # how many keys that may be attended stand before each
+    if problem.padding is not None:
+        allowed_before = torch.nn.functional.pad(problem.padding.cumsum(1, dtype=torch.int32), (1, 0))
+    own = {
+        "lse": lse,
+        "allowed_before": allowed_before,
+        "mass": mass,
+        **queries._asdict(),
+        **blocks._asdict(),
+        "num_blocks": blocks.kinds.shape[1],
+        "groups": groups,
+        "mass_stride": mass.stride(2),
+        **strides("l", "bht", lse),
+        "BLOCK_M": settings.rows,
+        "BLOCK_N": settings.keys,
+        "BOOLEAN": problem.boolean,
+    }
+    grid = (triton.cdiv(num_rows, settings.rows), heads * groups, batch)
+    launch(_mass_forward, grid, problem.arguments() | own, settings)

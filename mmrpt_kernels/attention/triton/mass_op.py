@@ -1,106 +1,47 @@
-"""The mass from a known lse as custom operators."""
+"""The mass from a known lse as a custom operator.
+
+lse is a statistic of q and k, so the gradient of a mass is that of attention whose out has none: the fused backward
+pass makes it, from every key that a row sees.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.attention.autograd import make_mass_differentiable
-from mmrpt_kernels.attention.masks import AttentionOptions
-from mmrpt_kernels.attention.triton.launch import as_batch, last_contiguous
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
+from mmrpt_kernels.attention.operators import mass_operator
+from mmrpt_kernels.attention.triton.backward import backward
+from mmrpt_kernels.attention.triton.launch import as_batch, prepare
 from mmrpt_kernels.attention.triton.mass_forward import mass_forward
-from mmrpt_kernels.attention.triton.query_list import QueryList, list_queries
-from mmrpt_kernels.attention.triton.side_backward import side_mass_backward
-from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.attention.triton.query_list import list_queries
 
-__all__ = ["mass_from_lse"]
+__all__ = ["mass_and_lse"]
 
 
-def _rows_of(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    wanted: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    options: AttentionOptions,
-) -> QueryList:
-    """`list_queries` of a batch; a packed one is a batch of one."""
-    cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
-    return list_queries(q.shape[0], q.shape[1], k.shape[1], wanted, cu_seqlens, options, q.device)
-
-
-@torch.library.custom_op("mmrpt_kernels::triton_visual_mass", mutates_args=())
-@without_autocast
-def _visual_mass(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    key_weights: torch.Tensor,
-    query_mask: torch.Tensor | None,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    options = AttentionOptions(window_left, window_right, scale, softcap)
-    packed = cu_seqlens_q is not None
-    q, k, lse, key_weights, query_mask = as_batch(packed, q, k, lse, key_weights, query_mask)
+def _forward(q, k, lse, key_weights, masks: Masks, options: AttentionOptions) -> torch.Tensor:
+    packed = masks.cu_seqlens_q is not None
+    mass = q.new_zeros((*lse.shape, key_weights.shape[-1]), dtype=torch.float32)
+    if key_weights.shape[-1] == 0:
+        return mass
     with torch.cuda.device_of(q):
-        rows = _rows_of(q, k, query_mask, cu_seqlens_q, cu_seqlens_k, options)
-        mass = mass_forward(last_contiguous(q), last_contiguous(k), lse, key_weights, key_padding_mask, rows, options)
-    return mass[0] if packed else mass
+        problem = prepare(q, k, k, key_weights, options, masks)
+        lse_b, mass_b, wanted = as_batch(packed, lse, mass, masks.query_mask)
+        mass_forward(problem, lse_b, list_queries(problem, wanted), mass_b)
+    return mass
 
 
-@torch.library.custom_op("mmrpt_kernels::triton_visual_mass_backward", mutates_args=())
-@without_autocast
-def _visual_mass_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    key_weights: torch.Tensor,
-    dmass: torch.Tensor,
-    mass: torch.Tensor,
-    query_mask: torch.Tensor | None,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dw in the dtypes of their tensors; dw (0,) for boolean weights."""
-    options = AttentionOptions(window_left, window_right, scale, softcap)
-    packed = cu_seqlens_q is not None
-    inputs = as_batch(packed, q, k, lse, key_weights, dmass, mass, query_mask)
-    q_b, k_b, lse, weights, dmass, mass, query_mask = inputs
-    wanted = (dmass != 0).any(-1).any(1)  # (B, T): rows without a gradient add nothing
-    if query_mask is not None:
-        wanted &= query_mask
+def _backward(q, k, lse, key_weights, mass, dmass, dlse, masks: Masks, options: AttentionOptions):
+    lse = lse.float().contiguous()
+    if masks.query_mask is not None:
+        # Nobody asked for these rows: whatever stands there, NaN included, counts as a row without keys.
+        q = q.masked_fill(~masks.query_mask[..., None, None], 0.0)
+        lse = lse.masked_fill(~masks.query_mask.unsqueeze(-2), -torch.inf)
+    packed = masks.cu_seqlens_q is not None
     with torch.cuda.device_of(q):
-        rows = _rows_of(q_b, k_b, wanted, cu_seqlens_q, cu_seqlens_k, options)
-        q_b, k_b = last_contiguous(q_b), last_contiguous(k_b)
-        dq, dk, dw = side_mass_backward(q_b, k_b, lse, weights, dmass, mass, key_padding_mask, rows, options)
-    dw = q.new_empty(0) if dw is None else dw.view(key_weights.shape).to(key_weights.dtype)
-    return dq.view(q.shape), dk.view(k.shape), dw
+        problem = prepare(q, k, k, key_weights, options, masks)
+        mass, lse, dmass, dlse = as_batch(packed, mass, lse, dmass, dlse)
+        dq, dk, _, dw = backward(problem, (None, mass, lse), (None, dmass, dlse))
+    return dq, dk, dw
 
 
-make_mass_differentiable(_visual_mass, _visual_mass_backward)
-
-
-def mass_from_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    key_weights: torch.Tensor,
-    options: AttentionOptions,
-    *,
-    query_mask: torch.Tensor | None = None,
-    key_padding_mask: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """mass (B, Hq, T, G) as `reference.mass_from_lse`; float16, bfloat16 or float32, D at most 256."""
-    return _visual_mass(q, k, lse, key_weights, query_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k, *options)
+mass_and_lse = mass_operator("triton_visual_mass", _forward, _backward)

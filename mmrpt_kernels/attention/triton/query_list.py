@@ -1,4 +1,4 @@
-"""The query rows that a pass over selected rows visits, packed tightly, each with the keys that it may see.
+"""The query rows that a pass over selected rows visits, one after the other, each with the keys that it may see.
 
 Causality, windows and packed sequences leave each row one interval of keys. With the intervals written down, a kernel
 needs to know of none of them, and a tile of rows may span sequences. Both ends of the interval rise along the list.
@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.attention.masks import AttentionOptions
+from mmrpt_kernels.attention.config import Settings
+from mmrpt_kernels.attention.triton.launch import Problem, launch, strides
 from mmrpt_kernels.attention.triton.tiles import LENGTHS
 
 __all__ = ["QueryList", "list_queries"]
@@ -23,7 +24,7 @@ CHUNK = 2048
 class QueryList(NamedTuple):
     """The wanted rows that may see a key at all; packed: one list over all sequences, keys counted over all of them."""
 
-    rows: torch.Tensor  # (B, T) int32: positions, rising; the first count entries hold
+    rows: torch.Tensor  # (B, T) int32: positions, rising; the first `counts` entries hold
     first: torch.Tensor  # (B, T) int32: the row's keys are [first, last)
     last: torch.Tensor  # (B, T) int32
     counts: torch.Tensor  # (B,) int32
@@ -46,26 +47,11 @@ def _sequence_of(starts, num_sequences, row):
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _list_kernel(
-    wanted,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rows,
-    first,
-    last,
-    counts,
-    num_rows,
-    num_keys,
-    num_sequences,
-    stride_wb,
-    stride_wt,
-    window_left,
-    window_right,
-    HAS_WANTED: tl.constexpr,
-    PACKED: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program per sample walks its rows, CHUNK at a time."""
+def _list_queries(
+    wanted, cu_q, cu_k, rows, first, last, counts, num_rows, num_keys, num_sequences, stride_lb, stride_lt, left, right,
+    WANTED: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program walks the rows of one sample, CHUNK at a time."""
     batch = tl.program_id(0).to(tl.int64)
     rows += batch * num_rows
     first += batch * num_rows
@@ -74,27 +60,24 @@ def _list_kernel(
     for start in range(0, num_rows, CHUNK):
         row = start + tl.arange(0, CHUNK)  # (CHUNK,)
         take = row < num_rows
-        if HAS_WANTED:
-            offset = batch * stride_wb + row.to(tl.int64) * stride_wt
-            take &= tl.load(wanted + offset, mask=take, other=0) != 0
+        if WANTED:
+            w_ptrs = wanted + batch * stride_lb + row.to(tl.int64) * stride_lt
+            take &= tl.load(w_ptrs, mask=take, other=0) != 0
         # Keys of the row's sequence: [low, high), and the row's own position among them (bottom-right aligned).
         if PACKED:
-            sequence = _sequence_of(cu_seqlens_q, num_sequences, row)
+            sequence = _sequence_of(cu_q, num_sequences, row)
             take &= sequence >= 0
-            low = tl.load(cu_seqlens_k + sequence, mask=take, other=0).to(tl.int32)
-            high = tl.load(cu_seqlens_k + sequence + 1, mask=take, other=0).to(tl.int32)
-            position = row - tl.load(cu_seqlens_q + sequence + 1, mask=take, other=0).to(tl.int32) + high
-            # Lengths that do not add up (nobody can check them without waiting for the device) must not lead outside.
-            low = tl.maximum(low, 0)
-            high = tl.minimum(high, num_keys)
+            low = tl.load(cu_k + sequence, mask=take, other=0).to(tl.int32)
+            high = tl.load(cu_k + sequence + 1, mask=take, other=0).to(tl.int32)
+            position = row - tl.load(cu_q + sequence + 1, mask=take, other=0).to(tl.int32) + high
         else:
             low = tl.zeros_like(row)
             high = low + num_keys
             position = row - num_rows + num_keys
-        if window_left >= 0:
-            low = tl.maximum(low, position - window_left)
-        if window_right >= 0:
-            high = tl.minimum(high, position + window_right + 1)
+        if LEFT:
+            low = tl.maximum(low, position - left)
+        if RIGHT:
+            high = tl.minimum(high, position + right + 1)
         take &= low < high
         place = found + tl.cumsum(take.to(tl.int32), axis=0) - 1
         tl.store(rows + place, row, mask=take)
@@ -104,42 +87,18 @@ def _list_kernel(
     tl.store(counts + batch, found)
 
 
-def list_queries(
-    batch: int,
-    num_rows: int,
-    num_keys: int,
-    wanted: torch.Tensor | None,
-    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None,
-    options: AttentionOptions,
-    device: torch.device,
-) -> QueryList:
-    """The list, made on the device without waiting for it.
-
-    Args:
-        batch, num_rows, num_keys: B, T, S; packed: 1, sum T, sum S.
-        wanted: (B, T) bool or None for all rows.
-        cu_seqlens: of the rows and of the keys, (sequences + 1,) int each, where packed.
-    """
+def list_queries(problem: Problem, wanted: torch.Tensor | None) -> QueryList:
+    """The list, made on the device without waiting for it. wanted: (B, T) bool, or None for all rows."""
+    (batch, num_rows), device = problem.q.shape[:2], problem.q.device
     listed = (torch.empty((batch, num_rows), dtype=torch.int32, device=device) for _ in range(3))
     made = QueryList(*listed, torch.empty((batch,), dtype=torch.int32, device=device))
-    if batch == 0:
-        return made
-    cu_q, cu_k = (made.counts, made.counts) if cu_seqlens is None else cu_seqlens
-    mask = made.rows if wanted is None else wanted.view(torch.uint8)
-    _list_kernel[(batch,)](
-        mask,
-        cu_q.contiguous(),
-        cu_k.contiguous(),
-        *made,
-        num_rows,
-        num_keys,
-        cu_q.numel() - 1,
-        *mask.stride(),
-        options.window_left,
-        options.window_right,
-        HAS_WANTED=wanted is not None,
-        PACKED=cu_seqlens is not None,
-        CHUNK=CHUNK,
-        num_warps=8,
-    )
+    own = {
+        **made._asdict(),
+        "wanted": None if wanted is None else wanted.view(torch.uint8),
+        "num_sequences": problem.cu_q.numel() - 1 if problem.packed else 0,
+        **strides("l", "bt", wanted),
+        "WANTED": wanted is not None,
+        "CHUNK": CHUNK,
+    }
+    launch(_list_queries, (batch,), problem.arguments() | own, Settings(0, 0, 8, 1))
     return made

@@ -25,14 +25,14 @@ __all__ = [
     "capped_scores",
     "key_blocks_of_rows",
     "keys_of_rows",
+    "load_lse",
     "load_tile",
     "place_of_program",
-    "products_of",
     "rows_of_keys",
     "weigh",
 ]
 
-# What a block of keys holds of one group's weights: zeros alone, ones alone, or anything. kinds (B, blocks, G) int8.
+# A block of keys, for one group: every weight 0, every weight 1, or anything. See key_blocks.py.
 NONE = tl.constexpr(0)
 ALL = tl.constexpr(1)
 SOME = tl.constexpr(2)
@@ -41,9 +41,8 @@ SOME = tl.constexpr(2)
 # them becomes 1 or a multiple of 16. Strides of q, k, v, dout and masks are not among them: that they are multiples of
 # 16 is what wide loads follow from, and for most models they are, at any length.
 LENGTHS = (
-    "num_rows", "num_keys", "num_blocks", "num_tiles", "num_heads", "num_sequences", "section", "splits", "tiles",
-    "first_block", "blocks_of_split", "dw_first", "w_b", "pad_b", "dm_b", "dm_h", "dl_b", "dl_h",
-    "stride_lb", "stride_lh", "stride_wb", "stride_pb", "stride_mb", "stride_mh", "stride_eb", "stride_eh",
+    "num_rows", "num_keys", "num_blocks", "num_tiles", "num_heads", "num_sequences", "section", "splits", "dw_first",
+    "stride_wb", "stride_pb", "stride_dmb", "stride_dmh", "stride_dlb", "stride_dlh", "stride_lb", "stride_lh",
 )  # fmt: skip
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -125,26 +124,10 @@ def load_tile(pointers, keep, column, PARTIAL: tl.constexpr, DIM: tl.constexpr, 
 
 
 @triton.jit
-def products_of(
-    a_at, b_at, a_mask, b_mask, a_tile, b_tile, total,
-    DIM: tl.constexpr, SLICE_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total (BLOCK_A, BLOCK_B) float32 plus a . b of whole tiles (BLOCK, BLOCK_D), or of slices of the head size read
-    anew, where the parts of float32 operands would not fit the registers.
-
-    Args:
-        a_at, b_at: (BLOCK,) pointers to the rows; with SLICE_D 0 (whole tiles) they go unused, else the tiles do.
-    """
-    if SLICE_D == 0:
-        total = tl.dot(a_tile, tl.trans(b_tile), total, input_precision=PRECISION)
-    else:
-        d = tl.arange(0, SLICE_D)
-        for done in range(0, DIM, SLICE_D):
-            within = d < DIM - done
-            a = tl.load(a_at[:, None] + done + d[None, :], mask=a_mask[:, None] & within[None, :], other=0.0)
-            b = tl.load(b_at[None, :] + done + d[:, None], mask=b_mask[None, :] & within[:, None], other=0.0)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
+def load_lse(pointers, keep):
+    """lse in units of log2; +inf in rows that attend to nothing, so that exp2(scores - lse) is 0 there."""
+    lse = tl.load(pointers, mask=keep, other=float("-inf")).to(tl.float32) * LOG2_E
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -160,10 +143,10 @@ def band_allows(row, key, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr
 
 @triton.jit
 def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
-    """(scores in units of log2, d s / d (scale * products)) of raw products q . k, s bent to c tanh(s / c) or not."""
+    """(scores s in units of log2, d s / d (scale * products)) of raw products q . k; CAPPED: s = c tanh(s / c)."""
     if CAPPED:
-        bend = tanh(products * (scale / softcap))
-        scores, slope = bend * (softcap * LOG2_E), 1.0 - bend * bend
+        capped = tanh(products * (scale / softcap))
+        scores, slope = capped * (softcap * LOG2_E), 1.0 - capped * capped
     else:
         scores, slope = products * (scale * LOG2_E), 1.0
     return scores, slope
@@ -186,7 +169,7 @@ def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, K
 
 @triton.jit
 def weigh(
-    dp, extra, w_ptrs, w_g, keep, dmass_ptrs, live, block_kinds, groups,
+    dp, extra, w_ptrs, stride_wg, keep, dmass_ptrs, live, block_kinds, groups,
     GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """(dp with the SOME groups' weight_j * dmass_t, extra (rows,) with the ALL groups' dmass_t).
@@ -199,11 +182,11 @@ def weigh(
     if GROUPS == 0:
         for g in range(groups):
             dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
+                dp, extra, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
             )
     else:
         for g in tl.static_range(GROUPS):
             dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
+                dp, extra, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
             )
     return dp, extra

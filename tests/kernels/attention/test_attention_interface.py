@@ -39,11 +39,11 @@ def test_opcheck(packed, boolean, seed):
     if packed:
         q, k, v, weights = (t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v, weights))
         padding, cu = None, torch.tensor([0, 5, 24], dtype=torch.int32)
-    band = (-1, 0, 0.3, 0.0, 0)
+    band = (-1, 0, 0.3, 0.0)
     operators = torch.ops.mmrpt_kernels
-    torch.library.opcheck(operators.attention_with_mass.default, (q, k, v, weights, padding, None, cu, cu, *band))
-    lse = operators.attention_with_mass(q, k, v, weights, padding, None, cu, cu, *band)[2].detach()
-    torch.library.opcheck(operators.visual_mass.default, (q, k, lse, weights, None, padding, cu, cu, *band))
+    torch.library.opcheck(operators.attention_with_mass.default, (q, k, v, weights, padding, None, None, cu, cu, *band))
+    lse = operators.attention_with_mass(q, k, v, weights, padding, None, None, cu, cu, *band)[2].detach()
+    torch.library.opcheck(operators.visual_mass.default, (q, k, lse, weights, padding, None, None, cu, cu, *band))
 
 
 @pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0, "window_size": (5, 0)}], ids=str)
