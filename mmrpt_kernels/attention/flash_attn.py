@@ -41,12 +41,17 @@ DENSE = ("q", "k", "v", "softmax_scale", "causal", "window_size", "softcap")
 PACKED = (*DENSE, "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
+def _capability(device: torch.device) -> int:
+    """Compute capability of a GPU, its first number."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def _release(device: torch.device) -> Release:
-    """The newest release that is installed and runs on the GPU: 4 from compute capability 9, 3 on 9 alone."""
-    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    runs = {"flash_attn.cute": capability >= 9, "flash_attn_interface": capability == 9, "flash_attn": True}
+    """The newest release that is installed and has kernels for the GPU: 4 from compute capability 9 on, 3 for 9."""
+    capability = _capability(device)
+    serves = {"flash_attn.cute": capability >= 9, "flash_attn_interface": capability == 9, "flash_attn": True}
     for release in RELEASES:
-        if runs[release.module] and _installed(release.module):
+        if serves[release.module] and _installed(release.module):
             return release
     raise ValueError(
         f"flash-attn: got no release for compute capability {capability}, expected one of "
@@ -96,8 +101,9 @@ def attention(
         ValueError: no known release is installed, or it cannot serve the call.
     """
     release = _release(q.device)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     check(
-        release.softcap_gradient or options.softcap == 0.0 or not torch.is_grad_enabled() or not q.requires_grad,
+        release.softcap_gradient or options.softcap == 0.0 or not wanted,
         f"softcap: got {options.softcap} with gradients, expected 0: {release.module} has no backward pass for it; "
         "use backend='triton'",
     )

@@ -78,6 +78,8 @@ class Run(NamedTuple):
 
     def takes(self, case: AttentionCase) -> bool:
         """Whether the backend serves the case at all."""
+        if self.backend == "flash-attn+mass":
+            return case.padding == "none" and case.dim_v in (None, case.dim) and case.dim % 8 == 0
         if self.backend != "sdpa+mass":
             return True
         band = case.causal and case.q_len not in (1, case.k_len)
@@ -89,6 +91,8 @@ PORTABLE = Run("portable", "portable")
 PLAIN = Run("plain", "portable")  # without torch's fused CPU attention
 SDPA = Run("sdpa", "sdpa+mass")
 SDPA_GPU = Run("sdpa_gpu", "sdpa+mass", "cuda", torch.bfloat16)
+FLASH_ATTN = Run("flash_attn", "flash-attn+mass")  # a stand-in for the package, see test_attention_flash_attn.py
+FLASH_ATTN_GPU = Run("flash_attn_gpu", "flash-attn+mass", "cuda", torch.bfloat16)
 TRITON = Run("triton", "triton")
 TRITON_GPU = Run("triton_gpu", "triton", "cuda", torch.bfloat16)
 _MARKS = {
