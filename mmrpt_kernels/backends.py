@@ -92,12 +92,12 @@ HALVES, WIDE, NO_DOUBLE = FLOATS[1:3], (torch.float32, torch.float64), FLOATS[:3
 LOSSES = "logprobs policy_loss token_loss"
 # Of attention: what no vendor's kernel takes, and the cases in which SDPA's causal masks are not bottom-right aligned.
 BIG = ("head_size_over_256",)
-VENDOR = ("key_padding_mask", "attn_mask", "value_dim", "scale_not_positive", "head_size_not_8s", *BIG)
-SDPA = ("packed", "key_padding_mask", "attn_mask", "window", "softcap", "value_dim", "causal_suffix")
-SDPA_GPU = ("packed", "window", "softcap", "causal_suffix", *VENDOR)
+VENDOR = ("key_padding_mask", "attn_mask", "value_dim", "scale_not_positive")
+SDPA = ("packed", "window", "softcap", "causal_suffix", *VENDOR)
+FLASH_ATTN, SDPA_GPU = (*VENDOR, "head_size_not_8s", *BIG), (*SDPA, "head_size_not_8s", *BIG)
 
 ROWS = (
-    Row("attention", "flash-attn+mass", ("cuda",), HALVES, ("dense", "mass_gradient", *VENDOR),
+    Row("attention", "flash-attn+mass", ("cuda",), HALVES, ("dense", "mass_gradient", *FLASH_ATTN),
         "flash-attn's varlen kernel, then visual_mass on its lse, for packed sequences", missing=NO_FLASH_ATTN),
     Row("attention", "sdpa+mass", ("cuda",), HALVES, ("mass_gradient", *SDPA_GPU),
         "SDPA's cuDNN or flash kernel, then visual_mass on its lse, where the mass needs no gradient"),
@@ -106,8 +106,8 @@ ROWS = (
         missing=TRITON_MISSING),
     Row("attention", "sdpa+mass", ("cuda",), FLOATS[:1], SDPA_GPU,
         "SDPA's memory-efficient kernel, then visual_mass on its lse"),
-    Row("attention", "flash-attn+mass", ("cuda",), HALVES, VENDOR, "also dense, and with a gradient of the mass", True,
-        NO_FLASH_ATTN),
+    Row("attention", "flash-attn+mass", ("cuda",), HALVES, FLASH_ATTN, "also dense, and with a gradient of the mass",
+        True, NO_FLASH_ATTN),
     Row("attention", "sdpa+mass", ("cuda",), HALVES, SDPA_GPU, "also with a gradient of the mass", True),
     # No halves: the CPU kernel's exponential makes their lse wrong by 5e-5, ours are good to float32.
     Row("attention", "sdpa+mass", ("cpu",), WIDE, SDPA, "SDPA's flash kernel; portable needs one pass, not two", True),

@@ -1,7 +1,7 @@
 """The import law of the two packages, checked on the source text of whatever modules exist.
 
-mmrpt_kernels: never imports mmrpt. In an operator api -> {reference, portable, triton, cuda, helpers} -> common;
-implementations never import each other; the one sideways arrow between operators is policy_loss -> logprobs.
+mmrpt_kernels: never imports mmrpt. In an operator api -> {implementations, helpers} -> common; implementations never
+import each other; the one sideways arrow between operators is policy_loss -> logprobs.
 mmrpt: command line -> trainer -> rooms -> types; only a few modules import mmrpt_kernels.
 """
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ("attention", "logprobs", "policy_loss", "divergence", "perception")
-IMPLEMENTATIONS = ("reference", "portable", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "portable", "triton", "cuda", "sdpa", "flash_attn")
 SIDEWAYS = {("policy_loss", "logprobs")}
 ALLOWED_FOREIGN = {"torch", "triton"}  # mmrpt_kernels depends on these alone, integrations apart
 # The modules of mmrpt that may know the kernels.

@@ -105,8 +105,13 @@ def attention_with_visual_mass(
     traits = _traits(q, k, v, options, packed, key_padding_mask is not None)
     traits |= _gradient_trait(mass_requires_grad, q, k, key_weights)
     masks = Masks(key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    limits = (max_seqlen_q, max_seqlen_k)
-    found = _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backend, limits)
+    found = _attend(
+        *(q, k, v, key_weights, options, masks),
+        traits=traits,
+        head_reduction=head_reduction,
+        backend=backend,
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
+    )
     return found if mass_requires_grad else found._replace(mass=found.mass.detach())
 
 
@@ -141,7 +146,8 @@ def masked_attention_with_visual_mass(
     check_same_device(q=q, attn_mask=attn_mask)
     options = _options(q.shape[-1], False, (-1, -1), softmax_scale, softcap)
     traits = _traits(q, k, v, options, False, False) | {"attn_mask"} | _gradient_trait(True, q, k, key_weights)
-    return _attend(q, k, v, key_weights, options, Masks(attn_mask=attn_mask), traits, head_reduction, backend)
+    inputs = (q, k, v, key_weights, options, Masks(attn_mask=attn_mask))
+    return _attend(*inputs, traits=traits, head_reduction=head_reduction, backend=backend)
 
 
 def visual_mass(
@@ -205,7 +211,7 @@ def visual_mass(
 
 
 def _attend(
-    q, k, v, key_weights, options, masks, traits, head_reduction, backend, max_seqlens=(None, None)
+    q, k, v, key_weights, options, masks, *, traits, head_reduction, backend, max_seqlens=(None, None)
 ) -> AttentionWithMass:
     """Dispatch of checked arguments."""
     chosen = backends.select("attention", device=q.device, dtype=q.dtype, requested=backend, traits=traits)

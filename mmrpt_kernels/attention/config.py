@@ -76,7 +76,7 @@ DKV: Table = {
 
 # The backward pass of a block of rows: dq.
 DQ: Table = {
-    (80, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
+    (80, 64): (Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
     (80, 128): (Settings(128, 32, 8, 2), Settings(64, 64, 8, 2)),
     (80, 256): (Settings(64, 32, 8, 1), Settings(32, 32, 8, 2)),
     (90, 64): (Settings(128, 64, 8, 2), Settings(64, 64, 8, 2)),
@@ -90,7 +90,7 @@ DQ: Table = {
 # The mass from a known lse.
 MASS: Table = {
     (80, 64): (Settings(128, 64, 8, 4), Settings(128, 64, 8, 4)),
-    (80, 128): (Settings(128, 64, 8, 4), Settings(128, 64, 8, 4)),
+    (80, 128): (Settings(64, 64, 8, 4), Settings(64, 64, 8, 4)),
     (80, 256): (Settings(64, 64, 8, 3), Settings(64, 64, 8, 3)),
     (90, 64): (Settings(128, 64, 8, 4), Settings(128, 64, 8, 4)),
     (90, 128): (Settings(128, 64, 8, 4), Settings(128, 64, 8, 4)),

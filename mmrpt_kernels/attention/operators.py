@@ -112,16 +112,16 @@ def attention_operator(name: str, forward: Callable, backward: Callable) -> Call
     return attention
 
 
-def mass_operator(name: str, forward: Callable, backward: Callable) -> Callable:
+def mass_operator(name: str, forward: Callable, attention_backward: Callable) -> Callable:
     """The mass from a known lse, differentiable in q, k and the weights, under `name`.
 
-    lse is a statistic of q and k. It comes out again as a result with a gradient of its own, whatever attention made
-    it and whether that one can differentiate it; the lse that goes in receives none.
+    lse is a statistic of q and k: the gradient of a mass is that of attention whose out has none, from every key that a
+    row sees. The lse comes out again as a result with a gradient of its own, whatever attention made it and whether
+    that one can differentiate it; the lse that goes in receives none.
 
     Args:
         forward: (q, k, lse, key_weights (..., G), masks, options) -> mass.
-        backward: (q, k, lse, key_weights, mass, dmass, dlse, masks, options) -> dq, dk, dw, dw maybe None; a gradient
-            that did not arrive is None.
+        attention_backward: as in `attention_operator`.
 
     Returns:
         mass_and_lse(q, k, lse, key_weights, options, masks=Masks()) -> mass, lse.
@@ -134,8 +134,16 @@ def mass_operator(name: str, forward: Callable, backward: Callable) -> Callable:
 
     @without_autocast
     def run_backward(q, k, lse, key_weights, mass, dmass, dlse, *call):
-        made = backward(q, k, lse, key_weights, mass, dmass, dlse, *_split(call))
-        return _as_inputs(made, key_weights, q, k)
+        masks, options = _split(call)
+        if masks.query_mask is not None:
+            # Nobody asked for these rows: whatever stands there, NaN included, counts as a row without keys.
+            q = q.masked_fill(~masks.query_mask[..., None, None], 0.0)
+            lse = lse.masked_fill(~masks.query_mask.unsqueeze(-2), -torch.inf)
+        no_values = (q, k, k[..., :0], key_weights)
+        known = (None, mass, lse.to(mass.dtype).contiguous())
+        gradients = (None, dmass if key_weights.shape[-1] else None, dlse)
+        dq, dk, _, dw = attention_backward(no_values, known, gradients, masks, options)
+        return _as_inputs((dq, dk, dw), key_weights, q, k)
 
     def save(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)

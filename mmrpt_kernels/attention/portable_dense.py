@@ -1,4 +1,4 @@
-"""The portable backend on one dense batch: choose an engine, walk the tiles, settle the rows that need exactness."""
+"""The portable backend on one dense batch: choose how to compute a tile, walk the tiles, mend what must be exact."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def block_size(bytes_per_row: int, device: torch.device) -> int:
 def _plan(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor | None,
+    v: torch.Tensor,
     w: torch.Tensor,
     options: AttentionOptions,
     masks: Masks,
@@ -50,12 +50,10 @@ def _plan(
     largest product for the largest score, which a scale of 0 or below makes wrong.
     """
     dtype = statistics_dtype(q)
-    q, k, w = _widen(q, dtype), _widen(k, dtype), w.to(dtype)
-    v = None if v is None else _widen(v, dtype)
+    q, k, v, w = _widen(q, dtype), _widen(k, dtype), _widen(v, dtype), w.to(dtype)
     if masks.key_padding_mask is not None:
         forbidden = ~masks.key_padding_mask[:, :, None, None]
-        k = k.masked_fill(forbidden, 0.0)
-        v = None if v is None else v.masked_fill(forbidden, 0.0)
+        k, v = k.masked_fill(forbidden, 0.0), v.masked_fill(forbidden, 0.0)
     num_rows, num_keys, explicit = q.shape[1], k.shape[1], masks.attn_mask is not None
     if FLASH_AVAILABLE and q.device.type == "cpu" and options.softcap == 0.0 and options.scale > 0.0:
         rows = block_size(num_keys * q.element_size() * (q.shape[0] if explicit else 1), q.device)
@@ -76,7 +74,7 @@ def exact_shares(
     if key_weights.dtype == torch.bool:
         members = torch.cat([members, key_weights], dim=-1)
     rows = block_size(members.shape[0] * members.shape[1] * 4, members.device)
-    counts = attended_counts(members, bounds, masks.key_padding_mask, masks.attn_mask, rows)
+    counts = attended_counts(members, bounds, masks, rows)
     total = counts[..., :1]
     if key_weights.dtype == torch.bool:
         mass.clamp_(0.0, 1.0)
@@ -107,9 +105,9 @@ def attend(
     if q.numel() == 0 or k.numel() == 0:
         return out, mass, lse
     bounds = band(num_rows, k.shape[1], options, q.device)
-    engine, found = _plan(q, k, v, key_weights, options, masks)
+    way, found = _plan(q, k, v, key_weights, options, masks)
     for tile in found:
-        part = engine.forward(tile, tile_allowed(tile, bounds, masks.key_padding_mask, masks.attn_mask))
+        part = way.forward(tile, tile_allowed(tile, bounds, masks))
         out[:, tile.rows], mass[:, :, tile.rows], lse[:, :, tile.rows] = part
     dead = exact_shares(mass, key_weights, bounds, masks) == 0  # (B, T, 1)
     out.masked_fill_(dead[..., None], 0.0)
@@ -130,7 +128,7 @@ def attend_backward(
     """Gradients of q, k, v, key_weights in float32 or float64.
 
     Args:
-        rows: as `attend` made them and as they arrived; lse -inf in dead rows.
+        rows: as `attend` made them and as they arrived.
     """
     dtype = statistics_dtype(q)
     wants_w = key_weights.is_floating_point() and rows.dmass is not None
@@ -141,18 +139,9 @@ def attend_backward(
     )
     if q.numel() == 0 or k.numel() == 0:
         return into
-    dead = rows.lse == -torch.inf  # (B, Hq, T)
-    dead_out = dead.transpose(1, 2)[..., None]
-    rows = RowGradients(
-        None if rows.dout is None else rows.dout.to(dtype).masked_fill(dead_out, 0.0),
-        None if rows.dmass is None else rows.dmass.to(dtype).masked_fill(dead[..., None], 0.0),
-        None if rows.dlse is None else rows.dlse.to(dtype).masked_fill(dead, 0.0),
-        None if rows.dout is None else rows.out.to(dtype),
-        rows.mass,
-        rows.lse.masked_fill(dead, torch.inf),
-    )
+    rows = rows.without_dead_rows(dtype)
     bounds = band(q.shape[1], k.shape[1], options, q.device)
-    engine, found = _plan(q, k, v, key_weights, options, masks)
+    way, found = _plan(q, k, v, key_weights, options, masks)
     for tile in found:
-        engine.backward(tile, tile_allowed(tile, bounds, masks.key_padding_mask, masks.attn_mask), rows, into)
+        way.backward(tile, tile_allowed(tile, bounds, masks), rows, into)
     return into

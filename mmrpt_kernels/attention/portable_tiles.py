@@ -1,6 +1,6 @@
-"""The portable backend's two engines: each does attention with mass of one tile, forward and backward.
+"""Two ways to do attention with mass of one tile, forward and backward.
 
-CpuFlashTiles rides torch's fused CPU attention. The key weights stand as extra columns of v, so the mass of every row
+CpuFlashTiles calls torch's fused CPU attention. The key weights stand as extra columns of v, so the mass of every row
 comes out of the same pass as extra columns of the output:  P @ [v | w] = [out | mass].
 PlainTiles is softmax(q k^T) in plain PyTorch, for what the fused kernel lacks (soft cap, other devices).
 Both work in float32 (float64 for float64 inputs) and take (B, T, H, D) tensors. Gradients, from the saved lse:
@@ -30,15 +30,27 @@ class RowGradients(NamedTuple):
     dlse: torch.Tensor | None  # (B, Hq, T)
     out: torch.Tensor | None  # (B, T, Hq, Dv); None where dout is
     mass: torch.Tensor | None  # (B, Hq, T, G)
-    lse: torch.Tensor  # (B, Hq, T), +inf in rows that attend nothing, so that exp(s - lse) is 0 there
+    lse: torch.Tensor  # (B, Hq, T), -inf in rows that attend to nothing
+
+    def without_dead_rows(self, dtype: torch.dtype) -> RowGradients:
+        """All in `dtype`; rows without keys have no gradient and lse +inf, so that exp(s - lse) is 0 there."""
+        dead = self.lse == -torch.inf  # (B, Hq, T)
+        return RowGradients(
+            None if self.dout is None else self.dout.to(dtype).masked_fill(dead.transpose(1, 2)[..., None], 0.0),
+            None if self.dmass is None else self.dmass.to(dtype).masked_fill(dead[..., None], 0.0),
+            None if self.dlse is None else self.dlse.to(dtype).masked_fill(dead, 0.0),
+            None if self.dout is None else self.out.to(dtype),
+            self.mass,
+            self.lse.to(dtype).masked_fill(dead, torch.inf),
+        )
 
 
 class Gradients(NamedTuple):
-    """Accumulators, shaped as q, k, v, w; v None when out has no gradient, w None when nobody asks."""
+    """Accumulators, shaped as q, k, v, w; w None when nobody asks."""
 
     q: torch.Tensor
     k: torch.Tensor
-    v: torch.Tensor | None
+    v: torch.Tensor
     w: torch.Tensor | None
 
 
@@ -59,9 +71,10 @@ def _columns(parts: list[tuple[torch.Tensor | float, int]], like: torch.Tensor, 
 
     Laid out as (B, N, heads, width), the layout of the inputs.
     """
-    if len(parts) == 1 and isinstance(parts[0][0], torch.Tensor) and parts[0][1] == width:
-        return parts[0][0]
     batch, heads, num, _ = like.shape
+    # Weights have one head for all: as they are, the kernel would read behind their end.
+    if len(parts) == 1 and isinstance(parts[0][0], torch.Tensor) and parts[0][0].shape == (batch, heads, num, width):
+        return parts[0][0]
     made = like.new_empty((batch, num, heads, width)).transpose(1, 2)
     start = 0
     for part, columns in parts:
@@ -158,13 +171,10 @@ class PlainTiles:
 
     whole = False
 
-    def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, w: torch.Tensor, options: AttentionOptions
-    ):
-        """q (B, T, Hq, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv) or None (mass alone), w (B, S, G), all of one dtype."""
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, options: AttentionOptions):
+        """q (B, T, Hq, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), w (B, S, G), all of one dtype."""
         self.q, self.w = q, w[:, None]
-        self.k = k.transpose(1, 2)
-        self.v = None if v is None else v.transpose(1, 2)
+        self.k, self.v = k.transpose(1, 2), v.transpose(1, 2)
         self.options = options
         self.heads_kv = k.shape[2]
         self.repeat = q.shape[2] // k.shape[2]

@@ -9,11 +9,11 @@ import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.attention.operators import attention_operator
-from mmrpt_kernels.attention.triton.backward import backward
+from mmrpt_kernels.attention.triton import backward as backward_pass
 from mmrpt_kernels.attention.triton.forward import forward
 from mmrpt_kernels.attention.triton.launch import as_batch, prepare
 
-__all__ = ["attention"]
+__all__ = ["attention", "backward"]
 
 
 def _forward(q, k, v, key_weights, masks: Masks, options: AttentionOptions):
@@ -24,12 +24,13 @@ def _forward(q, k, v, key_weights, masks: Masks, options: AttentionOptions):
     return (out, mass, lse) if masks.cu_seqlens_q is None else (out[0], mass[0], lse[0])
 
 
-def _backward(inputs, results, gradients, masks: Masks, options: AttentionOptions):
+def backward(inputs, results, gradients, masks: Masks, options: AttentionOptions):
+    """dq, dk, dv, dw of both operators, see `operators.attention_operator`."""
     packed = masks.cu_seqlens_q is not None
     with torch.cuda.device_of(inputs[0]):
         problem = prepare(*inputs, options, masks)
-        *made, dw = backward(problem, as_batch(packed, *results), as_batch(packed, *gradients))
+        *made, dw = backward_pass.backward(problem, as_batch(packed, *results), as_batch(packed, *gradients))
     return *made, (None if dw is None else dw[..., : inputs[3].shape[-1]])
 
 
-attention = attention_operator("triton_attention", _forward, _backward)
+attention = attention_operator("triton_attention", _forward, backward)

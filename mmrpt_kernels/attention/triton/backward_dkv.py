@@ -1,4 +1,4 @@
-"""The backward pass over keys: dk, dv and dw of a block of keys, from all rows that may attend to it."""
+"""The backward pass of a block of keys: dk, dv and dw, from all rows that may attend to it."""
 
 from __future__ import annotations
 
@@ -13,77 +13,27 @@ from mmrpt_kernels.attention.triton.key_blocks import classify
 from mmrpt_kernels.attention.triton.launch import Problem, launch, tiling
 from mmrpt_kernels.attention.triton.tiles import (
     LENGTHS,
-    band_allows,
+    add_dmass,
+    allowed_pairs,
     capped_scores,
     load_lse,
     load_tile,
     place_of_program,
     rows_of_keys,
-    weigh,
+    sequence_bounds,
 )
 
 __all__ = ["backward_dkv"]
 
 
 @triton.jit
-def _rows_of_head(
-    dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs, mask_base, lse_base, delta_base,
-    dm_base, kinds, stride_qt, stride_dot, stride_wg, stride_mt, stride_ms,
-    origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
-    scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr,
-    HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):  # fmt: skip
-    """dk, dv, dw after the rows of one query head: `blocks` blocks from row `origin` on.
-
-    The band cuts only blocks outside [inner_first, inner_stop). Keys that do not exist collect anything: the caller
-    drops them. One loop with a branch, not one for each kind of block: two would not fit the registers.
-    """
-    dim = tl.arange(0, BLOCK_D)
-    dim_v = tl.arange(0, BLOCK_V)
-    place = tl.arange(0, BLOCK_M)
-    q_offsets = place[:, None] * stride_qt + dim[None, :]
-    do_offsets = place[:, None] * stride_dot + dim_v[None, :]
-    for block in range(0, blocks):
-        first = origin + block * BLOCK_M
-        row = first + place
-        start = first.to(tl.int64)
-        live = row < row_hi  # (BLOCK_M,)
-        q_ptrs = (q_base + start * stride_qt) + q_offsets
-        q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-        row_lse = load_lse((lse_base + start) + place, live)  # (BLOCK_M,)
-        delta = tl.load((delta_base + start) + place, mask=live, other=0.0)  # (BLOCK_M,)
-        scores, slope = capped_scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap, CAPPED)
-        p = tl.exp2(scores - row_lse[None, :])  # (BLOCK_N, BLOCK_M)
-        if MASKED or (block < inner_first) | (block >= inner_stop):
-            allowed = band_allows(row[None, :], key[:, None], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-            if MASKED:
-                inside = live[None, :] & (key < key_hi)[:, None]
-                mask_ptrs = mask_base + row.to(tl.int64)[None, :] * stride_mt + key.to(tl.int64)[:, None] * stride_ms
-                allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
-            p = tl.where(allowed, p, 0.0)
-        dp = tl.zeros_like(p) - delta[None, :]
-        if HAS_DOUT:
-            do_ptrs = (do_base + start * stride_dot) + do_offsets
-            do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
-            dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
-            dp = tl.dot(v_tile, tl.trans(do_tile), dp)
-        if HAS_DMASS:
-            dm_ptrs = (dm_base + start * groups) + place * groups
-            extra = tl.zeros((BLOCK_M,), tl.float32)
-            dp, extra = weigh(dp, extra, w_ptrs, stride_wg, keep, dm_ptrs, live, kinds, groups, GROUPS, True)
-            dp += extra[None, :]
-            if DW_GROUPS > 0:
-                column = tl.arange(0, DW_GROUPS)[None, :]
-                for g in tl.static_range(DW_GROUPS):
-                    wanted = live & (dw_first + g < groups)
-                    dmass = tl.load(dm_ptrs + (dw_first + g), mask=wanted, other=0.0)  # (BLOCK_M,)
-                    dw = tl.where(column == g, dw + tl.sum(p * dmass[None, :], 1)[:, None], dw)
-        ds = p * dp * slope
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk)
-    return dk, dv, dw
+def _add_dw(dw, probability, dmass_ptrs, live, groups, DW_GROUPS: tl.constexpr):
+    """dw (BLOCK_N, DW_GROUPS) plus probability (BLOCK_N, BLOCK_M) . dmass of the first `groups` groups."""
+    for g in tl.static_range(DW_GROUPS):
+        dmass = tl.load(dmass_ptrs + g, mask=live & (g < groups), other=0.0)  # (BLOCK_M,)
+        part = tl.sum(probability * dmass[None, :], 1)  # (BLOCK_N,)
+        dw = tl.where(tl.arange(0, DW_GROUPS)[None, :] == g, dw + part[:, None], dw)
+    return dw
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -98,7 +48,7 @@ def _backward_dkv(
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, DW_GROUPS: tl.constexpr,
     HAS_DOUT: tl.constexpr, HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the rows of its query heads, or of one split of them.
 
@@ -114,10 +64,7 @@ def _backward_dkv(
         sequence = tl.load(tile_sequence + tile)
         if sequence < 0:
             return
-        row_lo = tl.load(cu_q + sequence).to(tl.int32)
-        row_hi = tl.load(cu_q + sequence + 1).to(tl.int32)
-        key_lo = tl.load(cu_k + sequence).to(tl.int32)
-        key_hi = tl.load(cu_k + sequence + 1).to(tl.int32)
+        row_lo, row_hi, key_lo, key_hi = sequence_bounds(cu_q, cu_k, sequence)
         key_first = tl.load(tile_first + tile)
     shift = key_hi - row_hi
     key = key_first + tl.arange(0, BLOCK_N)
@@ -148,6 +95,9 @@ def _backward_dkv(
     block_kinds = kinds + (batch * tl.cdiv(num_keys, BLOCK_N) + key_first // BLOCK_N) * groups
     w_ptrs = (weights + batch * stride_wb + start * stride_ws) + place * stride_ws
     mask_base = mask + batch * stride_mb if MASKED else mask
+    row_place = tl.arange(0, BLOCK_M)
+    q_offsets = row_place[:, None] * stride_qt + dim[None, :]
+    do_offsets = row_place[:, None] * stride_dot + dim_v[None, :] if HAS_DOUT else q_offsets
     per_split = repeat // splits
     for member in range(per_split):
         head = (head_kv * repeat + split * per_split + member).to(tl.int64)
@@ -155,15 +105,36 @@ def _backward_dkv(
         do_base = dout + batch * stride_dob + head * stride_doh if HAS_DOUT else dout
         places = (batch * heads + head) * num_rows
         dm_base = dmass + places * groups if HAS_DMASS else dmass
-        dk, dv, dw = _rows_of_head(
-            dk, dv, dw, k_tile, v_tile, key, keep, q_base, do_base, w_ptrs,
-            mask_base, lse + places, delta_in + places, dm_base, block_kinds,
-            stride_qt, stride_dot, stride_wg, stride_mt, stride_ms,
-            origin, blocks, inner_first, inner_stop, shift, row_hi, key_lo, key_hi, groups, dw_first, left, right,
-            scale, softcap,
-            DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, GROUPS, DW_GROUPS, HAS_DOUT, HAS_DMASS,
-            LEFT, RIGHT, MASKED, CAPPED,
-        )  # fmt: skip
+        # One loop with a branch, not one for each kind of block: two would not fit the registers.
+        for block in range(0, blocks):
+            row_start = origin + block * BLOCK_M + tl.full((), 0, tl.int64)
+            row = origin + block * BLOCK_M + row_place
+            live = row < row_hi  # (BLOCK_M,)
+            q_ptrs = (q_base + row_start * stride_qt) + q_offsets
+            q_tile = load_tile(q_ptrs, live[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            row_lse = load_lse((lse + places + row_start) + row_place, live)  # (BLOCK_M,)
+            delta = tl.load((delta_in + places + row_start) + row_place, mask=live, other=0.0)  # (BLOCK_M,)
+            scores, slope = capped_scores(tl.dot(k_tile, tl.trans(q_tile)), scale, softcap, CAPPED)
+            # Keys that do not exist collect anything: nothing is stored for them.
+            probability = tl.exp2(scores - row_lse[None, :])  # (BLOCK_N, BLOCK_M)
+            if MASKED or (block < inner_first) | (block >= inner_stop):
+                allowed = allowed_pairs(
+                    row[None, :], key[:, None], shift, row_hi, key_lo, key_hi, left, right, mask_base, stride_mt,
+                    stride_ms, LEFT, RIGHT, MASKED,
+                )  # fmt: skip
+                probability = tl.where(allowed, probability, 0.0)
+            dp = tl.zeros_like(probability) - delta[None, :]
+            if HAS_DOUT:
+                do_ptrs = (do_base + row_start * stride_dot) + do_offsets
+                do_tile = load_tile(do_ptrs, live[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+                dv = tl.dot(probability.to(do_tile.dtype), do_tile, dv)
+                dp = tl.dot(v_tile, tl.trans(do_tile), dp)
+            if HAS_DMASS:
+                dm_ptrs = (dm_base + row_start * groups) + row_place * groups
+                dp = add_dmass(dp, w_ptrs, stride_wg, keep, dm_ptrs, live, block_kinds, groups, GROUPS, True)
+                dw = _add_dw(dw, probability, dm_ptrs + dw_first, live, groups - dw_first, DW_GROUPS)
+            ds = probability * dp * slope
+            dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk)
 
     # Keys beyond the sequence are another program's; padded ones collected nonsense, and the outputs hold 0 for them.
     first_out = ((split * (num_heads // (heads_kv * splits)) + batch) * num_keys + start) * heads_kv + head_kv

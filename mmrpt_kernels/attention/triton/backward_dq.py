@@ -1,4 +1,4 @@
-"""The backward pass over rows: dq of a block of rows, from all keys that they may attend to; and the rows' terms."""
+"""The backward pass of a block of rows: dq, from all keys that they may attend to; before it, delta of every row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mmrpt_kernels.attention.triton.key_blocks import classify
 from mmrpt_kernels.attention.triton.launch import Problem, launch, strides, tiling
 from mmrpt_kernels.attention.triton.tiles import (
     LENGTHS,
-    band_allows,
+    add_dmass,
+    allowed_pairs,
     capped_scores,
     key_blocks_of_rows,
     load_lse,
     load_tile,
     place_of_program,
-    weigh,
+    sequence_bounds,
 )
 
 __all__ = ["backward_dq", "row_terms"]
@@ -67,60 +68,6 @@ def _row_terms(
     tl.store(delta_out + places, tl.where(dead, 0.0, total), mask=inside)
 
 
-@triton.jit
-def _keys_of_row_block(
-    dq, q_tile, do_tile, row, live, row_lse, delta, k_base, v_base, w_base, pad_base, mask_base,
-    dm_ptrs, kinds_base, stride_ks, stride_vs, stride_ws, stride_wg, stride_ps, stride_mt, stride_ms,
-    first, inner_first, inner_stop, stop, shift, row_hi, key_lo, key_hi, groups, left, right, scale, softcap,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
-    HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):  # fmt: skip
-    """dq after key blocks [first, stop); the band cuts only blocks outside [inner_first, inner_stop).
-
-    row_lse (BLOCK_M,) in units of log2, +inf in dead rows. One loop with a branch, not one for each kind of block: two
-    would not fit the registers.
-    """
-    dim = tl.arange(0, BLOCK_D)
-    dim_v = tl.arange(0, BLOCK_V)
-    place = tl.arange(0, BLOCK_N)
-    k_offsets = place[:, None] * stride_ks + dim[None, :]
-    v_offsets = place[:, None] * stride_vs + dim_v[None, :]
-    for block in range(first, stop):
-        key = block * BLOCK_N + place
-        start = block * BLOCK_N + tl.full((), 0, tl.int64)
-        keep = (key >= key_lo) & (key < key_hi)  # (BLOCK_N,)
-        if PADDED:
-            keep = keep & (tl.load(pad_base + key * stride_ps, mask=keep, other=0) != 0)
-        k_tile = load_tile((k_base + start * stride_ks) + k_offsets, keep[:, None], dim[None, :], True, DIM, BLOCK_D)
-        scores, slope = capped_scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap, CAPPED)
-        p = tl.exp2(scores - row_lse[:, None])  # (BLOCK_M, BLOCK_N)
-        if MASKED or (block < inner_first) | (block >= inner_stop):
-            allowed = band_allows(row[:, None], key[None, :], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-            if MASKED:
-                inside = (row < row_hi)[:, None] & (key < key_hi)[None, :]
-                mask_ptrs = mask_base + row.to(tl.int64)[:, None] * stride_mt + key.to(tl.int64)[None, :] * stride_ms
-                allowed = allowed & (tl.load(mask_ptrs, mask=inside, other=0) != 0)
-            p = tl.where(allowed, p, 0.0)
-        if PADDED:
-            p = tl.where(keep[None, :], p, 0.0)
-        dp = tl.zeros_like(p) - delta[:, None]
-        if HAS_DOUT:
-            v_ptrs = (v_base + start * stride_vs) + v_offsets
-            v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
-            dp = tl.dot(do_tile, tl.trans(v_tile), dp)
-        if HAS_DMASS:
-            extra = tl.zeros_like(delta)
-            w_ptrs = (w_base + start * stride_ws) + place * stride_ws
-            kinds = kinds_base + block * groups
-            dp, extra = weigh(dp, extra, w_ptrs, stride_wg, keep, dm_ptrs, live, kinds, groups, GROUPS, False)
-            dp += extra[:, None]
-        ds = p * dp * slope
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq)
-    return dq
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def _backward_dq(
     q, k, v, weights, padding, mask, kinds, dout, dmass, lse, delta_in, dq_out,
@@ -132,7 +79,7 @@ def _backward_dq(
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_DOUT: tl.constexpr,
     HAS_DMASS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, CAPPED: tl.constexpr, FOLD: tl.constexpr,
+    PACKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one head against their keys. dq_out (B, T, Hq, D)."""
     tile, head_all = place_of_program(tl.program_id(0), num_tiles, num_heads, section)
@@ -146,9 +93,7 @@ def _backward_dq(
         if sequence < 0:
             return
         row_first = tl.load(tile_first + tile)
-        row_hi = tl.load(cu_q + sequence + 1).to(tl.int32)
-        key_lo = tl.load(cu_k + sequence).to(tl.int32)
-        key_hi = tl.load(cu_k + sequence + 1).to(tl.int32)
+        _, row_hi, key_lo, key_hi = sequence_bounds(cu_q, cu_k, sequence)
     shift = key_hi - row_hi
     row_last = min(row_first + BLOCK_M, row_hi) - 1
     row = row_first + tl.arange(0, BLOCK_M)
@@ -182,15 +127,40 @@ def _backward_dq(
     pad_base = padding + batch * stride_pb if PADDED else padding
     mask_base = mask + batch * stride_mb if MASKED else mask
     kinds_base = kinds + batch * tl.cdiv(num_keys, BLOCK_N) * groups
+    key_place = tl.arange(0, BLOCK_N)
+    k_offsets = key_place[:, None] * stride_ks + dim[None, :]
+    v_offsets = key_place[:, None] * stride_vs + dim_v[None, :]
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq = _keys_of_row_block(
-        dq, q_tile, do_tile, row, live, row_lse, delta, k_base, v_base, w_base, pad_base, mask_base,
-        dm_ptrs, kinds_base, stride_ks, stride_vs, stride_ws, stride_wg, stride_ps, stride_mt, stride_ms,
-        first_block, inner_first, inner_stop, stop_block, shift, row_hi, key_lo, key_hi, groups, left, right,
-        scale, softcap,
-        DIM, DIM_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, GROUPS, HAS_DOUT, HAS_DMASS,
-        LEFT, RIGHT, PADDED, MASKED, CAPPED,
-    )  # fmt: skip
+    # One loop with a branch, not one for each kind of block: two would not fit the registers.
+    for block in range(first_block, stop_block):
+        key = block * BLOCK_N + key_place
+        key_start = block * BLOCK_N + tl.full((), 0, tl.int64)
+        keep = (key >= key_lo) & (key < key_hi)  # (BLOCK_N,)
+        if PADDED:
+            keep = keep & (tl.load(pad_base + key * stride_ps, mask=keep, other=0) != 0)
+        k_ptrs = (k_base + key_start * stride_ks) + k_offsets
+        k_tile = load_tile(k_ptrs, keep[:, None], dim[None, :], True, DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+        scores, slope = capped_scores(tl.dot(q_tile, tl.trans(k_tile)), scale, softcap, CAPPED)
+        probability = tl.exp2(scores - row_lse[:, None])  # (BLOCK_M, BLOCK_N)
+        if MASKED or (block < inner_first) | (block >= inner_stop):
+            allowed = allowed_pairs(
+                row[:, None], key[None, :], shift, row_hi, key_lo, key_hi, left, right, mask_base, stride_mt, stride_ms,
+                LEFT, RIGHT, MASKED,
+            )  # fmt: skip
+            probability = tl.where(allowed, probability, 0.0)
+        if PADDED:
+            probability = tl.where(keep[None, :], probability, 0.0)
+        dp = tl.zeros_like(probability) - delta[:, None]
+        if HAS_DOUT:
+            v_ptrs = (v_base + key_start * stride_vs) + v_offsets
+            v_tile = load_tile(v_ptrs, keep[:, None], dim_v[None, :], True, DIM_V, BLOCK_V)  # (BLOCK_N, BLOCK_V)
+            dp = tl.dot(do_tile, tl.trans(v_tile), dp)
+        if HAS_DMASS:
+            w_ptrs = (w_base + key_start * stride_ws) + key_place * stride_ws
+            block_kinds = kinds_base + block * groups
+            dp = add_dmass(dp, w_ptrs, stride_wg, keep, dm_ptrs, live, block_kinds, groups, GROUPS, False)
+        ds = probability * dp * slope
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq)
     dq_base = dq_out + ((batch * num_rows + start) * heads + head) * DIM
     dq_ptrs = dq_base + (place[:, None] * (heads * DIM) + dim[None, :])
     tl.store(dq_ptrs, (dq * scale).to(dq_out.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :])

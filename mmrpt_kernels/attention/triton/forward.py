@@ -24,11 +24,12 @@ from mmrpt_kernels.attention.triton.tiles import (
     LN_2,
     LOG2_E,
     SOME,
-    band_allows,
+    allowed_pairs,
     capped_scores,
     key_blocks_of_rows,
     load_tile,
     place_of_program,
+    sequence_bounds,
 )
 
 __all__ = ["forward"]
@@ -103,11 +104,10 @@ def _attend_blocks(
             scores, _ = capped_scores(scores, scale, softcap, CAPPED)
             factor = 1.0
         if EDGE:
-            allowed = band_allows(row[:, None], key[None, :], shift, key_lo, key_hi, left, right, LEFT, RIGHT)
-            if MASKED:
-                exists = (row < row_hi)[:, None] & (key < key_hi)[None, :]
-                mask_ptrs = mask_base + row.to(tl.int64)[:, None] * stride_mt + key.to(tl.int64)[None, :] * stride_ms
-                allowed = allowed & (tl.load(mask_ptrs, mask=exists, other=0) != 0)
+            allowed = allowed_pairs(
+                row[:, None], key[None, :], shift, row_hi, key_lo, key_hi, left, right, mask_base, stride_mt, stride_ms,
+                LEFT, RIGHT, MASKED,
+            )  # fmt: skip
             scores = tl.where(allowed, scores, float("-inf"))
         if PADDED:
             scores = tl.where(keep[None, :], scores, float("-inf"))
@@ -153,9 +153,7 @@ def _forward(
         if sequence < 0:
             return
         row_first = tl.load(tile_first + tile)
-        row_hi = tl.load(cu_q + sequence + 1).to(tl.int32)
-        key_lo = tl.load(cu_k + sequence).to(tl.int32)
-        key_hi = tl.load(cu_k + sequence + 1).to(tl.int32)
+        _, row_hi, key_lo, key_hi = sequence_bounds(cu_q, cu_k, sequence)
     shift = key_hi - row_hi
     row_last = min(row_first + BLOCK_M, row_hi) - 1
     row = row_first + tl.arange(0, BLOCK_M)

@@ -15,13 +15,14 @@ import triton.language as tl
 from mmrpt_kernels.common.tanh import tanh
 
 __all__ = [
+    "add_dmass",
     "NONE",
     "ALL",
     "LENGTHS",
     "LN_2",
     "LOG2_E",
     "SOME",
-    "band_allows",
+    "allowed_pairs",
     "capped_scores",
     "key_blocks_of_rows",
     "keys_of_rows",
@@ -29,7 +30,7 @@ __all__ = [
     "load_tile",
     "place_of_program",
     "rows_of_keys",
-    "weigh",
+    "sequence_bounds",
 ]
 
 # A block of keys, for one group: every weight 0, every weight 1, or anything. See key_blocks.py.
@@ -60,6 +61,14 @@ def place_of_program(program, num_tiles, num_heads, section):
     size = min(section, num_heads - in_section * section)
     tile = rest // size
     return tile, in_section * section + rest - tile * size
+
+
+@triton.jit
+def sequence_bounds(cu_q, cu_k, sequence):
+    """(row_lo, row_hi, key_lo, key_hi) of a packed sequence."""
+    row_lo, row_hi = tl.load(cu_q + sequence).to(tl.int32), tl.load(cu_q + sequence + 1).to(tl.int32)
+    key_lo, key_hi = tl.load(cu_k + sequence).to(tl.int32), tl.load(cu_k + sequence + 1).to(tl.int32)
+    return row_lo, row_hi, key_lo, key_hi
 
 
 @triton.jit
@@ -131,13 +140,19 @@ def load_lse(pointers, keep):
 
 
 @triton.jit
-def band_allows(row, key, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Bool, shaped as `row` and `key` broadcast: the pairs inside the band and inside the sequence's keys."""
+def allowed_pairs(
+    row, key, shift, row_hi, key_lo, key_hi, left, right, mask, stride_mt, stride_ms,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Bool, shaped as `row` and `key` broadcast: pairs inside the band, the sequence's keys and the mask (T, S)."""
     allowed = (key >= key_lo) & (key < key_hi)
     if LEFT:
         allowed = allowed & (key >= row + (shift - left))
     if RIGHT:
         allowed = allowed & (key <= row + (shift + right))
+    if MASKED:
+        pointers = mask + row.to(tl.int64) * stride_mt + key.to(tl.int64) * stride_ms
+        allowed = allowed & (tl.load(pointers, mask=(row < row_hi) & (key < key_hi), other=0) != 0)
     return allowed
 
 
@@ -153,40 +168,45 @@ def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
-    """One group's part of `weigh`."""
+def _add_group(dp, of_row, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
+    """One group's part of `add_dmass`; of_row (rows,) collects what is the same for every key of the block."""
     kind = tl.load(block_kind, mask=exists, other=0)
     dmass = tl.load(dmass_ptrs, mask=live & (kind != NONE), other=0.0)  # (rows,)
-    extra += tl.where(kind == ALL, dmass, 0.0)
+    of_row += tl.where(kind == ALL, dmass, 0.0)
     if kind == SOME:
         w = tl.load(w_ptrs, mask=keep, other=0).to(tl.float32)  # (keys,)
         if KEYS_FIRST:
             dp += w[:, None] * dmass[None, :]
         else:
             dp += dmass[:, None] * w[None, :]
-    return dp, extra
+    return dp, of_row
 
 
 @triton.jit
-def weigh(
-    dp, extra, w_ptrs, stride_wg, keep, dmass_ptrs, live, block_kinds, groups,
+def add_dmass(
+    dp, w_ptrs, stride_wg, keep, dmass_ptrs, live, block_kinds, groups,
     GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """(dp with the SOME groups' weight_j * dmass_t, extra (rows,) with the ALL groups' dmass_t).
+    """dp + sum over groups of weight_j * dmass_t for a block of keys j and rows t.
 
     Args:
-        KEYS_FIRST: dp is (keys, rows), else (rows, keys).
+        dp: (keys, rows) where KEYS_FIRST, else (rows, keys).
         GROUPS: groups up to a power of two, 0 when they are too many to unroll.
         keep (keys,), live (rows,): what exists.
     """
+    of_row = tl.zeros_like(live.to(tl.float32))
     if GROUPS == 0:
         for g in range(groups):
-            dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
+            dp, of_row = _add_group(
+                dp, of_row, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
             )
     else:
         for g in tl.static_range(GROUPS):
-            dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
+            dp, of_row = _add_group(
+                dp, of_row, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
             )
-    return dp, extra
+    if KEYS_FIRST:
+        dp += of_row[None, :]
+    else:
+        dp += of_row[:, None]
+    return dp

@@ -70,9 +70,10 @@ def test_visual_mass_meets_the_definition(run, case, seed):
 
 @HALVES
 @by_run_and_case(
-    PORTABLE, TRITON, TRITON_GPU, SDPA_GPU, names=("grouped_heads", "softcap", "float_groups", "window_padding_groups"),
+    *(PORTABLE, TRITON, TRITON_GPU, SDPA_GPU),
+    names=("grouped_heads", "softcap", "float_groups", "window_padding_groups", "peaked"),
     gpu_cases=GPU_CASES,
-)  # fmt: skip
+)
 def test_attention_in_half_precision_errs_no_more_than_eager(run, case, dtype, seed):
     tensors, padding, options, lse = problem_of(case, seed, dtype)
     attend = run.attend
