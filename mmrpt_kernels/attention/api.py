@@ -73,7 +73,7 @@ def attention_with_visual_mass(
 
     A key that is not finite makes the rows that attend to it NaN and no others; a value that is not finite may reach
     every row of its sequence and head (0 * NaN is NaN, as in eager attention), though no other sequence. What stands
-    at padded positions reaches nobody.
+    at padded positions has no effect.
 
     Args:
         q, k, v: (B, T, Hq, D), (B, S, Hkv, D), (B, S, Hkv, Dv), one dtype, float32, bfloat16, float16 or float64; Hq a

@@ -136,7 +136,7 @@ def mass_operator(name: str, forward: Callable, attention_backward: Callable) ->
     def run_backward(q, k, lse, key_weights, mass, dmass, dlse, *call):
         masks, options = _split(call)
         if masks.query_mask is not None:
-            # Nobody asked for these rows: whatever stands there, NaN included, counts as a row without keys.
+            # Rows that are not wanted count as rows without keys, whatever they hold, NaN included.
             q = q.masked_fill(~masks.query_mask[..., None, None], 0.0)
             lse = lse.masked_fill(~masks.query_mask.unsqueeze(-2), -torch.inf)
         no_values = (q, k, k[..., :0], key_weights)

@@ -43,11 +43,11 @@ def _plan(
     options: AttentionOptions,
     masks: Masks,
 ) -> tuple[TileAttention, list[Tile]]:
-    """The way that is fastest for the call, and its tiles.
+    """The fastest implementation of a tile for the call, and the tiles.
 
-    Keys and values that padding forbids are zeroed, so that what stands there, NaN included, reaches nobody. The fused
-    kernel adds its mask to the scores, and NaN + -inf is NaN: keys that are not finite take the plain way. It holds the
-    largest product for the largest score, which a scale of 0 or below makes wrong.
+    Padded keys and values are set to 0, so that NaN there does not spread. The fused CPU kernel adds its mask to the
+    scores, and NaN + -inf is NaN: keys that are not finite take PlainTiles. So does a scale of 0 or below: the kernel
+    takes the largest product for the largest score.
     """
     dtype = statistics_dtype(q)
     q, k, v, w = _widen(q, dtype), _widen(k, dtype), _widen(v, dtype), w.to(dtype)
@@ -105,9 +105,9 @@ def attend(
     if q.numel() == 0 or k.numel() == 0:
         return out, mass, lse
     bounds = band(num_rows, k.shape[1], options, q.device)
-    way, found = _plan(q, k, v, key_weights, options, masks)
+    tile_attention, found = _plan(q, k, v, key_weights, options, masks)
     for tile in found:
-        part = way.forward(tile, tile_allowed(tile, bounds, masks))
+        part = tile_attention.forward(tile, tile_allowed(tile, bounds, masks))
         out[:, tile.rows], mass[:, :, tile.rows], lse[:, :, tile.rows] = part
     dead = exact_shares(mass, key_weights, bounds, masks) == 0  # (B, T, 1)
     out.masked_fill_(dead[..., None], 0.0)
@@ -141,7 +141,7 @@ def attend_backward(
         return into
     rows = rows.without_dead_rows(dtype)
     bounds = band(q.shape[1], k.shape[1], options, q.device)
-    way, found = _plan(q, k, v, key_weights, options, masks)
+    tile_attention, found = _plan(q, k, v, key_weights, options, masks)
     for tile in found:
-        way.backward(tile, tile_allowed(tile, bounds, masks), rows, into)
+        tile_attention.backward(tile, tile_allowed(tile, bounds, masks), rows, into)
     return into

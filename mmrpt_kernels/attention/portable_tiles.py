@@ -46,7 +46,7 @@ class RowGradients(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Accumulators, shaped as q, k, v, w; w None when nobody asks."""
+    """Accumulators, shaped as q, k, v, w; w None where its gradient is not wanted."""
 
     q: torch.Tensor
     k: torch.Tensor

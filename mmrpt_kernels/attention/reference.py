@@ -90,7 +90,7 @@ def attention(
     allowed = _allowed(q, k, options, masks)
     scores = _scores(q, k, options, dtype).masked_fill(~allowed, -torch.inf)
     dead = ~allowed.any(-1, keepdim=True)
-    # A row of -inf has NaN gradients in softmax: replace dead rows by 0 before it, then blank them.
+    # A row of -inf has NaN gradients in softmax: replace rows without keys by 0 before it, set 0 after it.
     probs = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
     lse = torch.logsumexp(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead[..., 0], -torch.inf)
     v = v.to(dtype).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
@@ -129,7 +129,7 @@ def mass_from_lse(
     allowed = _allowed(q, k, options, masks)
     if query_mask is not None:
         allowed = allowed & query_mask[:, None, :, None]
-    # Outside the mask a score may be NaN or exceed lse by far: blank it first, where NaN * 0 would spoil the gradient.
+    # Outside the mask a score may be NaN or exceed lse by far: set it to 0 first, as NaN * 0 is NaN in the gradient.
     scores = _scores(q, k, options, dtype).masked_fill(~allowed, 0.0)
     lse = lse.detach().to(dtype)[..., None].masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     probs = torch.exp((scores - lse).masked_fill(~allowed, -torch.inf))

@@ -6,7 +6,8 @@
 
 The gradient of a mass costs next to nothing: a constant of the row in delta, in blocks of weight 1 another constant in
 dP, in blocks of weight 0 nothing at all, and only where a block holds both a product per element. One kernel makes
-delta, one walks the rows of each block of keys (backward_dkv.py), one the keys of each block of rows (backward_dq.py).
+delta, one loops over the rows for each block of keys (backward_dkv.py), one over the keys for each block of rows
+(backward_dq.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fused forward pass: out, mass and lse of every row in one visit of its keys.
 
-A program owns a block of rows of one head and walks the key blocks with an online softmax. The mass of a group is a
+A program computes a block of rows of one head over the key blocks with an online softmax. The mass of a group is a
 second row sum beside the softmax's own. Blocks without weight add nothing, blocks of weight 1 add the row sum that
 is there already, and only blocks of both multiply per element. Both sums take the same steps in the same order, so
 rounding, which never reverses an order, keeps the mass of boolean weights in [0, 1], and the two are equal bit for bit

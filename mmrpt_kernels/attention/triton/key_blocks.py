@@ -32,7 +32,7 @@ def _classify(
     stride_wb, stride_ws, stride_wg, stride_pb, stride_ps,
     PADDED: tl.constexpr, TOGETHER: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program walks all blocks, CHUNK at a time: of one sample's GROUPS groups (TOGETHER), or of one group."""
+    """One program classifies all blocks, CHUNK at a time: of one sample's GROUPS groups (TOGETHER), or of one group."""
     program = tl.program_id(0).to(tl.int64)
     if TOGETHER:
         batch, group = program, program * 0

@@ -142,7 +142,7 @@ def prepare(
         key_weights = key_weights.new_zeros((*key_weights.shape[:-1], 1))
     boolean = key_weights.dtype == torch.bool
     if cu_q is not None:
-        # Nobody can check lengths on a device without waiting for it: wrong ones must not lead outside the tensors.
+        # Checking lengths on a device would wait for it; clamped, wrong ones do not lead outside the tensors.
         cu_q, cu_k = cu_q.clamp(0, q.shape[1]), cu_k.clamp(0, k.shape[1])
     return Problem(
         *(last_contiguous(x) for x in (q, k, v)),

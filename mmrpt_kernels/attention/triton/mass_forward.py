@@ -2,8 +2,8 @@
 
     mass[t, g] = sum_j exp(s[t, j] - lse[t]) w[j, g]
 
-A program takes one tile of wanted rows, one head and one group, and walks the group's own lists of key blocks: groups
-that share no block (one per image, say) together cost what one of them over all their blocks would.
+A program computes one tile of wanted rows, one head and one group over the group's own lists of key blocks: groups that
+share no block (one per image, say) together cost what one of them over all their blocks would.
 
 With boolean weights the weighted keys of a row are counted besides: where they are all that the row may attend to, the
 mass is exactly 1, whatever rounding made of the lse.
@@ -113,7 +113,7 @@ def _mass_forward(
         if PADDED:
             counted &= tl.load(pad_base + key * stride_ps, mask=keep, other=0) != 0
         seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]) & counted[None, :]
-        # Blanked, not multiplied: what stands at keys that do not count, NaN included, reaches nobody.
+        # Selected, not multiplied by 0: NaN at keys that do not count does not spread.
         total += tl.sum(tl.where(seen, tl.exp2(scores - row_lse[:, None]) * weight[None, :], 0.0), 1)
         count += tl.sum(seen.to(tl.int32), 1)
     if BOOLEAN:

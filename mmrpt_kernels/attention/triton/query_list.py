@@ -51,7 +51,7 @@ def _list_queries(
     wanted, cu_q, cu_k, rows, first, last, counts, num_rows, num_keys, num_sequences, stride_lb, stride_lt, left, right,
     WANTED: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program walks the rows of one sample, CHUNK at a time."""
+    """One program lists the rows of one sample, CHUNK at a time."""
     batch = tl.program_id(0).to(tl.int64)
     rows += batch * num_rows
     first += batch * num_rows

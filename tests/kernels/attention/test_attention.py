@@ -264,7 +264,7 @@ def test_bad_keys_reach_only_rows_that_attend_to_them(bad, keywords, run, seed):
 
 
 @by_run(*EVERY_RUN)
-def test_what_stands_at_padded_positions_reaches_nobody(run, seed):
+def test_padded_positions_have_no_effect(run, seed):
     case = AttentionCase("left", 2, 30, 30, 2, 1, 16, padding="left", weights="float")
     tensors, padding, _, lse = problem_of(case, seed, run.dtype)
     lse = lse.float()
