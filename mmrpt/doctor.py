@@ -255,17 +255,17 @@ def _broken_laws(results: Tensors) -> list[str]:
     ]
 
 
-def check_operator(op: str, backend: str, device: torch.device) -> Finding:
-    """One backend of one operator in float32 against the definition, by the error rule and the laws."""
-    what = f"{op}, {backend}, {device.type}"
+def check_operator(op: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Finding:
+    """One backend of one operator against the definition, by the error rule and the laws."""
+    what = f"{op}, {backend}, {device.type}" + ("" if dtype == torch.float32 else ", bfloat16")
     remedy = f"report it, with this output; until then MMRPT_KERNELS_BACKEND=portable avoids {backend}"
     try:
-        actual = CASES[op](backend, device, torch.float32)
-        yardstick = CASES[op]("reference", device, torch.float32)
+        actual = CASES[op](backend, device, dtype)
+        yardstick = CASES[op]("reference", device, dtype)
         truth = CASES[op]("reference", device, torch.float64)
         for name, value in actual.items():
             # Log-probabilities and gradients are sums of terms of size one: `floor` keeps rounding of those allowed.
-            assert_close_to_truth(value, yardstick[name], truth[name].double(), name=name, floor=1.0)
+            assert_close_to_truth(value, yardstick[name], truth[name].double(), name=name, dtype=dtype, floor=1.0)
     except Exception as error:  # whatever a broken backend raises belongs in the report
         return Finding("bad", what, f"{type(error).__name__}: {error}", remedy)
     broken = _broken_laws(actual)
@@ -275,18 +275,21 @@ def check_operator(op: str, backend: str, device: torch.device) -> Finding:
 
 
 def check_operators(devices: Sequence[torch.device]) -> Iterator[Finding]:
-    """Every backend that serves float32 on each device, but for the definition itself; the default is marked."""
+    """Every backend on each device but the definition itself, in float32 or, where it serves none, in bfloat16; the
+    default is marked."""
     for device in devices:
         for op in OPERATORS:
-            default = select(op, device=device, dtype=torch.float32)
             for backend in (name for name in BACKENDS if name != "reference"):
-                try:
-                    select(op, device=device, dtype=torch.float32, requested=backend)
-                except BackendError:
-                    continue
-                finding = check_operator(op, backend, device)
-                mark = " [serves by default]" if backend == default else ""
-                yield finding._replace(text=finding.text + mark)
+                for dtype in (torch.float32, torch.bfloat16):
+                    try:
+                        select(op, device=device, dtype=dtype, requested=backend)
+                    except BackendError:
+                        continue
+                    finding = check_operator(op, backend, device, dtype)
+                    default = select(op, device=device, dtype=dtype) == backend
+                    mark = " [serves by default]" if default else ""
+                    yield finding._replace(text=finding.text + mark)
+                    break
 
 
 def examine() -> Iterator[Finding]:

@@ -8,6 +8,7 @@ guard on `use_backend`, not on the environment: set the variable before the firs
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ __all__ = [
     "use_backend",
 ]
 
-BACKENDS = ("cuda", "triton", "sdpa+mass", "portable", "reference")
+BACKENDS = ("cuda", "triton", "sdpa+mass", "flash-attn+mass", "portable", "reference")
 OPERATORS = ("attention", "visual_mass", "logprobs", "policy_loss", "token_loss", "divergence", "perception")
 ENV_VARIABLE = "MMRPT_KERNELS_BACKEND"
 
@@ -55,10 +56,16 @@ def _why_no_extension(device: str) -> str:
     return ""
 
 
-class Row(NamedTuple):
-    """One backend of one operator. Rows of an operator stand in order of preference: the fastest first."""
+def _installed(*modules: str) -> bool:
+    """Whether any of these modules can be found; nothing is imported."""
+    return any(importlib.util.find_spec(module) is not None for module in modules)
 
-    op: str
+
+class Row(NamedTuple):
+    """One backend of one operator. Rows of an operator stand in order of preference: the fastest first. A backend may
+    have two: one for what it is best at, one by name for all that it can."""
+
+    op: str  # in ROWS: words of OPERATORS that have the row alike
     backend: str
     devices: tuple[str, ...]  # device types; () = any
     dtypes: tuple[torch.dtype, ...]
@@ -68,49 +75,52 @@ class Row(NamedTuple):
     missing: str = ""  # why it cannot serve at all here
 
 
-TABLE: list[Row] = []
-for _op, _why in (
-    ("attention", "mass beside the row sum of a flash kernel; compute capability 8.0 or newer"),
-    ("visual_mass", "wanted rows and weighted key blocks alone; compute capability 8.0 or newer"),
-):
-    _needs = {"lacks": ("head_size_over_256",), "missing": TRITON_MISSING}
-    TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], why=_why, **_needs))
-    if _INTERPRETED:  # bfloat16 products are wrong in the interpreter
-        _why = "Triton's interpreter, for tests"
-        TABLE.append(Row(_op, "triton", ("cpu",), (torch.float32, torch.float16), why=_why, by_name=True, **_needs))
-for _op in ("logprobs", "policy_loss", "token_loss"):
-    for _device, _why in (
-        ("cuda", "row kernels in CUDA C++; by name until they are measured against the others on a GPU"),
-        ("cpu", "the host's build of the CUDA row kernels, for tests"),
-    ):
-        TABLE.append(
-            Row(_op, "cuda", (_device,), FLOATS[:3], (), _why, by_name=True, missing=_why_no_extension(_device))
-        )
-for _op in ("logprobs", "policy_loss", "token_loss"):
-    _why = "Triton's row kernels between the vendor's products; compute capability 8.0 or newer; not yet timed"
-    TABLE.append(Row(_op, "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
-    if _INTERPRETED:
-        _why = "Triton's interpreter, for tests"
-        TABLE.append(Row(_op, "triton", ("cpu",), FLOATS[:3], (), _why, by_name=True, missing=TRITON_MISSING))
-_why = "one sweep over both views' logits (two for js); gradients in the products' dtype"
-TABLE.append(Row("divergence", "triton", ("cuda",), FLOATS[:3], (), _why, missing=TRITON_MISSING))
-if _INTERPRETED:  # no products in its kernels: bfloat16 too
-    _why = "Triton's interpreter, for tests"
-    TABLE.append(Row("divergence", "triton", ("cpu",), FLOATS[:3], (), _why, True, TRITON_MISSING))
-# What SDPA's kernels lack, and the cases in which their causal masks are not bottom-right aligned.
-_needs = {"lacks": ("packed", "key_padding_mask", "attn_mask", "window", "softcap", "value_dim", "causal_suffix")}
-_why = "SDPA's flash kernel, then visual_mass on its lse: two passes where portable needs one"
-# Halves are left out: the CPU kernel's exponential makes their lse wrong by 5e-5, ours are good to float32.
-_dtypes = (torch.float32, torch.float64)
-TABLE.append(Row("attention", "sdpa+mass", ("cpu",), _dtypes, why=_why, by_name=True, **_needs))
-_needs["lacks"] += ("scale_not_positive", "head_size_not_8s", "head_size_over_256")
-_why = "SDPA's cuDNN or flash kernel, then visual_mass on its lse; by name until it has been measured"
-TABLE.append(Row("attention", "sdpa+mass", ("cuda",), FLOATS[1:3], why=_why, by_name=True, **_needs))
-for _op in OPERATORS:
-    TABLE.append(Row(_op, "portable", (), FLOATS, (), "chunked PyTorch, any device"))
-    _lacks = ("vocab_group",) if _op in ("logprobs", "policy_loss", "token_loss", "divergence") else ()
-    TABLE.append(Row(_op, "reference", (), FLOATS, _lacks, "the definition: slow, obvious, float64-capable"))
-del _op, _why, _needs, _dtypes, _device, _lacks
+NO_CUDA, NO_HOST = _why_no_extension("cuda"), _why_no_extension("cpu")
+NO_FLASH_ATTN = "" if _installed("flash_attn", "flash_attn_interface") else "flash-attn is not installed"
+INTERPRETER = "Triton's interpreter, for tests"
+HALVES, WIDE, NO_DOUBLE = FLOATS[1:3], (torch.float32, torch.float64), FLOATS[:3]
+LOSSES = "logprobs policy_loss token_loss"
+# Of attention: what no vendor's kernel takes, and the cases in which SDPA's causal masks are not bottom-right aligned.
+BIG = ("head_size_over_256",)
+VENDOR = ("key_padding_mask", "attn_mask", "value_dim", "scale_not_positive")
+SDPA = ("packed", "window", "softcap", "causal_suffix", *VENDOR)
+FLASH_ATTN, SDPA_GPU = (*VENDOR, "head_size_not_8s", *BIG), (*SDPA, "head_size_not_8s", *BIG)
+
+ROWS = (
+    Row("attention", "flash-attn+mass", ("cuda",), HALVES, ("dense", "mass_gradient", *FLASH_ATTN),
+        "flash-attn's varlen kernel, then visual_mass on its lse, for packed sequences", missing=NO_FLASH_ATTN),
+    Row("attention", "sdpa+mass", ("cuda",), HALVES, ("mass_gradient", *SDPA_GPU),
+        "SDPA's cuDNN or flash kernel, then visual_mass on its lse, where the mass needs no gradient"),
+    Row("attention", "triton", ("cuda",), HALVES, BIG,
+        "mass beside the row sum of a flash kernel, both differentiable; compute capability 8.0 or newer",
+        missing=TRITON_MISSING),
+    Row("attention", "sdpa+mass", ("cuda",), FLOATS[:1], SDPA_GPU,
+        "SDPA's memory-efficient kernel, then visual_mass on its lse"),
+    Row("attention", "flash-attn+mass", ("cuda",), HALVES, FLASH_ATTN, "also dense, and with a gradient of the mass",
+        True, NO_FLASH_ATTN),
+    Row("attention", "sdpa+mass", ("cuda",), HALVES, SDPA_GPU, "also with a gradient of the mass", True),
+    # No halves: the CPU kernel's exponential makes their lse wrong by 5e-5, ours are good to float32.
+    Row("attention", "sdpa+mass", ("cpu",), WIDE, SDPA, "SDPA's flash kernel; portable needs one pass, not two", True),
+    # Float32 besides, so that sums are checked to its accuracy; bfloat16 products are wrong there.
+    Row("attention visual_mass", "triton", ("cpu",), (torch.float32, torch.float16), BIG, INTERPRETER, True,
+        TRITON_MISSING),
+    Row("visual_mass", "triton", ("cuda",), HALVES, BIG,
+        "wanted rows and weighted key blocks alone; compute capability 8.0 or newer", missing=TRITON_MISSING),
+    Row(LOSSES, "cuda", ("cuda",), NO_DOUBLE, (),
+        "row kernels in CUDA C++; by name until they are measured against the others on a GPU", True, NO_CUDA),
+    Row(LOSSES, "cuda", ("cpu",), NO_DOUBLE, (), "the host's build of the CUDA row kernels, for tests", True, NO_HOST),
+    Row(LOSSES, "triton", ("cuda",), NO_DOUBLE, (),
+        "Triton's row kernels between the vendor's products; compute capability 8.0 or newer; not yet timed",
+        missing=TRITON_MISSING),
+    Row(LOSSES, "triton", ("cpu",), NO_DOUBLE, (), INTERPRETER, True, TRITON_MISSING),
+    Row("divergence", "triton", ("cuda",), NO_DOUBLE, (),
+        "one sweep over both views' logits (two for js); gradients in the products' dtype",
+        missing=TRITON_MISSING),
+    Row("divergence", "triton", ("cpu",), NO_DOUBLE, (), INTERPRETER, True, TRITON_MISSING),
+    Row(" ".join(OPERATORS), "portable", (), FLOATS, (), "chunked PyTorch, any device"),
+    Row(" ".join(OPERATORS), "reference", (), FLOATS, ("vocab_group",), "the definition: slow, float64-capable"),
+)  # fmt: skip
+TABLE = [row._replace(op=op) for row in ROWS for op in row.op.split() if _INTERPRETED or row.why is not INTERPRETER]
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and traces through.
 _override: str | None = None

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ("attention", "logprobs", "policy_loss", "divergence", "perception")
-IMPLEMENTATIONS = ("reference", "portable", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "portable", "triton", "cuda", "sdpa", "flash_attn")
 SIDEWAYS = {("policy_loss", "logprobs")}
 SHARED = "lm_head"
 BACKENDS_USERS = ("api", None, "options")  # who asks the table: an operator's api, and lm_head's options for three

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels import backends
-from mmrpt_kernels.attention import portable, reference, vendor
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention import flash_attn, portable, reference, sdpa
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.common.checks import (
     check,
@@ -55,6 +55,7 @@ def attention_with_visual_mass(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     head_reduction: str = "none",
+    mass_requires_grad: bool = True,
     backend: str | None = None,
 ) -> AttentionWithMass:
     """Attention, and for every row the share of it that falls on weighted keys, in one pass.
@@ -66,9 +67,13 @@ def attention_with_visual_mass(
     for float64 q). Masses of boolean weights lie in [0, 1], and are exactly 1 where a row sees weighted keys alone. A
     row that may attend to nothing has out 0, mass 0, lse -inf and gradients 0.
 
+    On a GPU the vendor's attention with the mass made from its lse is fastest where the mass needs no gradient, and one
+    fused kernel where it does. The table of backends assumes that it does if any input requires a gradient: whoever
+    only reads the mass says so by mass_requires_grad=False, or computes under torch.no_grad().
+
     A key that is not finite makes the rows that attend to it NaN and no others; a value that is not finite may reach
     every row of its sequence and head (0 * NaN is NaN, as in eager attention), though no other sequence. What stands
-    at padded positions reaches nobody.
+    at padded positions has no effect.
 
     Args:
         q, k, v: (B, T, Hq, D), (B, S, Hkv, D), (B, S, Hkv, Dv), one dtype, float32, bfloat16, float16 or float64; Hq a
@@ -82,9 +87,10 @@ def attention_with_visual_mass(
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32 or int64, where each packed sequence begins, and the end.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths, for backends that size a launch by them.
         head_reduction: "none" or "mean" over the query heads.
+        mass_requires_grad: False returns the mass detached, whatever the inputs require.
         backend: see `mmrpt_kernels.backends`. "sdpa+mass" takes out and lse from PyTorch's SDPA and the mass from
-            `visual_mass`: causal with T == S or T == 1, or full attention, of equal head sizes and nothing more; a mass
-            of 1 is then 1 but for the rounding of the lse.
+            `visual_mass`: causal with T == S or T == 1, or full attention, of equal head sizes and nothing more.
+            "flash-attn+mass" does so with the flash-attn package, packed sequences, windows and soft caps included.
 
     Returns:
         AttentionWithMass(out, mass, lse).
@@ -97,8 +103,16 @@ def attention_with_visual_mass(
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _options(q.shape[-1], causal, window_size, softmax_scale, softcap)
     traits = _traits(q, k, v, options, packed, key_padding_mask is not None)
-    masks = {"key_padding_mask": key_padding_mask, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    return _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backend)
+    traits |= _gradient_trait(mass_requires_grad, q, k, key_weights)
+    masks = Masks(key_padding_mask=key_padding_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    found = _attend(
+        *(q, k, v, key_weights, options, masks),
+        traits=traits,
+        head_reduction=head_reduction,
+        backend=backend,
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
+    )
+    return found if mass_requires_grad else found._replace(mass=found.mass.detach())
 
 
 def masked_attention_with_visual_mass(
@@ -131,8 +145,9 @@ def masked_attention_with_visual_mass(
     check_shape("attn_mask", attn_mask, (batch, 1, q.shape[1], k.shape[1]), "(B or 1, 1, T, S): one mask for all heads")
     check_same_device(q=q, attn_mask=attn_mask)
     options = _options(q.shape[-1], False, (-1, -1), softmax_scale, softcap)
-    traits = _traits(q, k, v, options, False, False) | {"attn_mask"}
-    return _attend(q, k, v, key_weights, options, {"attn_mask": attn_mask}, traits, head_reduction, backend)
+    traits = _traits(q, k, v, options, False, False) | {"attn_mask"} | _gradient_trait(True, q, k, key_weights)
+    inputs = (q, k, v, key_weights, options, Masks(attn_mask=attn_mask))
+    return _attend(*inputs, traits=traits, head_reduction=head_reduction, backend=backend)
 
 
 def visual_mass(
@@ -189,32 +204,29 @@ def visual_mass(
     chosen = backends.select("visual_mass", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
     if chosen != "reference":
         check_reverse_mode("visual_mass", q, k, key_weights)
-    mass = IMPLEMENTATIONS[chosen].mass_from_lse(
-        q,
-        k,
-        lse,
-        key_weights if key_weights.dim() == q.dim() - 1 else key_weights[..., None],
-        options,
-        query_mask=query_mask,
-        key_padding_mask=key_padding_mask,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    masks = Masks(key_padding_mask, None, query_mask, cu_seqlens_q, cu_seqlens_k)
+    weights = key_weights if key_weights.dim() == q.dim() - 1 else key_weights[..., None]
+    mass, _ = IMPLEMENTATIONS[chosen].mass_and_lse(q, k, lse, weights, options, masks)
     return _shape_mass(mass, q, key_weights, head_reduction)
 
 
-def _attend(q, k, v, key_weights, options, masks, traits, head_reduction, backend) -> AttentionWithMass:
+def _attend(
+    q, k, v, key_weights, options, masks, *, traits, head_reduction, backend, max_seqlens=(None, None)
+) -> AttentionWithMass:
     """Dispatch of checked arguments."""
     chosen = backends.select("attention", device=q.device, dtype=q.dtype, requested=backend, traits=traits)
     if chosen != "reference":
         check_reverse_mode("attention_with_visual_mass", q, k, v, key_weights)
     weights = key_weights if key_weights.dim() == q.dim() - 1 else key_weights[..., None]
-    if chosen == "sdpa+mass":
-        out, lse = vendor.attention(q, k, v, options)
+    if chosen in ("sdpa+mass", "flash-attn+mass"):
+        if chosen == "sdpa+mass":
+            out, lse = sdpa.attention(q, k, v, options)
+        else:
+            out, lse = flash_attn.attention(q, k, v, options, masks, max_seqlens)
         chosen = backends.first_choice("visual_mass", device=q.device, dtype=q.dtype, traits=traits)
-        mass = IMPLEMENTATIONS[chosen].mass_from_lse(q, k, lse.detach(), weights, options)
+        mass, lse = IMPLEMENTATIONS[chosen].mass_and_lse(q, k, lse, weights, options, masks)
     else:
-        out, mass, lse = IMPLEMENTATIONS[chosen].attention(q, k, v, weights, options, **masks)
+        out, mass, lse = IMPLEMENTATIONS[chosen].attention(q, k, v, weights, options, masks)
     return AttentionWithMass(out, _shape_mass(mass, q, key_weights, head_reduction), lse)
 
 
@@ -253,6 +265,7 @@ def _traits(
     num_rows, num_keys, dim, dim_v = q.shape[-3], k.shape[-3], q.shape[-1], v.shape[-1]
     present = {
         "packed": packed,
+        "dense": not packed,
         "key_padding_mask": padded,
         "window": options.window_left >= 0 or options.window_right > 0,
         "softcap": options.softcap > 0.0,
@@ -263,6 +276,12 @@ def _traits(
         "head_size_over_256": max(dim, dim_v) > 256,
     }
     return frozenset(trait for trait, there in present.items() if there)
+
+
+def _gradient_trait(mass_requires_grad: bool, *inputs: torch.Tensor) -> frozenset[str]:
+    """Whether somebody may ask for the gradient of the mass."""
+    wanted = mass_requires_grad and torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return frozenset({"mass_gradient"}) if wanted else frozenset()
 
 
 def _check_attention(

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 
-__all__ = ["attention", "mass_from_lse"]
+__all__ = ["attention", "mass_and_lse", "mass_from_lse"]
 
 
 def _band_mask(num_rows: int, num_keys: int, options: AttentionOptions, device: torch.device) -> torch.Tensor:
@@ -51,14 +51,14 @@ def _packed_mask(
     return allowed
 
 
-def _allowed(q, k, options, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k) -> torch.Tensor:
+def _allowed(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, masks: Masks) -> torch.Tensor:
     """(B or 1, 1, T, S) bool."""
-    if cu_seqlens_q is not None:
-        return _packed_mask(q.shape[1], k.shape[1], cu_seqlens_q, cu_seqlens_k, options)[None, None]
+    if masks.cu_seqlens_q is not None:
+        return _packed_mask(q.shape[1], k.shape[1], masks.cu_seqlens_q, masks.cu_seqlens_k, options)[None, None]
     allowed = _band_mask(q.shape[1], k.shape[1], options, q.device)[None, None]
-    if key_padding_mask is not None:
-        allowed = allowed & key_padding_mask[:, None, None, :]
-    return allowed if attn_mask is None else allowed & attn_mask
+    if masks.key_padding_mask is not None:
+        allowed = allowed & masks.key_padding_mask[:, None, None, :]
+    return allowed if masks.attn_mask is None else allowed & masks.attn_mask
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dtype: torch.dtype) -> torch.Tensor:
@@ -74,11 +74,8 @@ def attention(
     v: torch.Tensor,
     key_weights: torch.Tensor,
     options: AttentionOptions,
+    masks: Masks = Masks(),  # noqa: B008
     *,
-    key_padding_mask: torch.Tensor | None = None,
-    attn_mask: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out (B, T, Hq, Dv) as q, mass (B, Hq, T, G) and lse (B, Hq, T) in float32 (float64 for float64 q).
@@ -86,17 +83,14 @@ def attention(
     Args:
         q, k, v: (B, T, Hq, D), (B, S, Hkv, D), (B, S, Hkv, Dv); packed: (sum T, Hq, D) and so on, with cu_seqlens.
         key_weights: (B, S, G), packed (sum S, G), bool or float.
-        key_padding_mask: (B, S) bool or None.
-        attn_mask: (B or 1, 1, T, S) bool or None.
-        cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int, or None.
         dtype: of the computation; the tests' yardstick uses float32.
     """
-    if cu_seqlens_q is not None:
+    if masks.cu_seqlens_q is not None:
         q, k, v, key_weights = (x[None] for x in (q, k, v, key_weights))
-    allowed = _allowed(q, k, options, key_padding_mask, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    allowed = _allowed(q, k, options, masks)
     scores = _scores(q, k, options, dtype).masked_fill(~allowed, -torch.inf)
     dead = ~allowed.any(-1, keepdim=True)
-    # A row of -inf has NaN gradients in softmax: give dead rows zeros to chew on, then blank them.
+    # A row of -inf has NaN gradients in softmax: replace rows without keys by 0 before it, set 0 after it.
     probs = torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
     lse = torch.logsumexp(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead[..., 0], -torch.inf)
     v = v.to(dtype).repeat_interleave(q.shape[2] // v.shape[2], dim=2)
@@ -106,7 +100,7 @@ def attention(
         mass = mass.clamp(0.0, 1.0)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     mass, lse = mass.to(wide), lse.to(wide)
-    return (out, mass, lse) if cu_seqlens_q is None else (out[0], mass[0], lse[0])
+    return (out, mass, lse) if masks.cu_seqlens_q is None else (out[0], mass[0], lse[0])
 
 
 def mass_from_lse(
@@ -115,11 +109,8 @@ def mass_from_lse(
     lse: torch.Tensor,
     key_weights: torch.Tensor,
     options: AttentionOptions,
+    masks: Masks = Masks(),  # noqa: B008
     *,
-    query_mask: torch.Tensor | None = None,
-    key_padding_mask: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """mass (B, Hq, T, G) = sum_j exp(s[t, j] - lse[t]) w[j, g] from a given lse; shapes as in `attention`.
@@ -129,17 +120,16 @@ def mass_from_lse(
 
     Args:
         lse: (B, Hq, T), packed (Hq, sum T).
-        query_mask: (B, T), packed (sum T,), bool or None: rows wanted.
     """
-    packed = cu_seqlens_q is not None
+    packed, query_mask = masks.cu_seqlens_q is not None, masks.query_mask
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if packed:
         q, k, key_weights, lse = (x[None] for x in (q, k, key_weights, lse))
         query_mask = None if query_mask is None else query_mask[None]
-    allowed = _allowed(q, k, options, key_padding_mask, None, cu_seqlens_q, cu_seqlens_k)
+    allowed = _allowed(q, k, options, masks)
     if query_mask is not None:
         allowed = allowed & query_mask[:, None, :, None]
-    # Outside the mask a score may be NaN or exceed lse by far: blank it first, where NaN * 0 would spoil the gradient.
+    # Outside the mask a score may be NaN or exceed lse by far: set it to 0 first, as NaN * 0 is NaN in the gradient.
     scores = _scores(q, k, options, dtype).masked_fill(~allowed, 0.0)
     lse = lse.detach().to(dtype)[..., None].masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     probs = torch.exp((scores - lse).masked_fill(~allowed, -torch.inf))
@@ -149,3 +139,8 @@ def mass_from_lse(
     if not key_weights.is_floating_point():
         mass = mass.clamp(0.0, 1.0)
     return (mass[0] if packed else mass).to(wide)
+
+
+def mass_and_lse(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mass_from_lse` and the lse that went in, as the other backends have it."""
+    return mass_from_lse(*inputs), inputs[2]

@@ -67,13 +67,14 @@ def _attend(
         # SDPA's flag is top-left aligned: the rest of a static cache is still empty.
         key, value, weights = key[:, :, :num_rows], value[:, :, :num_rows], weights[:, :num_rows]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    only_read = {"mass_requires_grad": window is not None and window.differentiable}
     if attention_mask is None:
-        return attention_with_visual_mass(q, k, v, weights, causal=causal, **settings)
+        return attention_with_visual_mass(q, k, v, weights, causal=causal, **only_read, **settings)
     mask, padding = (read_mask if window is None else window.read_mask)(attention_mask, num_keys)
     if padding is None:
         return masked_attention_with_visual_mass(q, k, v, weights, mask, **settings)
     padding = padding.expand(q.shape[0], -1)
-    return attention_with_visual_mass(q, k, v, weights, causal=True, key_padding_mask=padding, **settings)
+    return attention_with_visual_mass(q, k, v, weights, causal=True, key_padding_mask=padding, **only_read, **settings)
 
 
 def _plain(

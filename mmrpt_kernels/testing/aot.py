@@ -1,6 +1,6 @@
 """Compile Triton kernels for an NVIDIA architecture without a GPU, and read what the machine code needs.
 
-    spec = KernelSpec("mmrpt_kernels.attention.triton.side", "_kernel", arch=90,
+    spec = KernelSpec("mmrpt_kernels.attention.triton.mass_forward", "_kernel", arch=90,
                       signature={"q": "*bf16", "num_rows": "i32", "stride": "i64:16"}, constants={"BLOCK": 64})
     compiled, = compile_kernels([spec])     # raises ResourceError when it spills or needs too much shared memory
     assert "wgmma" in compiled.ptx
@@ -141,6 +141,7 @@ class _Recorder:
 
     def __init__(self, kernel: Any, module: str, name: str, arch: int, into: list[KernelSpec]):
         self.kernel, self.module, self.name, self.arch, self.into = kernel, module, name, arch, into
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         return self.launch

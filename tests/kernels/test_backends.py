@@ -82,7 +82,7 @@ def test_the_tables_own_choice_asks_nobody():
 
 
 def test_unknown_names_and_missing_backends_raise(monkeypatch):
-    with pytest.raises(BackendError, match="expected one of cuda, triton, sdpa.mass, portable"):
+    with pytest.raises(BackendError, match="expected one of cuda, triton, sdpa.mass, flash-attn.mass, portable"):
         choose(requested="fast")
     with pytest.raises(BackendError, match="has no such backend"):
         choose("perception", requested="cuda")
@@ -135,3 +135,42 @@ def test_the_table_prints_every_row(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == table().splitlines() and len(printed) == len(backends.TABLE) + 1
     assert printed[0].split()[:2] == ["operator", "backend"]
+
+
+@pytest.mark.parametrize(
+    "dtype, traits, expected",
+    [
+        (torch.bfloat16, "", "sdpa+mass"),
+        (torch.bfloat16, "mass_gradient", "triton"),
+        (torch.bfloat16, "window", "triton"),
+        (torch.float16, "key_padding_mask", "triton"),
+        (torch.float16, "attn_mask", "triton"),
+        (torch.bfloat16, "attn_mask softcap", "triton"),
+        (torch.bfloat16, "packed", "triton"),
+        (torch.float32, "mass_gradient", "sdpa+mass"),
+        (torch.float32, "softcap", "portable"),
+        (torch.bfloat16, "head_size_over_256", "portable"),
+    ],
+    ids=str,
+)
+def test_what_serves_attention_on_a_gpu(dtype, traits, expected):
+    gpu = torch.device("cuda", 0)
+    assert choose("attention", gpu, dtype, traits=frozenset(traits.split()) or frozenset({"dense"})) == expected
+
+
+def test_packed_halves_go_to_flash_attn_where_it_is_installed(monkeypatch):
+    rows = [row._replace(missing="") if row.backend == "flash-attn+mass" else row for row in backends.TABLE]
+    monkeypatch.setattr(backends, "TABLE", rows)
+    gpu = torch.device("cuda", 0)
+    for traits, expected in (
+        ({"packed", "window", "softcap"}, "flash-attn+mass"),
+        ({"packed", "mass_gradient"}, "triton"),
+        ({"dense"}, "sdpa+mass"),
+    ):
+        assert choose("attention", gpu, torch.bfloat16, traits=frozenset(traits)) == expected
+    assert choose("attention", gpu, torch.bfloat16, requested="flash-attn+mass") == "flash-attn+mass"
+
+
+def test_triton_attention_refuses_float32():
+    with pytest.raises(BackendError, match="it takes torch.bfloat16, torch.float16, the tensors are torch.float32"):
+        choose("attention", torch.device("cuda", 0), torch.float32, requested="triton")

@@ -1,12 +1,13 @@
 """Backward pass of out, mass and lse together, without atomics: the same bits every time.
 
-    P = exp2(x - m) / sum exp2(x - m) of scores x in units of log2 and their row's highest m
+    P = exp(s - lse)
     dP = dout v^T + dmass w^T,  delta = rowsum(dout * out) + rowsum(dmass * mass) - dlse
     dS = P * (dP - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout,  dw = sum over heads of P^T dmass
 
-The gradient of a mass costs next to nothing: it is a constant of the row in delta, in blocks full of weight another one
-in dP, in free blocks nothing at all, and only in mixed blocks a product per element. One kernel makes delta, one walks
-rows for each block of keys (backward_keys.py), one walks keys for each block of rows (backward_rows.py).
+The gradient of a mass costs next to nothing: a constant of the row in delta, in blocks of weight 1 another constant in
+dP, in blocks of weight 0 nothing at all, and only where a block holds both a product per element. One kernel makes
+delta, one loops over the rows for each block of keys (backward_dkv.py), one over the keys for each block of rows
+(backward_dq.py).
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import torch
 import triton
 
 from mmrpt_kernels.attention.config import MAX_GROUPS
-from mmrpt_kernels.attention.triton.backward_keys import backward_of_keys
-from mmrpt_kernels.attention.triton.backward_rows import backward_of_rows, terms_of_rows
-from mmrpt_kernels.attention.triton.call import Problem, last_contiguous, strides
+from mmrpt_kernels.attention.triton.backward_dkv import backward_dkv
+from mmrpt_kernels.attention.triton.backward_dq import backward_dq, row_terms
+from mmrpt_kernels.attention.triton.launch import Problem, last_contiguous, strides
 
 __all__ = ["backward"]
 
 
 def backward(
     problem: Problem,
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    results: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
     gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv in the dtypes of q, k, v; dw (B, S, G) float32, None for boolean weights.
 
     Args:
-        results: out (B, T, Hq, Dv), mass (B, Hq, T, G), normalizers (B, Hq, T, 2) as `forward` made them.
+        results: out (B, T, Hq, Dv) or None where dout is, mass (B, Hq, T, G), lse (B, Hq, T).
         gradients: those of out, mass and lse, None where none arrived.
     """
     q, k, v, groups = problem.q, problem.k, problem.v, problem.weights.shape[2]
@@ -44,11 +45,11 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq, dk, dv, dw
     dout = None if dout is None else last_contiguous(dout)
-    delta, dmass = terms_of_rows(problem, results, (dout, dmass, dlse))
+    delta, dmass = row_terms(problem, results, (dout, dmass, dlse))
     shared = problem.arguments() | {
         "dout": dout,
         "dmass": dmass,
-        "norm_in": results[2],
+        "lse": results[2],
         "delta_in": delta,
         **strides("do", "bth", dout),
         "groups": groups,
@@ -56,6 +57,6 @@ def backward(
         "HAS_DOUT": dout is not None,
         "HAS_DMASS": dmass is not None,
     }
-    backward_of_rows(problem, shared, dq)
-    backward_of_keys(problem, shared, dk, dv, dw if dmass is not None else None)
+    backward_dq(problem, shared, dq)
+    backward_dkv(problem, shared, dk, dv, dw if dmass is not None else None)
     return dq, dk, dv, dw

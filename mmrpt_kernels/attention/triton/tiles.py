@@ -15,35 +15,35 @@ import triton.language as tl
 from mmrpt_kernels.common.tanh import tanh
 
 __all__ = [
-    "FREE",
-    "FULL",
+    "add_dmass",
+    "NONE",
+    "ALL",
     "LENGTHS",
     "LN_2",
     "LOG2_E",
-    "MIXED",
-    "band_allows",
+    "SOME",
+    "allowed_pairs",
     "capped_scores",
     "key_blocks_of_rows",
     "keys_of_rows",
+    "load_lse",
     "load_tile",
     "place_of_program",
-    "products_of",
     "rows_of_keys",
-    "weigh",
+    "sequence_bounds",
 ]
 
-# What a block of keys holds of one group's weights: zeros alone, ones alone, or anything. kinds (B, blocks, G) int8.
-FREE = tl.constexpr(0)
-FULL = tl.constexpr(1)
-MIXED = tl.constexpr(2)
+# A block of keys, for one group: every weight 0, every weight 1, or anything. See key_blocks.py.
+NONE = tl.constexpr(0)
+ALL = tl.constexpr(1)
+SOME = tl.constexpr(2)
 
 # Arguments that follow the lengths of a call, for do_not_specialize: Triton would compile a kernel anew where one of
 # them becomes 1 or a multiple of 16. Strides of q, k, v, dout and masks are not among them: that they are multiples of
 # 16 is what wide loads follow from, and for most models they are, at any length.
 LENGTHS = (
-    "num_rows", "num_keys", "num_blocks", "num_tiles", "num_heads", "num_sequences", "section", "splits", "tiles",
-    "first_block", "blocks_of_split", "dw_first", "w_b", "pad_b", "dm_b", "dm_h", "dl_b", "dl_h",
-    "stride_lb", "stride_lh", "stride_wb", "stride_pb", "stride_mb", "stride_mh", "stride_eb", "stride_eh",
+    "num_rows", "num_keys", "num_blocks", "num_tiles", "num_heads", "num_sequences", "section", "splits", "dw_first",
+    "stride_wb", "stride_pb", "stride_dmb", "stride_dmh", "stride_dlb", "stride_dlh", "stride_lb", "stride_lh",
 )  # fmt: skip
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -61,6 +61,14 @@ def place_of_program(program, num_tiles, num_heads, section):
     size = min(section, num_heads - in_section * section)
     tile = rest // size
     return tile, in_section * section + rest - tile * size
+
+
+@triton.jit
+def sequence_bounds(cu_q, cu_k, sequence):
+    """(row_lo, row_hi, key_lo, key_hi) of a packed sequence."""
+    row_lo, row_hi = tl.load(cu_q + sequence).to(tl.int32), tl.load(cu_q + sequence + 1).to(tl.int32)
+    key_lo, key_hi = tl.load(cu_k + sequence).to(tl.int32), tl.load(cu_k + sequence + 1).to(tl.int32)
+    return row_lo, row_hi, key_lo, key_hi
 
 
 @triton.jit
@@ -108,15 +116,15 @@ def rows_of_keys(key_first, key_last, shift, row_lo, row_hi, left, right, LEFT: 
 
 
 @triton.jit
-def load_tile(pointers, keep, column, SOME: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile (N, BLOCK) of q, k, v or dout: 0 beyond DIM columns and, where SOME rows may be missing, outside `keep`.
+def load_tile(pointers, keep, column, PARTIAL: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile (N, BLOCK) of q, k, v or dout: 0 beyond DIM columns and, with PARTIAL, outside `keep`.
 
     Args:
         keep: (N, 1) bool. column: (1, BLOCK) int.
     """
-    if SOME and DIM < BLOCK:
+    if PARTIAL and DIM < BLOCK:
         return tl.load(pointers, mask=keep & (column < DIM), other=0.0)
-    elif SOME:
+    elif PARTIAL:
         return tl.load(pointers, mask=keep, other=0.0)
     elif DIM < BLOCK:
         return tl.load(pointers, mask=column < DIM, other=0.0)
@@ -125,85 +133,80 @@ def load_tile(pointers, keep, column, SOME: tl.constexpr, DIM: tl.constexpr, BLO
 
 
 @triton.jit
-def products_of(
-    a_at, b_at, a_mask, b_mask, a_tile, b_tile, total,
-    DIM: tl.constexpr, SLICE_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total (BLOCK_A, BLOCK_B) float32 plus a . b of whole tiles (BLOCK, BLOCK_D), or of slices of the head size read
-    anew, where the parts of float32 operands would not fit the registers.
-
-    Args:
-        a_at, b_at: (BLOCK,) pointers to the rows; with SLICE_D 0 (whole tiles) they go unused, else the tiles do.
-    """
-    if SLICE_D == 0:
-        total = tl.dot(a_tile, tl.trans(b_tile), total, input_precision=PRECISION)
-    else:
-        d = tl.arange(0, SLICE_D)
-        for done in range(0, DIM, SLICE_D):
-            within = d < DIM - done
-            a = tl.load(a_at[:, None] + done + d[None, :], mask=a_mask[:, None] & within[None, :], other=0.0)
-            b = tl.load(b_at[None, :] + done + d[:, None], mask=b_mask[None, :] & within[:, None], other=0.0)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
+def load_lse(pointers, keep):
+    """lse in units of log2; +inf in rows that attend to nothing, so that exp2(scores - lse) is 0 there."""
+    lse = tl.load(pointers, mask=keep, other=float("-inf")).to(tl.float32) * LOG2_E
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def band_allows(row, key, shift, key_lo, key_hi, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Bool, shaped as `row` and `key` broadcast: the pairs inside the band and inside the sequence's keys."""
+def allowed_pairs(
+    row, key, shift, row_hi, key_lo, key_hi, left, right, mask, stride_mt, stride_ms,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Bool, shaped as `row` and `key` broadcast: pairs inside the band, the sequence's keys and the mask (T, S)."""
     allowed = (key >= key_lo) & (key < key_hi)
     if LEFT:
         allowed = allowed & (key >= row + (shift - left))
     if RIGHT:
         allowed = allowed & (key <= row + (shift + right))
+    if MASKED:
+        pointers = mask + row.to(tl.int64) * stride_mt + key.to(tl.int64) * stride_ms
+        allowed = allowed & (tl.load(pointers, mask=(row < row_hi) & (key < key_hi), other=0) != 0)
     return allowed
 
 
 @triton.jit
 def capped_scores(products, scale, softcap, CAPPED: tl.constexpr):
-    """(scores in units of log2, d s / d (scale * products)) of raw products q . k, s bent to c tanh(s / c) or not."""
+    """(scores s in units of log2, d s / d (scale * products)) of raw products q . k; CAPPED: s = c tanh(s / c)."""
     if CAPPED:
-        bend = tanh(products * (scale / softcap))
-        scores, slope = bend * (softcap * LOG2_E), 1.0 - bend * bend
+        capped = tanh(products * (scale / softcap))
+        scores, slope = capped * (softcap * LOG2_E), 1.0 - capped * capped
     else:
         scores, slope = products * (scale * LOG2_E), 1.0
     return scores, slope
 
 
 @triton.jit
-def weigh_group(dp, extra, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
-    """One group's part of `weigh`."""
+def _add_group(dp, of_row, w_ptrs, keep, dmass_ptrs, live, block_kind, exists, KEYS_FIRST: tl.constexpr):
+    """One group's part of `add_dmass`; of_row (rows,) collects what is the same for every key of the block."""
     kind = tl.load(block_kind, mask=exists, other=0)
-    dmass = tl.load(dmass_ptrs, mask=live & (kind != FREE), other=0.0)  # (rows,)
-    extra += tl.where(kind == FULL, dmass, 0.0)
-    if kind == MIXED:
+    dmass = tl.load(dmass_ptrs, mask=live & (kind != NONE), other=0.0)  # (rows,)
+    of_row += tl.where(kind == ALL, dmass, 0.0)
+    if kind == SOME:
         w = tl.load(w_ptrs, mask=keep, other=0).to(tl.float32)  # (keys,)
         if KEYS_FIRST:
             dp += w[:, None] * dmass[None, :]
         else:
             dp += dmass[:, None] * w[None, :]
-    return dp, extra
+    return dp, of_row
 
 
 @triton.jit
-def weigh(
-    dp, extra, w_ptrs, w_g, keep, dmass_ptrs, live, block_kinds, groups,
+def add_dmass(
+    dp, w_ptrs, stride_wg, keep, dmass_ptrs, live, block_kinds, groups,
     GROUPS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """(dp with the mixed groups' weight_j * dmass_t, extra (rows,) with the full groups' dmass_t).
+    """dp + sum over groups of weight_j * dmass_t for a block of keys j and rows t.
 
     Args:
-        KEYS_FIRST: dp is (keys, rows), else (rows, keys).
+        dp: (keys, rows) where KEYS_FIRST, else (rows, keys).
         GROUPS: groups up to a power of two, 0 when they are too many to unroll.
         keep (keys,), live (rows,): what exists.
     """
+    of_row = tl.zeros_like(live.to(tl.float32))
     if GROUPS == 0:
         for g in range(groups):
-            dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
+            dp, of_row = _add_group(
+                dp, of_row, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, True, KEYS_FIRST
             )
     else:
         for g in tl.static_range(GROUPS):
-            dp, extra = weigh_group(
-                dp, extra, w_ptrs + g * w_g, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
+            dp, of_row = _add_group(
+                dp, of_row, w_ptrs + g * stride_wg, keep, dmass_ptrs + g, live, block_kinds + g, g < groups, KEYS_FIRST
             )
-    return dp, extra
+    if KEYS_FIRST:
+        dp += of_row[None, :]
+    else:
+        dp += of_row[:, None]
+    return dp

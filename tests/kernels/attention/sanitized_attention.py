@@ -24,8 +24,8 @@ def tensors(dtype: torch.dtype, device: str, rows: int | None = None, boolean: b
 
 
 def run(device: str = "cuda", backend: str = "triton") -> None:
-    """Forward and backward: causal, banded, padded, packed, masked; decoding; the mass from a known lse."""
-    for dtype in (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,):
+    """Forward and backward: causal, banded, padded, packed, masked; a few rows; the mass from a known lse."""
+    for dtype in (torch.bfloat16 if device == "cuda" else torch.float32,):
         for keywords in ({}, {"window_size": (30, 0), "softcap": 5.0}, {"causal": False}):
             q, k, v, weights = tensors(dtype, device, boolean=not keywords)
             padding = torch.rand(2, KEYS, device=device) < 0.8

@@ -1,198 +1,174 @@
-"""Attention with visual mass: the portable backend's two engines against the float64 definition, and the laws."""
+"""Attention with visual mass: every backend against the float64 definition, forward and backward, and the laws.
+
+Without a GPU Triton's interpreter runs the kernels on small shapes; with one the same cases run for real in half
+precision, and larger ones.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.measure import peak_bytes
-from mmrpt_kernels.attention import (
-    attention_with_visual_mass,
-    dense,
-    masked_attention_with_visual_mass,
-    portable,
-    reference,
-    visual_mass,
+from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, visual_mass
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
+from mmrpt_kernels.testing import AttentionCase, attention_inputs
+from tests.kernels.attention.attention_checks import (
+    GPU_CASES,
+    PLAIN,
+    PORTABLE,
+    SDPA,
+    SDPA_GPU,
+    TRITON,
+    TRITON_GPU,
+    by_run,
+    by_run_and_case,
+    case_named,
+    definition_of,
+    half_precision,
+    keywords_of,
+    mass_definition_of,
+    options_of,
+    packed_batch,
+    problem_of,
+    three_ways,
+    with_gradients,
 )
-from mmrpt_kernels.attention.geometry import AttentionOptions, tiles
-from mmrpt_kernels.testing import (
-    ATTENTION_CASES,
-    AttentionCase,
-    assert_close_to_truth,
-    attention_inputs,
-    poisoned_memory,
+
+EVERY_RUN = (PORTABLE, PLAIN, TRITON, TRITON_GPU)
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+OTHER_OPTIONS = pytest.mark.parametrize("keywords", [{}, {"window_size": (9, 0)}, {"softcap": 5.0}], ids=str)
+PACKED_OPTIONS = pytest.mark.parametrize(
+    "keywords", [{}, {"window_size": (3, 0)}, {"causal": False, "softcap": 2.0}], ids=str
 )
 
-CASES = (
-    *ATTENTION_CASES,
-    AttentionCase("window_of_one", 1, 23, 23, 2, 1, 8, window_size=(0, 0)),
-    AttentionCase("window_suffix", 2, 13, 47, 4, 2, 8, window_size=(6, 0)),
-    AttentionCase("window_more_queries", 1, 29, 11, 2, 2, 8, causal=False, window_size=(3, 2)),
-    AttentionCase("left_window_alone", 1, 31, 17, 2, 2, 8, causal=False, window_size=(4, -1)),
-    AttentionCase("one_query_not_causal", 2, 1, 1, 2, 2, 8, causal=False),
-    AttentionCase("window_padding_groups", 2, 37, 37, 4, 2, 8, window_size=(9, 0), groups=3, padding="left"),
-    AttentionCase(
-        "softcap_padding_value_dim", 3, 27, 27, 4, 1, 8, dim_v=20, softcap=3.0, padding="right", score_size=5.0
-    ),
-    AttentionCase("float_padding_decode", 3, 1, 40, 4, 2, 16, weights="float", padding="left"),
-    AttentionCase("many_blocks", 1, 1031, 1031, 2, 1, 8, window_size=(300, 0)),
-)
-# Where the order of samples and heads matters: sharing of key heads, strides.
-MANY_HEADS = ("grouped_heads", "window_padding_groups", "seven_query_heads")
-NO_BAND = AttentionOptions(-1, -1, 1.0, 0.0)
-by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+def options_from(keywords: dict, dim: int) -> AttentionOptions:
+    left, right = keywords.get("window_size", (-1, -1))
+    right = 0 if keywords.get("causal", True) else right
+    return AttentionOptions(left, right, dim**-0.5, keywords.get("softcap", 0.0))
 
 
-@pytest.fixture(params=["fused", "plain"])
-def engine(request, monkeypatch) -> str:
-    """Both engines of the portable backend, the plain one also where the fused one would be taken."""
-    if request.param == "plain":
-        monkeypatch.setattr(dense, "FLASH_AVAILABLE", False)
-    return request.param
+# ---- the definition ----
 
 
-def for_the_interpreter(case: AttentionCase) -> AttentionCase:
-    """The case with one key head, at most two query heads, and a second sample only where padding tells them apart: the
-    interpreter's time is their number, and MANY_HEADS are kept as they are."""
-    if case.name in MANY_HEADS:
-        return case
-    heads = min(2, case.heads_q // case.heads_kv)
-    return case._replace(batch=1 if case.padding == "none" else 2, heads_q=heads, heads_kv=1)
+@by_run_and_case(PORTABLE, PLAIN, TRITON, SDPA)
+def test_attention_meets_the_definition(run, case, seed):
+    tensors, padding, options, lse = problem_of(case, seed)
+    keywords = keywords_of(case, padding)
+    definition = definition_of(options, Masks(padding))
+    three_ways(lambda *t: run.attend(*t, **keywords), definition, tensors, seed, lse, given=run is SDPA)
 
 
-def options_of(case: AttentionCase) -> AttentionOptions:
-    left, right = case.window_size
-    return AttentionOptions(left, 0 if case.causal else right, case.dim**-0.5, case.softcap)
-
-
-def keywords_of(case: AttentionCase, padding: torch.Tensor | None) -> dict:
-    return {
-        "causal": case.causal,
-        "window_size": case.window_size,
-        "softcap": case.softcap,
-        "key_padding_mask": padding,
-    }
-
-
-def grouped(weights: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return weights if weights.dim() == q.dim() - 1 else weights[..., None]
-
-
-def with_gradients(call, tensors: list[torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """The results of call(*tensors) and the gradients of a random mixture of all of them, -inf entries left out.
-
-    The first result's share is scaled by its width, so that dP = dout v^T is of order 1.
-    """
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
-    results = call(*leaves)
-    results = results if isinstance(results, tuple) else (results,)
-    generator = torch.Generator().manual_seed(seed)
-    mixture = 0.0
-    for result in results:
-        factors = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype)
-        part = (result.masked_fill(result == -torch.inf, 0.0) * factors).double().sum()
-        mixture = mixture + (part if result is not results[0] else part * result.shape[-1] ** -0.5)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    gradients = torch.autograd.grad(mixture, wanted)
-    named = {f"result{i}": result.detach() for i, result in enumerate(results)}
-    return named | {f"gradient{i}": gradient for i, gradient in enumerate(gradients)}
-
-
-def three_ways(
-    implementation, definition, tensors: list[torch.Tensor], seed: int, lse: torch.Tensor, given: bool = False
-):
-    """The error rule on results and gradients: float64 truth, the definition in float32 on the rounded inputs.
-
-    Two subtractions leave their rounding in the gradients: s - lse, and dP - delta with dP up to about 4 here. With a
-    given lse the first one is in the results too.
-    """
-    size = max([4.0, *lse[lse.isfinite()].abs().tolist()])
-    dtype = torch.float32
-    low = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
-    widened = [t.double() if t.is_floating_point() else t for t in low]
-    truth = with_gradients(lambda *t: definition(*t, dtype=torch.float64), widened, seed)
-    eager = with_gradients(lambda *t: definition(*t, dtype=torch.float32), low, seed)
-    with poisoned_memory():
-        actual = with_gradients(implementation, low, seed)
-    assert actual.keys() == truth.keys()
-    for name in truth:
-        floor = size if given or name.startswith("gradient") else 1.0
-        assert_close_to_truth(actual[name], eager[name], truth[name].double(), name=name, dtype=dtype, floor=floor)
-
-
-def half_precision(
-    implementation, definition, tensors: list[torch.Tensor], seed: int, lse: torch.Tensor, gradients: bool = True
-):
-    """The error rule for half-precision inputs: what returns in their dtype against eager's in it, and the float32
-    statistics against eager's in float32, whose scores err by eps of float32 times their size.
-
-    No floor for the former: what is subtracted is float32. Eager may err by 32 eps; 2 * 33 eps of bfloat16 is half of
-    the largest entry, so that zeros are refused whatever eager made.
-    """
-    dtype = tensors[0].dtype
-    call = with_gradients if gradients else lambda f, t, _: {f"result{i}": x for i, x in enumerate(f(*t))}
-    wide = [t.double() if t.is_floating_point() else t for t in tensors]
-    truth = call(lambda *t: definition(*t, dtype=torch.float64), wide, seed)
-    eager = call(lambda *t: definition(*t, dtype=dtype), tensors, seed)
-    in_float32 = call(lambda *t: definition(*t, dtype=torch.float32), tensors, seed)
-    actual = call(implementation, tensors, seed)
-    assert actual.keys() == truth.keys() and dtype in {x.dtype for x in actual.values()}
-    size = max([4.0, *lse[lse.isfinite()].abs().tolist()])
-    for name, found in actual.items():
-        true = truth[name].double()
-        if found.dtype == torch.float32:
-            assert_close_to_truth(found, in_float32[name], true, name=name, dtype=torch.float32, floor=size)
-        else:
-            assert_close_to_truth(found, eager[name], true, name=name, dtype=dtype, eager_cap=32.0)
-
-
-@by_name
-def test_portable_meets_the_definition(case, engine, seed):
-    inputs = attention_inputs(case, dtype=torch.float64, seed=seed)
-    padding, options = inputs.pop("key_padding_mask"), options_of(case)
-
-    def definition(q, k, v, w, dtype):
-        return reference.attention(q, k, v, grouped(w, q), options, key_padding_mask=padding, dtype=dtype)
-
-    def implementation(q, k, v, w):
-        return portable.attention(q, k, v, grouped(w, q), options, key_padding_mask=padding)
-
-    lse = definition(*inputs.values(), dtype=torch.float64)[2]
-    three_ways(implementation, definition, list(inputs.values()), seed, lse)
-
-
-@by_name
-def test_visual_mass_meets_the_definition(case, seed):
-    inputs = attention_inputs(case, dtype=torch.float64, seed=seed)
-    padding, options = inputs["key_padding_mask"], options_of(case)
-    q, k, v, weights = (inputs[name] for name in ("q", "k", "v", "key_weights"))
-    lse = reference.attention(q, k, v, grouped(weights, q), options, key_padding_mask=padding)[2]
+@by_run_and_case(PORTABLE, TRITON)
+def test_visual_mass_meets_the_definition(run, case, seed):
+    (q, k, _, weights), padding, options, lse = problem_of(case, seed)
     wanted = torch.rand(q.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.6
-    masks = {"query_mask": wanted, "key_padding_mask": padding}
-
-    def definition(q, k, w, dtype):
-        return reference.mass_from_lse(q, k, lse, grouped(w, q), options, **masks, dtype=dtype)
-
-    def implementation(q, k, w):
-        return portable.mass_from_lse(q, k, lse, grouped(w, q), options, **masks, block_rows=7)
-
-    three_ways(implementation, definition, [q, k, weights], seed, lse, given=True)
+    keywords = keywords_of(case, padding) | {"query_mask": wanted}
+    definition = mass_definition_of(lse, options, Masks(padding, query_mask=wanted))
+    three_ways(lambda q, k, w: run.mass(q, k, lse, w, **keywords), definition, [q, k, weights], seed, lse, given=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["grouped_heads", "three_groups", "softcap", "left_padding"])
-def test_half_precision_inputs_keep_float32_statistics(name, dtype, seed):
-    case = next(case for case in CASES if case.name == name)
-    inputs = attention_inputs(case, dtype=dtype, seed=seed)
-    keywords = keywords_of(case, inputs.pop("key_padding_mask"))
-    actual = attention_with_visual_mass(**inputs, **keywords)
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-    truth = attention_with_visual_mass(**wide, **keywords, backend="reference")
-    assert actual.out.dtype == dtype
-    assert actual.mass.dtype == actual.lse.dtype == torch.float32
-    assert_close_to_truth(actual.out, truth.out.to(dtype), truth.out, name="out")
-    torch.testing.assert_close(actual.mass.double(), truth.mass, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(actual.lse.double(), truth.lse, rtol=1e-5, atol=1e-5)
+@HALVES
+@by_run_and_case(
+    *(PORTABLE, TRITON, TRITON_GPU, SDPA_GPU),
+    names=("grouped_heads", "softcap", "float_groups", "window_padding_groups", "peaked"),
+    gpu_cases=GPU_CASES,
+)
+def test_attention_in_half_precision_errs_no_more_than_eager(run, case, dtype, seed):
+    tensors, padding, options, lse = problem_of(case, seed, dtype)
+    attend = run.attend
+    if run is TRITON:  # its row in the table leaves bfloat16 out
+        from mmrpt_kernels.attention import triton
+
+        def attend(q, k, v, w, **_):
+            out, mass, lse = triton.attention(q, k, v, w if w.dim() == 3 else w[..., None], options, Masks(padding))
+            return out, mass if w.dim() == 3 else mass[..., 0], lse
+
+    keywords = keywords_of(case, padding)
+    half_precision(lambda *t: attend(*t, **keywords), definition_of(options, Masks(padding)), tensors, seed, lse)
+
+
+@HALVES
+@by_run_and_case(
+    PORTABLE, TRITON, TRITON_GPU, names=("grouped_heads", "softcap", "window_padding_groups"), gpu_cases=GPU_CASES
+)
+def test_visual_mass_in_half_precision_errs_no_more_than_eager(run, case, dtype, seed):
+    if run is TRITON and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter takes no bfloat16")
+    (q, k, _, weights), padding, options, lse = problem_of(case, seed, dtype)
+    definition = mass_definition_of(lse, options, Masks(padding))
+    keywords = keywords_of(case, padding)
+    half_precision(lambda q, k, w: run.mass(q, k, lse, w, **keywords), definition, [q, k, weights], seed, lse)
+
+
+@by_run(PORTABLE, PLAIN, TRITON)
+@PACKED_OPTIONS
+def test_packed_meets_the_definition(keywords, run, seed):
+    """Sequences of length 0, 1 and others, whose key blocks are shared with their neighbours."""
+    tensors, cu = packed_batch(seed, dim_v=12)
+    options, masks = options_from(keywords, 8), Masks(**cu)
+    lse = definition_of(options, masks)(*tensors)[2]
+    three_ways(lambda *t: run.attend(*t, **cu, **keywords), definition_of(options, masks), tensors, seed, lse)
+    q, k, _, weights = tensors
+    wanted = torch.rand(q.shape[0], generator=torch.Generator().manual_seed(seed)) < 0.7
+    definition = mass_definition_of(lse, options, masks._replace(query_mask=wanted))
+    call = lambda q, k, w: run.mass(q, k, lse, w, query_mask=wanted, **cu, **keywords)  # noqa: E731
+    three_ways(call, definition, [q, k, weights], seed, lse, given=True)
+
+
+@PACKED_OPTIONS
+def test_the_definition_of_packed_is_one_sequence_at_a_time(keywords, seed):
+    tensors, cu = packed_batch(seed, dim_v=12)
+    options = options_from(keywords, 8)
+    out, mass, lse = definition_of(options, Masks(**cu))(*tensors)
+    starts = zip(
+        cu["cu_seqlens_q"][:-1], cu["cu_seqlens_q"][1:], cu["cu_seqlens_k"][:-1], cu["cu_seqlens_k"][1:], strict=True
+    )
+    for q0, q1, k0, k1 in starts:
+        one = (tensors[0][None, q0:q1], *(x[None, k0:k1] for x in tensors[1:]))
+        expected = definition_of(options)(*one)
+        for found, wanted in zip((out[q0:q1], mass[:, q0:q1], lse[:, q0:q1]), expected, strict=True):
+            torch.testing.assert_close(found, wanted[0])
+
+
+@by_run(PORTABLE, PLAIN, TRITON)
+@pytest.mark.parametrize("batch_of_mask, groups", [(1, 6), (2, 2)])
+def test_any_mask_meets_the_definition(batch_of_mask, groups, run, seed):
+    case = AttentionCase("mask", 2, 33, 41, 2, 1, 8, groups=groups)
+    tensors, *_ = problem_of(case, seed)
+    mask = torch.rand(batch_of_mask, 1, 33, 41, generator=torch.Generator().manual_seed(seed)) < 0.3
+    mask[:, :, 5] = False
+    definition = definition_of(AttentionOptions(-1, -1, case.dim**-0.5, 0.0), Masks(attn_mask=mask))
+    lse = definition(*tensors)[2]
+    assert (lse[:, :, 5] == -torch.inf).all()
+    call = lambda *t: tuple(masked_attention_with_visual_mass(*t, mask, backend=run.backend))  # noqa: E731
+    three_ways(call, definition, tensors, seed, lse)
+
+
+@by_run(TRITON, PORTABLE)
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_any_scale(scale, run, seed):
+    # Scores of size 1 whatever the scale: the error rule's floor is the size of the scores.
+    case = AttentionCase("scale", 1, 18, 18, 2, 2, 8, weights="float", score_size=8**-0.5 / max(abs(scale), 0.5))
+    tensors, *_ = problem_of(case, seed)
+    definition = definition_of(AttentionOptions(-1, 0, scale, 0.0))
+    lse = definition(*tensors)[2]
+    three_ways(lambda *t: run.attend(*t, softmax_scale=scale), definition, tensors, seed, lse)
+
+
+@by_run(PORTABLE, TRITON)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_gradients_of_some_results_alone(which, run, seed):
+    case = AttentionCase("some", 2, 21, 21, 2, 1, 8, dim_v=12, weights="float", padding="left")
+    tensors, padding, options, lse = problem_of(case, seed)
+
+    def used(call):
+        """Inputs that no chosen result depends on get the zero gradient that torch leaves out."""
+        some = lambda *t, **k: tuple(result for i, result in enumerate(call(*t, **k)) if i in which)  # noqa: E731
+        return lambda *t, **k: (*some(*t, **k), sum(x.double().sum() * 0.0 for x in t if x.is_floating_point()))
+
+    call = used(lambda *t: run.attend(*t, key_padding_mask=padding))
+    three_ways(call, used(definition_of(options, Masks(padding))), tensors, seed, lse)
 
 
 GRADCHECK_CASES = (
@@ -200,12 +176,16 @@ GRADCHECK_CASES = (
     AttentionCase("dead_rows", 2, 6, 4, 2, 1, 3, weights="float", padding="one_row_empty"),
     AttentionCase("fused_route", 1, 6, 6, 2, 2, 3, weights="float", padding="left"),
     AttentionCase("boolean", 1, 4, 6, 2, 1, 3, groups=2),
+    AttentionCase("square", 1, 5, 5, 4, 2, 3, groups=2, weights="float"),
+    AttentionCase("not_causal", 1, 5, 5, 4, 2, 3, groups=2, weights="float", causal=False),
 )
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@pytest.mark.parametrize("backend", ["reference", "portable", "sdpa+mass"])
 @pytest.mark.parametrize("case", GRADCHECK_CASES, ids=lambda case: case.name)
 def test_gradcheck(case, backend, seed):
+    if backend == "sdpa+mass" and not SDPA.takes(case):
+        pytest.skip("not served")
     inputs = attention_inputs(case, dtype=torch.float64, seed=seed)
     keywords = keywords_of(case, inputs.pop("key_padding_mask"))
     leaves = [t.requires_grad_(t.is_floating_point()) for t in inputs.values()]
@@ -222,220 +202,228 @@ def test_mass_from_lse_has_the_gradient_of_the_mass_itself(case, seed):
     inputs = attention_inputs(case, dtype=torch.float64, seed=seed)
     keywords = keywords_of(case, inputs.pop("key_padding_mask"))
     q, k, v, weights = inputs.values()
-
-    def whole(q, k, w):
-        return attention_with_visual_mass(q, k, v, w, **keywords, backend="reference").mass
-
+    whole = lambda q, k, w: attention_with_visual_mass(q, k, v, w, **keywords, backend="reference").mass  # noqa: E731
     lse = attention_with_visual_mass(q, k, v, weights, **keywords).lse
     expected = with_gradients(whole, [q, k, weights], seed)
     for backend in ("portable", "reference"):
-        found = with_gradients(
-            lambda q, k, w, b=backend: visual_mass(q, k, lse, w, **keywords, backend=b), [q, k, weights], seed
-        )
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
+        call = lambda q, k, w, b=backend: visual_mass(q, k, lse, w, **keywords, backend=b)  # noqa: E731
+        for name, found in with_gradients(call, [q, k, weights], seed).items():
+            torch.testing.assert_close(found, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-@by_name
-def test_laws_of_boolean_masses(case, engine, seed):
-    """In [0, 1]; the masses of a partition sum to 1; exactly 1 where only weighted keys are seen; 0 in dead rows."""
-    inputs = attention_inputs(case, seed=seed)
+# ---- the laws ----
+
+
+@by_run_and_case(PORTABLE, PLAIN, TRITON, TRITON_GPU, SDPA, SDPA_GPU, gpu_cases=GPU_CASES)
+def test_laws_of_boolean_masses(run, case, seed):
+    """In [0, 1]; exactly 1 where only weighted keys are seen; a partition's sum to 1; 0 in dead rows."""
+    inputs = attention_inputs(case, dtype=run.dtype, seed=seed)
     keywords = keywords_of(case, inputs.pop("key_padding_mask"))
-    part = torch.randint(4, inputs["k"].shape[:2], generator=torch.Generator().manual_seed(seed))
+    keys = inputs["k"].shape[:2]
+    part = torch.randint(4, keys, generator=torch.Generator().manual_seed(seed))
+    part[:, : keys[1] // 2] = 0  # a run of one group, as images make it: blocks of weight 1
     members = torch.nn.functional.one_hot(part, 4).bool()
     members = torch.cat([members, torch.ones_like(members[..., :1])], dim=-1)
-    found = attention_with_visual_mass(inputs["q"], inputs["k"], inputs["v"], members, **keywords)
-    dead = found.lse == -torch.inf
-    assert (found.mass >= 0).all() and (found.mass <= 1).all()
-    assert torch.equal(found.mass[..., 4], (~dead).float()), "a row that sees weighted keys alone has mass 1"
-    partition = found.mass[..., :4].double().sum(-1)
-    assert (partition - (~dead).double()).abs().max() <= 8 * torch.finfo(torch.float32).eps
-    assert (found.out.transpose(1, 2)[dead] == 0).all() and torch.isfinite(found.out).all()
+    out, mass, lse = run.attend(inputs["q"], inputs["k"], inputs["v"], members, **keywords)
+    again = None if run.backend == "sdpa+mass" else run.mass(inputs["q"], inputs["k"], lse, members, **keywords)
+    dead = lse == -torch.inf
+    assert (out.transpose(1, 2)[dead] == 0).all() and torch.isfinite(out).all()
+    # Made from a lse, a mass is off by its rounding: eps of its size.
+    size = 8 * max(1.0, lse[~dead].abs().max().item()) * torch.finfo(torch.float32).eps
+    for found, limit in ((mass, size if run.backend == "sdpa+mass" else 1e-6), (again, size)):
+        if found is None:
+            continue
+        assert (found >= 0).all() and (found <= 1).all()
+        assert torch.equal(found[..., 4], (~dead).float()), "a row that sees weighted keys alone has mass 1"
+        assert (found[..., :4].double().sum(-1) - (~dead).double()).abs().max() <= max(1e-6, limit)
+        if case.causal and case.padding == "none" and case.q_len == case.k_len > 1:
+            # Rows that see the first run alone.
+            assert (found[..., : keys[1] // 2, 0] == 1.0).all()
 
 
-@by_name
-def test_block_size_changes_nothing(case, engine, seed):
-    inputs = attention_inputs(case, dtype=torch.float64, seed=seed)
-    padding = inputs.pop("key_padding_mask")
-    options, weights = options_of(case), grouped(inputs.pop("key_weights"), inputs["q"])
-    tensors = [*inputs.values(), weights]
-    whole, *others = (
-        with_gradients(
-            lambda *t, rows=rows: portable.attention(*t, options, key_padding_mask=padding, block_rows=rows),
-            tensors,
-            seed,
-        )
-        for rows in (4096, 1, 17)
-    )
-    for other in others[-1 if case.q_len > 200 else 0 :]:
-        for name in whole:
-            torch.testing.assert_close(other[name], whole[name], rtol=1e-9, atol=1e-11)
-
-
-def packed_batch(seed: int, dim_v: int = 8) -> tuple[list[torch.Tensor], list[int], list[int]]:
-    lengths_q, lengths_k = [5, 0, 17, 1, 4, 3], [5, 4, 17, 9, 0, 2]
+@by_run(*EVERY_RUN, SDPA)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@OTHER_OPTIONS
+def test_bad_keys_reach_only_rows_that_attend_to_them(bad, keywords, run, seed):
+    if run is SDPA and keywords:
+        pytest.skip("not served")
     generator = torch.Generator().manual_seed(seed)
-    total_q, total_k = sum(lengths_q), sum(lengths_k)
-    shapes = ((total_q, 4, 8), (total_k, 2, 8), (total_k, 2, dim_v), (total_k, 2))
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return tensors, lengths_q, lengths_k
+    q, k, v = (torch.randn(2, 40, 2, 8, generator=generator).to(run.dtype) for _ in range(3))
+    weights = torch.rand(2, 40, generator=generator) < 0.5
+    clean = run.attend(q, k, v, weights, **keywords)
+    k[1, 25, 0] = bad
+    found = run.attend(q, k, v, weights, **keywords)
+    touched = torch.zeros(2, 2, 40, dtype=torch.bool)
+    touched[1, 0, 25 : 35 if "window_size" in keywords else 40] = True
+    for after, before in zip(found, clean, strict=True):
+        after, before = (x.transpose(1, 2) if x.dim() == 4 else x for x in (after, before))
+        torch.testing.assert_close(after[~touched], before[~touched])
+        if bad is torch.nan:
+            # A mass of keys before the bad one may be known all the same.
+            assert after[touched].isnan().all() or (run is SDPA and after.dim() == 3)
 
 
-def cumulative(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+@by_run(*EVERY_RUN)
+def test_padded_positions_have_no_effect(run, seed):
+    case = AttentionCase("left", 2, 30, 30, 2, 1, 16, padding="left", weights="float")
+    tensors, padding, _, lse = problem_of(case, seed, run.dtype)
+    lse = lse.float()
+
+    def call(q, k, v, w):
+        return (
+            *run.attend(q, k, v, w, key_padding_mask=padding),
+            run.mass(q, k, lse, w, key_padding_mask=padding),
+        )
+
+    clean = with_gradients(call, tensors, seed)
+    tensors[1][~padding], tensors[2][~padding] = torch.nan, torch.inf
+    if run.backend == "triton":
+        tensors[3][~padding] = torch.nan
+    found = with_gradients(call, tensors, seed)
+    assert (lse == -torch.inf).any() and (found["result3"][lse == -torch.inf] == 0).all()
+    for name in clean:
+        torch.testing.assert_close(found[name], clean[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("keywords", [{}, {"causal": False}, {"window_size": (3, 0)}, {"softcap": 2.0}], ids=str)
-def test_packed_equals_one_sequence_at_a_time(keywords, engine, seed):
-    tensors, lengths_q, lengths_k = packed_batch(seed, dim_v=12)
-    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
-    packing = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 17, "max_seqlen_k": 17}
-
-    def packed(q, k, v, w, backend="portable"):
-        found = attention_with_visual_mass(q, k, v, w, **packing, **keywords, backend=backend)
-        mass = visual_mass(q, k, found.lse.detach(), w, **packing, **keywords, backend=backend)
-        return *found, mass
-
-    def singly(q, k, v, w):
-        parts = []
-        for i in range(len(lengths_q)):
-            rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-            one = (q[None, rows], k[None, keys], v[None, keys], w[None, keys])
-            out, mass, lse = attention_with_visual_mass(*one, **keywords, backend="reference")
-            parts.append((out[0], mass[0].transpose(0, 1), lse[0].T, mass[0].transpose(0, 1)))
-        out, mass, lse, again = (torch.cat(part) for part in zip(*parts, strict=True))
-        return out, mass.transpose(0, 1), lse.T, again.transpose(0, 1)
-
-    expected = with_gradients(singly, tensors, seed)
-    for backend in ("portable", "reference"):
-        found = with_gradients(lambda *t, b=backend: packed(*t, backend=b), tensors, seed)
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], msg=lambda m, w=(backend, name): f"{w}: {m}")
+@by_run(*EVERY_RUN)
+def test_dead_rows_take_no_part_whatever_gradient_arrives(run, seed):
+    """log(mass) of a row without keys has an infinite gradient; masked out later it is NaN. Neither may spread."""
+    case = AttentionCase("dead", 2, 20, 20, 2, 2, 8, padding="left", weights="float")
+    tensors, padding, *_ = problem_of(case, seed, run.dtype)
+    leaves = [t.requires_grad_() for t in tensors]
+    _, mass, lse = run.attend(*leaves, key_padding_mask=padding)
+    dead = lse == -torch.inf
+    assert dead.any() and not dead.all()
+    gradients = []
+    for at_dead in (0.0, torch.nan, torch.inf):
+        arriving = [torch.ones_like(mass).masked_fill(dead, at_dead) for _ in range(2)]
+        made = torch.autograd.grad([mass, lse], leaves[:2] + leaves[3:], arriving, retain_graph=True)
+        assert all(x.isfinite().all() for x in made)
+        assert (made[0].transpose(1, 2)[dead] == 0).all()
+        gradients.append(made)
+    for other in gradients[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(gradients[0], other, strict=True))
 
 
-def test_packed_equals_padded(engine, seed):
+@by_run(*EVERY_RUN)
+def test_only_weighted_keys_and_wanted_rows_are_read(run, seed):
+    """What stands at keys without weight, and in rows that nobody asked for, is NaN: it must not matter."""
+    case = AttentionCase("read", 1, 150, 150, 2, 1, 16, weights="none_visual")
+    (q, k, _, weights), _, _, lse = problem_of(case, seed, run.dtype)
+    weights[:, 40:90] = True
+    wanted = torch.rand(1, 150, generator=torch.Generator().manual_seed(seed)) < 0.6
+    clean = run.mass(q, k, lse, weights, query_mask=wanted)
+    assert (clean[:, :, wanted[0]] > 0).any() and (clean[:, :, ~wanted[0]] == 0).all()
+    expected = with_gradients(lambda q, k: run.mass(q, k, lse, weights, query_mask=wanted), [q, k], seed)
+    q[~wanted] = torch.nan
+    found = with_gradients(lambda q, k: run.mass(q, k, lse, weights, query_mask=wanted), [q, k], seed)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
+    k[:, :40], k[:, 90:] = torch.nan, torch.nan
+    assert torch.equal(run.mass(q, k, lse, weights, query_mask=wanted), clean)
+
+
+@by_run(*EVERY_RUN)
+def test_boolean_masses_stay_in_range_whatever_the_lse(run, seed):
+    case = AttentionCase("range", 1, 40, 40, 2, 2, 16, weights="all_visual")
+    (q, k, _, weights), _, _, lse = problem_of(case, seed, run.dtype)
+    weights[:, 3] = False
+    assert (run.mass(q, k, lse - 0.5, weights) <= 1).all() and (run.mass(q, k, lse - 0.5, weights)[..., 3:] == 1).any()
+    float_mass = run.mass(q, k, lse - 0.5, torch.ones(1, 40))
+    torch.testing.assert_close(float_mass, torch.full_like(lse, 0.5).exp().float(), rtol=1e-5, atol=1e-5)
+
+
+@by_run(*EVERY_RUN)
+def test_inputs_of_any_strides(run, seed):
+    """(B, H, S, D) memory, as caches have it, and memory that is contiguous along nothing useful."""
+    case = AttentionCase("strides", 2, 21, 33, 2, 2, 8, groups=2, weights="float")
+    tensors, _, _, lse = problem_of(case, seed, run.dtype)
+
+    def call(*tensors, turn=lambda x: x):
+        q, k, v, w = (turn(x) for x in tensors)
+        found = attention_with_visual_mass(*(turn(x.to(run.device)) for x in tensors), backend=run.backend)
+        again = visual_mass(*(turn(x.to(run.device)) for x in (q, k, lse.float(), w)), backend=run.backend)
+        return *(x.cpu() for x in found), again.cpu()
+
+    expected = with_gradients(call, tensors, seed)
+    for turn in (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT):
+        assert not any(turn(x).is_contiguous() for x in tensors)
+        for name, value in with_gradients(lambda *t, turn=turn: call(*t, turn=turn), tensors, seed).items():
+            torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@by_run(*EVERY_RUN)
+def test_gradients_of_any_strides(run, seed):
+    """A sum hands back a gradient of stride 0, a transposed loss one of odd strides."""
+    case = AttentionCase("strides", 2, 21, 21, 2, 2, 8)
+    inputs = attention_inputs(case, dtype=run.dtype, seed=seed)
+    leaves = [t.to(run.device).requires_grad_(t.is_floating_point()) for t in inputs.values() if t is not None]
+    found = attention_with_visual_mass(*leaves, backend=run.backend)
+    ones = [torch.ones_like(x, memory_format=torch.contiguous_format) for x in found]
+    plain = torch.autograd.grad(tuple(found), leaves[:3], ones, retain_graph=True)
+    odd = [torch.ones(1, device=run.device, dtype=x.dtype).expand(x.shape) for x in found]
+    for expected, value in zip(plain, torch.autograd.grad(found, leaves[:3], odd), strict=True):
+        torch.testing.assert_close(expected, value)
+
+
+@by_run(*EVERY_RUN, SDPA)
+def test_no_groups_at_all(run, seed):
+    """Attention alone: the mass has no columns."""
+    q, k, v, *_ = attention_inputs(AttentionCase("none", 2, 9, 9, 4, 2, 8), dtype=run.dtype, seed=seed).values()
+    nothing = with_gradients(lambda *t: run.attend(*t, torch.zeros(2, 9, 0, dtype=torch.bool)), [q, k, v], seed)
+    expected = with_gradients(lambda *t: run.attend(*t, torch.zeros(2, 9, dtype=torch.bool)), [q, k, v], seed)
+    assert nothing["result1"].shape == (2, 4, 9, 0)
+    torch.testing.assert_close(nothing["result0"], expected["result0"])
+    torch.testing.assert_close(nothing["result2"], expected["result2"])
+
+
+@by_run(*EVERY_RUN, SDPA)
+@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)], ids=str)
+def test_empty_inputs(shape, run):
+    batch, rows, keys = shape
+    if run is SDPA and rows == 0:
+        pytest.skip("not served")
+    q, k = (torch.randn(batch, n, 2, 8, dtype=run.dtype).requires_grad_() for n in (rows, keys))
+    weights = torch.ones(batch, keys, dtype=torch.bool)
+    out, mass, lse = run.attend(q, k, k, weights, causal=run is not SDPA)
+    assert out.shape == (batch, rows, 2, 8) and (out == 0).all()
+    assert mass.shape == (batch, 2, rows) and (mass == 0).all() and (lse == -torch.inf).all()
+    again = 0.0 if run is SDPA else run.mass(q, k, lse, weights).sum()
+    (out.sum() + mass.sum() + again).backward()
+    assert (q.grad == 0).all() and (run is SDPA or (k.grad == 0).all())
+
+
+@by_run(*EVERY_RUN)
+def test_a_step_is_the_last_row_of_the_whole(run, seed):
+    """Generation: new rows over a cache of keys."""
+    case = AttentionCase("whole", 1, 160, 160, 4, 2, 16, softcap=5.0, window_size=(100, 0))
+    tensors, padding, *_ = problem_of(case, seed, run.dtype)
+    keywords = keywords_of(case, padding)
+    whole = run.attend(*tensors, **keywords)
+    for rows in (1, 2):
+        step = run.attend(tensors[0][:, -rows:], *tensors[1:], **keywords)
+        for found, expected in zip(step, (whole[0][:, -rows:], *(x[:, :, -rows:] for x in whole[1:])), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_packed_equals_padded(seed):
     lengths = [7, 3, 12]
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(3, 12, 2, 8, generator=generator) for _ in range(3))
     weights = torch.rand(3, 12, generator=generator) < 0.5
     real = torch.arange(12) < torch.tensor(lengths)[:, None]
     padded = attention_with_visual_mass(q, k, v, weights, key_padding_mask=real)
-    cu = cumulative(lengths)
+    cu = torch.tensor([0, 7, 10, 22], dtype=torch.int32)
     packed = attention_with_visual_mass(q[real], k[real], v[real], weights[real], cu_seqlens_q=cu, cu_seqlens_k=cu)
     torch.testing.assert_close(packed.out, padded.out[real])
     torch.testing.assert_close(packed.mass, padded.mass.transpose(1, 2)[real].T)
     torch.testing.assert_close(packed.lse, padded.lse.transpose(1, 2)[real].T)
 
 
-@pytest.mark.parametrize("batch_of_mask", [1, 2])
-def test_any_mask_meets_the_definition(batch_of_mask, engine, seed):
-    case = AttentionCase("mask", 2, 33, 41, 4, 2, 8, groups=2)
-    inputs = attention_inputs(case, dtype=torch.float64, seed=seed)
-    mask = torch.rand(batch_of_mask, 1, 33, 41, generator=torch.Generator().manual_seed(seed)) < 0.3
-    mask[:, :, 5] = False
-    options = AttentionOptions(-1, -1, case.dim**-0.5, 0.0)
-    inputs.pop("key_padding_mask")
-    found = masked_attention_with_visual_mass(**inputs, attn_mask=mask)
-    assert (found.lse[:, :, 5] == -torch.inf).all() and (found.mass[:, :, 5] == 0).all()
-    three_ways(
-        lambda *t: portable.attention(*t, options, attn_mask=mask),
-        lambda *t, dtype: reference.attention(*t, options, attn_mask=mask, dtype=dtype),
-        list(inputs.values()),
-        seed,
-        found.lse,
-    )
-
-
-def test_any_mask_over_many_blocks(engine, seed):
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, rows, 2, 4, generator=generator) for rows in (1300, 9, 9))
-    mask = torch.rand(1, 1, 1300, 9, generator=generator) < 0.2
-    weights = torch.arange(9)[None] < 5
-    found = masked_attention_with_visual_mass(q, k, v, weights, mask)
-    truth = masked_attention_with_visual_mass(q.double(), k.double(), v.double(), weights, mask, backend="reference")
-    torch.testing.assert_close(found.mass.double(), truth.mass, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.out.double(), truth.out, rtol=1e-5, atol=1e-5)
-    only_weighted = (mask.any(-1) & ~(mask & ~weights).any(-1)).expand_as(found.mass)
-    assert only_weighted.any() and (found.mass[only_weighted] == 1.0).all()
-
-
-@pytest.mark.parametrize("device, fewest, most", [("cpu", 512, 512), ("cuda", 10, 40)])
-def test_tiles_are_of_the_device(device, fewest, most):
-    """Scores of 8,192 rows and keys in 28 heads: CPU tiles that stay in the cache, elsewhere not 6,000 launches."""
-    size = dense.block_size(0, 28 * 8192 * 4, torch.device(device))
-    assert fewest <= len(tiles(8192, 8192, NO_BAND, size, whole=False, explicit_mask=False)) <= most
-    assert dense.block_size(7, 28 * 8192 * 4, torch.device(device)) == 7
-    assert dense.block_size(0, 2**40, torch.device(device)) == dense.MIN_BLOCK_ROWS
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
-def test_memory_is_linear_in_the_sequence(train, engine, seed):
-    """Far below the (Hq, T, S) matrix that eager attention holds, several times over."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, 2048, 8, 16, generator=generator).requires_grad_(train) for _ in range(3))
-    weights = torch.arange(2048)[None] < 1024
-
-    def call():
-        found = attention_with_visual_mass(q, k, v, weights)
-        mass = visual_mass(q, k, found.lse.detach(), weights)
-        if train:
-            return torch.autograd.grad(found.out.sum() + found.mass.sum() + mass.sum(), (q, k, v))
-        return found, mass
-
-    assert peak_bytes(call, torch.device("cpu")) < 8 * 2048 * 2048 * 4 / 2
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("keywords", [{}, {"window_size": (9, 0)}, {"softcap": 5.0}], ids=str)
-def test_bad_keys_reach_only_rows_that_attend_to_them(bad, keywords, engine, seed):
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(3, 40, 2, 8, generator=generator) for _ in range(3))
-    weights = torch.rand(3, 40, generator=generator) < 0.5
-    clean = attention_with_visual_mass(q, k, v, weights, **keywords)
-    k[1, 25, 0] = bad
-    found = attention_with_visual_mass(q, k, v, weights, **keywords)
-    touched = torch.zeros(3, 2, 40, dtype=torch.bool)
-    touched[1, 0, 25 : 35 if "window_size" in keywords else 40] = True
-    for name in ("mass", "lse"):
-        torch.testing.assert_close(getattr(found, name)[~touched], getattr(clean, name)[~touched])
-    torch.testing.assert_close(found.out.transpose(1, 2)[~touched], clean.out.transpose(1, 2)[~touched])
-    if bad is torch.nan:
-        assert found.mass[touched].isnan().all() and found.lse[touched].isnan().all()
-
-
-def test_what_stands_at_padded_positions_reaches_nobody(engine, seed):
-    case = AttentionCase("left", 3, 30, 30, 4, 2, 16, padding="left", weights="float")
-    inputs = attention_inputs(case, seed=seed)
-    padding = inputs.pop("key_padding_mask")
-
-    def call(*tensors):
-        return attention_with_visual_mass(*tensors, key_padding_mask=padding)
-
-    clean = with_gradients(call, list(inputs.values()), seed)
-    inputs["k"][~padding], inputs["v"][~padding] = torch.nan, torch.inf
-    found = with_gradients(call, list(inputs.values()), seed)
-    for name in clean:
-        torch.testing.assert_close(found[name], clean[name], msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("backend", ["portable", "reference", "sdpa+mass"])
-def test_no_groups_at_all(backend, seed):
-    """Attention alone: the mass has no columns."""
-    q, k, v, *_ = attention_inputs(AttentionCase("none", 2, 9, 9, 4, 2, 8), seed=seed).values()
-    found = attention_with_visual_mass(q, k, v, torch.zeros(2, 9, 0, dtype=torch.bool), backend=backend)
-    expected = attention_with_visual_mass(q, k, v, torch.zeros(2, 9, dtype=torch.bool), backend=backend)
-    assert found.mass.shape == (2, 4, 9, 0)
-    torch.testing.assert_close(found.out, expected.out)
-    torch.testing.assert_close(found.lse, expected.lse)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)], ids=str)
-def test_empty_inputs(shape):
-    batch, rows, keys = shape
-    q, k = torch.randn(batch, rows, 2, 4, requires_grad=True), torch.randn(batch, keys, 2, 4, requires_grad=True)
-    found = attention_with_visual_mass(q, k, k, torch.ones(batch, keys, dtype=torch.bool))
-    assert found.out.shape == (batch, rows, 2, 4) and (found.out == 0).all()
-    assert found.mass.shape == (batch, 2, rows) and (found.mass == 0).all() and (found.lse == -torch.inf).all()
-    mass = visual_mass(q, k, found.lse, torch.ones(batch, keys, dtype=torch.bool))
-    (found.out.sum() + found.mass.sum() + mass.sum()).backward()
-    assert (q.grad == 0).all() and (k.grad == 0).all()
+def test_options_of_the_cases_reach_the_definition():
+    """The tests above compare like with like: options_of agrees with what the public function makes of keywords."""
+    for name in ("window", "softcap", "not_causal", "left_padding"):
+        tensors, padding, options, lse = problem_of(case_named(name), 0, torch.float32)
+        found = attention_with_visual_mass(*tensors, **keywords_of(case_named(name), padding), backend="reference")
+        torch.testing.assert_close(found.lse, lse)
+        assert options == options_of(case_named(name))

@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
 from mmrpt_kernels.attention import attention_with_visual_mass, visual_mass
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import attention, backward_keys, backward_rows, decode, forward
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
+from mmrpt_kernels.attention.triton import attention, backward_dkv, backward_dq, forward, mass_forward
 from mmrpt_kernels.testing.aot import recorded_launches
-from tests.kernels.attention.test_attention import cumulative
+from tests.kernels.attention.attention_checks import cumulative
 from tests.kernels.devices import INTERPRETING
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="not interpreting")
@@ -33,10 +33,6 @@ def whole(q, k, v, weights):
     return sum(x.sum() for x in attention_with_visual_mass(q, k, v, weights, backend="triton"))
 
 
-def a_step(q, k, v, weights):
-    return whole(q[:, -3:], k, v, weights)
-
-
 def packed(q, k, v, weights):
     lengths = {"cu_seqlens_q": cumulative([5, ROWS - 5]), "cu_seqlens_k": cumulative([80, KEYS - 80])}
     found = attention_with_visual_mass(q[0], k[0], v[0], weights[0], backend="triton", **lengths)
@@ -47,7 +43,7 @@ def mass_alone(q, k, v, weights):
     return visual_mass(q, k, torch.full((1, 4, ROWS), 5.0), weights, backend="triton").sum()
 
 
-@pytest.mark.parametrize("call", [whole, a_step, packed, mass_alone], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [whole, packed, mass_alone], ids=lambda call: call.__name__)
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(call, monkeypatch, seed):
     """Triton launches on the current device. Under device_map="auto" that is not where the tensors of a layer are."""
     inputs = tensors(seed)
@@ -74,18 +70,22 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(call, monkeypatch
 
 
 def test_out_and_lse_are_made_once_whatever_the_number_of_groups(seed):
-    """Twelve images: the visit of the keys that makes out takes four, one without values the others."""
+    """Twelve images: the visit of the keys that makes out takes four, a pass over their own keys the others."""
     q, k, v, _ = tensors(seed)
-    with recorded_launches(forward, arch=90) as specs:
-        attention(q, k, v, torch.ones(1, KEYS, 12, dtype=torch.bool), AttentionOptions(-1, 0, 0.3, 0.0))
-    visits = [(spec.constants["VALUES"], spec.constants["GROUPS"]) for spec in specs if spec.kernel == "_forward"]
-    assert visits == [(True, 4), (False, 8)]
-    with recorded_launches(decode, arch=90) as specs:
-        attention(q[:, -1:], k, v, torch.ones(1, KEYS, 12, dtype=torch.bool), AttentionOptions(-1, 0, 0.3, 0.0))
-    assert [spec.kernel for spec in specs] == ["_split_kernel", "_merge_kernel"]
+    weights, options = torch.ones(1, KEYS, 12, dtype=torch.bool), AttentionOptions(-1, 0, 0.3, 0.0)
+    with recorded_launches(forward, mass_forward, arch=90) as specs:
+        attention(q, k, v, weights, options)
+    assert [(spec.kernel, spec.signature.get("groups")) for spec in specs] == [
+        ("_forward", "i32"),
+        ("_mass_forward", "i32"),
+    ]
+    mask = torch.ones(1, 1, ROWS, KEYS, dtype=torch.bool)  # the pass over further groups knows no mask of all pairs
+    with recorded_launches(forward, mass_forward, arch=90) as specs:
+        attention(q, k, v, weights, options, Masks(attn_mask=mask))
+    assert [spec.kernel for spec in specs] == ["_forward"] * 3
 
 
-OUTPUTS = ("out", "mass_out", "lse_out", "norm_out", "dq_out", "dk_out", "dv_out", "dw_out")
+OUTPUTS = ("out", "mass_out", "lse_out", "dq_out", "dk_out", "dv_out", "dw_out")
 
 
 def fence(monkeypatch) -> list[str]:
@@ -93,11 +93,11 @@ def fence(monkeypatch) -> list[str]:
     written = []
 
     def fenced(launch):
-        def launched(kernel, programs, arguments, settings, **options):
+        def launched(kernel, grid, arguments, settings):
             own = {name: x for name, x in arguments.items() if name in OUTPUTS and x is not None}
             fences = {name: torch.cat([x.flatten(), x.new_full((4096,), 7.0)]) for name, x in own.items()}
             copies = {name: fences[name][: x.numel()].view(x.shape) for name, x in own.items()}
-            launch(kernel, programs, arguments | copies, settings, **options)
+            launch(kernel, grid, arguments | copies, settings)
             for name, x in own.items():
                 assert (fences[name][x.numel() :] == 7.0).all(), f"{kernel.__name__} wrote behind the end of {name}"
                 x.data.copy_(copies[name])
@@ -105,7 +105,7 @@ def fence(monkeypatch) -> list[str]:
 
         return launched
 
-    for module in (forward, backward_rows, backward_keys):
+    for module in (forward, backward_dq, backward_dkv):
         monkeypatch.setattr(module, "launch", fenced(module.launch))
     return written
 
@@ -120,7 +120,7 @@ def test_lengths_beyond_the_tensors_lead_nowhere(beyond, monkeypatch, seed):
 
     def results(rows: int, keys: int) -> list[torch.Tensor]:
         cu = {"cu_seqlens_q": torch.tensor([0, 5, rows]), "cu_seqlens_k": torch.tensor([0, 18, keys])}
-        found = attention(*inputs, AttentionOptions(-1, 0, 0.3, 0.0), **cu)
+        found = attention(*inputs, AttentionOptions(-1, 0, 0.3, 0.0), Masks(**cu))
         return [*found, *torch.autograd.grad(sum(x.sum() for x in found), inputs)]
 
     expected = results(ROWS, FEW_KEYS)

@@ -1,9 +1,7 @@
-"""What the compiler makes of the fused attention, for every row of the settings, without a GPU: registers, spills,
+"""What the compiler makes of the attention kernels, for every row of the settings, without a GPU: registers, spills,
 shared memory, and the instructions of the tensor cores."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +9,27 @@ import torch
 pytest.importorskip("triton")
 
 from mmrpt_kernels.attention import config
-from mmrpt_kernels.attention.geometry import AttentionOptions
-from mmrpt_kernels.attention.triton import backward_keys, backward_rows, forward
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
+from mmrpt_kernels.attention.triton import (
+    attention_op,
+    backward_dkv,
+    backward_dq,
+    forward,
+    key_blocks,
+    launch,
+    mass_forward,
+    mass_op,
+    query_list,
+)
 from mmrpt_kernels.attention.triton.backward import backward
-from mmrpt_kernels.attention.triton.call import prepare
-from mmrpt_kernels.testing.aot import Compiled, KernelSpec, check_resources, compile_kernels, recorded_launches
+from mmrpt_kernels.testing.aot import KernelSpec, check_resources, compile_kernels, recorded_launches
 
-PRODUCTS = ("_forward", "_backward_keys", "_backward_rows")
+MODULES = (forward, backward_dkv, backward_dq, key_blocks, mass_forward, query_list)
+PRODUCTS = ("_forward", "_backward_dkv", "_backward_dq", "_mass_forward")
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Everything at once that costs registers.
+RICH = {"softcap": 30.0, "window": (1000, 0), "groups": 3, "boolean": False, "extras": ("padding",)}
+SIZES = (64, 128, 256)
 
 
 def launches(
@@ -34,7 +45,7 @@ def launches(
     softcap: float = 0.0,
     extras: tuple[str, ...] = (),
 ) -> list[KernelSpec]:
-    """Specs of all kernels of a forward and a backward pass. extras: "padding", "mask", "packed"."""
+    """Specs of all kernels of both operators, forward and backward. extras: "padding", "mask", "packed"."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -47,73 +58,57 @@ def launches(
         empty(batch, length, groups, of=torch.bool if boolean else torch.float32),
     ]
     cu = empty(9, of=torch.int32) if "packed" in extras else None
-    masks = (
+    masks = Masks(
         empty(batch, length, of=torch.bool) if "padding" in extras else None,
         empty(batch, 1, length, length, of=torch.bool) if "mask" in extras else None,
+        None,
         cu,
         cu,
     )
-    for module in (forward, backward_keys, backward_rows):
-        monkeypatch.setattr(module, "architecture", lambda device: arch)
-        monkeypatch.setattr(
-            module,
-            "classify",
-            lambda w, padding, block: SimpleNamespace(
-                kinds=empty(w.shape[0], -(-w.shape[1] // block), w.shape[2], of=torch.int8)
-            ),
-        )
-    tensors = tensors if cu is None else [x[0] for x in tensors]
-    problem = prepare(*tensors, AttentionOptions(*window, dim**-0.5, softcap), masks)
-    with recorded_launches(forward, backward_keys, backward_rows, arch=arch) as specs:
-        out, mass, lse, normalizers = forward.forward(problem)
-        backward(problem, (out, mass, normalizers), (out, mass, lse))
-    assert {spec.kernel for spec in specs} == {*PRODUCTS, "_row_terms"}
+    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    q, k, v, weights = tensors if cu is None else [x[0] for x in tensors]
+    options = AttentionOptions(*window, dim**-0.5, softcap)
+    problem = launch.prepare(q, k, v, weights, options, masks)
+    with recorded_launches(*MODULES, arch=arch) as specs:
+        results = forward.forward(problem)
+        backward(problem, results, results)
+        if "mask" not in extras:
+            mass, lse = (x if cu is None else x[0] for x in results[1:])
+            mass_op._forward(q, k, lse, weights, masks, options)
+            attention_op.backward((q, k, k[..., :0], weights), (None, mass, lse), (None, mass, lse), masks, options)
+    expected = {*PRODUCTS, "_row_terms", "_classify", "_list_queries"}
+    assert {spec.kernel for spec in specs} >= expected - (
+        {"_mass_forward", "_list_queries"} if "mask" in extras else set()
+    )
     return specs
 
 
-def compiled(specs: list[KernelSpec]) -> list[Compiled]:
-    return compile_kernels(list({spec.title: spec for spec in specs}.values()), check=False)
-
-
-def test_every_row_of_the_table_is_compiled_here():
-    rows = {(arch, size, dim) for arch in (80, 90, 100) for size in (2, 4) for dim in (64, 128, 256)}
-    assert set(config.FORWARD) == set(config.KEYS) == set(config.ROWS) == rows
-
-
-# Everything at once that costs registers.
-RICH = {"softcap": 30.0, "window": (1000, 0), "groups": 3, "boolean": False, "extras": ("padding",)}
-SIZES = (64, 128, 256)
-
-
-def check(made: list[Compiled], arch: int) -> None:
-    """No spills, shared memory within limits; tensor cores at work in half precision."""
-    check_resources(made)
-    for one in made:
-        constants, dtype = one.spec.constants, one.spec.signature["q"][1:]
-        if dtype != "fp32" and one.spec.kernel in PRODUCTS:
+def check(specs: list[KernelSpec], arch: int) -> None:
+    """No spills, shared memory within limits, tensor cores at work."""
+    compiled = compile_kernels(list({spec.title: spec for spec in specs}.values()), check=False)
+    check_resources(compiled)
+    for one in compiled:
+        if one.spec.kernel in PRODUCTS:
             # A product with fewer than 64 rows is too small for a warp group: it runs on the older instruction.
-            tall = constants["BLOCK_N" if one.spec.kernel == "_backward_keys" else "BLOCK_M"] >= 64
+            tall = one.spec.constants["BLOCK_N" if one.spec.kernel == "_backward_dkv" else "BLOCK_M"] >= 64
             assert (INSTRUCTION[arch] if tall else "mma.sync") in one.ptx, one.spec.title
 
 
+def test_every_row_of_the_tables_is_compiled_here():
+    rows = {(arch, dim) for arch in (80, 90, 100) for dim in SIZES}
+    assert set(config.FORWARD) == set(config.DKV) == set(config.DQ) == set(config.MASS) == rows
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_row_spills_in_half_precision(arch, monkeypatch):
+def test_no_row_spills(arch, monkeypatch):
     """Causal, grouped heads, one boolean group."""
-    specs = [spec for dim in SIZES for spec in launches(monkeypatch, arch, dim, torch.bfloat16)]
-    check(compiled(specs), arch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_row_of_a_rich_call_spills(arch, dtype, monkeypatch):
-    check(compiled([spec for dim in SIZES for spec in launches(monkeypatch, arch, dim, dtype, **RICH)]), arch)
+    check([spec for dim in SIZES for spec in launches(monkeypatch, arch, dim, torch.bfloat16)], arch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_row_spills_in_float32(arch, monkeypatch):
-    check(compiled([spec for dim in SIZES for spec in launches(monkeypatch, arch, dim, torch.float32)]), arch)
+def test_no_row_of_a_rich_call_spills(arch, monkeypatch):
+    check([spec for dim in SIZES for spec in launches(monkeypatch, arch, dim, torch.bfloat16, **RICH)], arch)
 
 
 @pytest.mark.slow
@@ -129,8 +124,6 @@ def test_no_row_spills_in_float32(arch, monkeypatch):
     ids=str,
 )
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_no_other_call_spills(arch, dtype, call, monkeypatch):
+def test_no_other_call_spills(arch, call, monkeypatch):
     """Packed, masked, many groups, values of another size, no causality; head sizes between those of the table."""
-    specs = [spec for dim in (80, 96, 128) for spec in launches(monkeypatch, arch, dim, dtype, **call)]
-    check(compiled(specs), arch)
+    check([spec for dim in (80, 96, 128) for spec in launches(monkeypatch, arch, dim, torch.float16, **call)], arch)

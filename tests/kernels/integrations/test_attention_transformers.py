@@ -10,7 +10,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from benchmarks.measure import peak_bytes  # noqa: E402
-from mmrpt_kernels import backends  # noqa: E402
 from mmrpt_kernels.integrations import transformers as integration  # noqa: E402
 from mmrpt_kernels.integrations.caches import cache_keyword  # noqa: E402
 from mmrpt_kernels.integrations.transformers import (  # noqa: E402
@@ -285,16 +284,6 @@ def test_the_record_is_layers_times_tokens_and_no_layer_holds_all_pairs():
     assert sum(mass.untyped_storage().nbytes() for mass in masses.values()) == LAYERS * num_tokens * 4
     matrix = 4 * num_tokens**2 * 4  # the weights of four heads, as eager attention has them
     assert peak_bytes(call, torch.device("cpu")) < matrix / 2
-
-
-@pytest.mark.parametrize("needs", [{}, {"key_padding_mask"}, {"attn_mask"}, {"softcap"}, {"attn_mask", "softcap"}])
-def test_on_a_gpu_the_kernels_serve_by_default(needs):
-    """Whatever a recorded layer asks for; the table alone decides, so no GPU is needed to see it."""
-    if backends.TRITON_MISSING:
-        pytest.skip(backends.TRITON_MISSING)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        call = {"device": torch.device("cuda", 0), "dtype": dtype, "traits": frozenset(needs)}
-        assert backends.select("attention", **call) == "triton"
 
 
 @pytest.mark.gpu

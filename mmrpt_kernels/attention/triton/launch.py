@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from mmrpt_kernels.attention.config import L2_BYTES, Settings, product_precision
-from mmrpt_kernels.attention.geometry import AttentionOptions
+from mmrpt_kernels.attention.config import L2_BYTES, Settings, Table, settings_of
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 
 __all__ = [
     "Problem",
@@ -58,6 +58,10 @@ class Problem(NamedTuple):
             or self.mask is not None
         )
 
+    def of_groups(self, start: int, count: int) -> Problem:
+        """The same call for groups [start, start + count) of the weights."""
+        return self._replace(weights=self.weights[..., start : start + count])
+
     @property
     def repeat(self) -> int:
         """Query heads of a key head."""
@@ -73,14 +77,11 @@ class Problem(NamedTuple):
         left, right, scale, softcap = self.options
         block_d, block_v = self.block_dims()
         made = {"q": q, "k": k, "v": v, "weights": w, "padding": self.padding, "mask": self.mask}
-        for name, tensor, axes in (("q", q, "bth"), ("k", k, "bsh"), ("v", v, "bsh"), ("w", w, "bsg")):
-            made |= {f"{name}_{axis}": stride for axis, stride in zip(axes, tensor.stride()[:3], strict=True)}
-        pad_strides = (0, 0) if self.padding is None else self.padding.stride()
-        mask_strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
-        made |= dict(zip(("pad_b", "pad_s"), pad_strides, strict=True))
-        # A mask of one sample serves them all.
-        mask_b = 0 if self.mask is None or self.mask.shape[0] == 1 else mask_strides[0]
-        made |= {"mask_b": mask_b, "mask_t": mask_strides[2], "mask_s": mask_strides[3]}
+        for name, axes, tensor in (("q", "bth", q), ("k", "bsh", k), ("v", "bsh", v), ("w", "bsg", w)):
+            made |= strides(name, axes, tensor)
+        made |= strides("p", "bs", self.padding) | strides("m", "b_ts", self.mask)
+        if self.mask is not None and self.mask.shape[0] == 1:
+            made["stride_mb"] = 0  # one mask for all samples
         return made | {
             "cu_q": self.cu_q,
             "cu_k": self.cu_k,
@@ -104,8 +105,11 @@ class Problem(NamedTuple):
             "CAPPED": softcap > 0.0,
             # The scale rides in the exponent's multiply-add, unless the largest product is not the largest score.
             "FOLD": softcap == 0.0 and scale > 0.0,
-            "PRECISION": product_precision(q.dtype, max(block_d, block_v)),
         }
+
+    def settings(self, table: Table) -> Settings:
+        """The row of a launch table for this call."""
+        return settings_of(table, architecture(self.q.device), max(self.block_dims()), self.rich)
 
     def section(self, heads_of_a_key_head: int) -> int:
         """How many programs' heads stand side by side: as many as have their keys and values in the L2 cache."""
@@ -129,19 +133,16 @@ def prepare(
     v: torch.Tensor,
     key_weights: torch.Tensor,
     options: AttentionOptions,
-    masks: tuple[torch.Tensor | None, ...],
+    masks: Masks,
 ) -> Problem:
-    """Checked arguments, packed or not, as a Problem; no group of weights becomes one of zeros.
-
-    masks: padding (B, S), mask (B or 1, 1, T, S), cu_q, cu_k.
-    """
-    padding, mask, cu_q, cu_k = masks
+    """Checked arguments, packed or not, as a Problem; no group of weights becomes one of zeros."""
+    padding, mask, _, cu_q, cu_k = masks
     q, k, v, key_weights = as_batch(cu_q is not None, q, k, v, key_weights)
     if key_weights.shape[-1] == 0:
         key_weights = key_weights.new_zeros((*key_weights.shape[:-1], 1))
     boolean = key_weights.dtype == torch.bool
     if cu_q is not None:
-        # Nobody can check lengths on a device without waiting for it: wrong ones must not lead outside the tensors.
+        # Checking lengths on a device would wait for it; clamped, wrong ones do not lead outside the tensors.
         cu_q, cu_k = cu_q.clamp(0, q.shape[1]), cu_k.clamp(0, k.shape[1])
     return Problem(
         *(last_contiguous(x) for x in (q, k, v)),
@@ -201,11 +202,18 @@ def tiling(problem: Problem, block: int, *, of_keys: bool) -> dict[str, Any]:
 
 
 def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]:
-    """{name_axis: stride}; zeros where there is no tensor."""
+    """{stride_<name><axis>: stride}; zeros where there is no tensor."""
     values = (0,) * len(axes) if tensor is None else tensor.stride()[: len(axes)]
-    return {f"{name}_{axis}": stride for axis, stride in zip(axes, values, strict=True)}
+    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, values, strict=True)}
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], settings: Settings, **options: Any) -> None:
-    """Start `programs` programs of `kernel` on the current device, which is the tensors' own (fused.py)."""
-    kernel[(programs,)](**arguments, num_warps=settings.warps, num_stages=settings.stages, **options)
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], settings: Settings) -> None:
+    """Start `kernel` on the current device, which the operators make the tensors' own.
+
+    Left to itself the assembler gives some kernels 80 or 128 registers, and spills: all may take 255.
+
+    Args:
+        arguments: by name; those that the kernel does not take are left out, so that all kernels share one dictionary.
+    """
+    taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    kernel[grid](**taken, num_warps=settings.warps, num_stages=settings.stages, maxnreg=255)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["AttentionOptions", "Tile", "attended_counts", "band", "row_interval", "tile_allowed", "tiles"]
+__all__ = ["AttentionOptions", "Masks", "Tile", "attended_counts", "band", "row_interval", "tile_allowed", "tiles"]
 
 
 class AttentionOptions(NamedTuple):
@@ -25,6 +25,16 @@ class AttentionOptions(NamedTuple):
     def banded(self) -> bool:
         """Whether causality or a window forbids anything."""
         return self.window_left >= 0 or self.window_right >= 0
+
+
+class Masks(NamedTuple):
+    """What thins out the band, and which rows are wanted; None = nothing does, all are."""
+
+    key_padding_mask: torch.Tensor | None = None  # (B, S) bool, True = may be attended
+    attn_mask: torch.Tensor | None = None  # (B or 1, 1, T, S) bool, True = may be attended
+    query_mask: torch.Tensor | None = None  # (B, T), packed (sum T,), bool: rows whose mass is wanted
+    cu_seqlens_q: torch.Tensor | None = None  # (sequences + 1,) int32 or int64: packed sequences
+    cu_seqlens_k: torch.Tensor | None = None
 
 
 class Tile(NamedTuple):
@@ -77,7 +87,7 @@ def tiles(
 
     Args:
         block_rows: rows of a tile.
-        whole: the engine skips the upper triangle itself and takes any number of rows: where the band is a triangle or
+        whole: the kernel skips the upper triangle itself and takes any number of rows: where the band is a triangle or
             everything, one tile will do.
         explicit_mask: a (T, S) mask comes on top, so that no tile is free of masking.
     """
@@ -102,59 +112,48 @@ def tiles(
 def tile_allowed(
     tile: Tile,
     bounds: tuple[torch.Tensor, torch.Tensor],
-    key_padding_mask: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
+    masks: Masks,
 ) -> torch.Tensor | None:
     """(B or 1, 1, rows or 1, keys) bool: the pairs of a tile that may attend; None when all may.
 
-    A "causal" tile's triangle is left to the engine.
-
-    Args:
-        bounds: `band(...)`.
-        key_padding_mask: (B, S) bool or None.
-        attn_mask: (B or 1, 1, T, S) bool or None.
+    A "causal" tile's triangle is left to the kernel. bounds: `band(...)`.
     """
     allowed = None
     if tile.shape == "masked":
         key = torch.arange(tile.key_start, tile.key_stop, device=bounds[0].device)
         first, last = (bound[tile.rows, None] for bound in bounds)
         allowed = ((key >= first) & (key < last))[None, None]
-    if attn_mask is not None:
-        part = attn_mask[:, :, tile.rows, tile.keys]
+    if masks.attn_mask is not None:
+        part = masks.attn_mask[:, :, tile.rows, tile.keys]
         allowed = part if allowed is None else allowed & part
-    if key_padding_mask is not None:
-        part = key_padding_mask[:, None, None, tile.keys]
+    if masks.key_padding_mask is not None:
+        part = masks.key_padding_mask[:, None, None, tile.keys]
         allowed = part if allowed is None else allowed & part
     return allowed
 
 
 def attended_counts(
-    weights: torch.Tensor,
-    bounds: tuple[torch.Tensor, torch.Tensor],
-    key_padding_mask: torch.Tensor | None,
-    attn_mask: torch.Tensor | None,
-    block_rows: int,
+    weights: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor], masks: Masks, block_rows: int
 ) -> torch.Tensor:
     """How many keys of each group a row may attend to, exactly: (B, T, G) int64.
 
     Args:
         weights: (B, S, G) bool: membership of the groups.
         bounds: `band(...)`.
-        key_padding_mask: (B, S) bool or None.
-        attn_mask: (B or 1, 1, T, S) bool or None: without it the count is a difference of prefix sums.
-        block_rows: rows of `attn_mask` to visit at a time.
+        masks: without attn_mask the count is a difference of prefix sums.
+        block_rows: rows of attn_mask to visit at a time.
     """
-    if key_padding_mask is not None:
-        weights = weights & key_padding_mask[..., None]
+    if masks.key_padding_mask is not None:
+        weights = weights & masks.key_padding_mask[..., None]
     first, last = bounds
-    if attn_mask is None:
+    if masks.attn_mask is None:
         before = torch.nn.functional.pad(weights.long().cumsum(1), (0, 0, 1, 0))
         return before[:, last] - before[:, first]
-    num_rows, num_keys = attn_mask.shape[-2:]
+    num_rows, num_keys = masks.attn_mask.shape[-2:]
     counts = weights.new_zeros((weights.shape[0], num_rows, weights.shape[2]), dtype=torch.int64)
     members = weights.float()  # counts below 2**24 are exact in float32
     for start in range(0, num_rows, block_rows):
         tile = Tile(start, min(start + block_rows, num_rows), 0, num_keys, "masked")
-        allowed = tile_allowed(tile, bounds, None, attn_mask)[:, 0].float()
+        allowed = tile_allowed(tile, bounds, Masks(attn_mask=masks.attn_mask))[:, 0].float()
         counts[:, tile.rows] = (allowed @ members).long()
     return counts

@@ -1,8 +1,8 @@
-"""The portable backend's two engines: each does attention with mass of one tile, forward and backward.
+"""Two ways to do attention with mass of one tile, forward and backward.
 
-FlashEngine rides torch's fused CPU attention. The key weights stand as extra columns of v, so the mass of every row
+CpuFlashTiles calls torch's fused CPU attention. The key weights stand as extra columns of v, so the mass of every row
 comes out of the same pass as extra columns of the output:  P @ [v | w] = [out | mass].
-PlainEngine is softmax(q k^T) in plain PyTorch, for what the fused kernel lacks (soft cap, other devices).
+PlainTiles is softmax(q k^T) in plain PyTorch, for what the fused kernel lacks (soft cap, other devices).
 Both work in float32 (float64 for float64 inputs) and take (B, T, H, D) tensors. Gradients, from the saved lse:
 
     P = exp(s - lse),  dP = dout v^T + dmass w^T,  delta = rowsum(dout * out) + rowsum(dmass * mass) - dlse
@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mmrpt_kernels.attention.geometry import AttentionOptions, Tile
+from mmrpt_kernels.attention.masks import AttentionOptions, Tile
 
-__all__ = ["FLASH_AVAILABLE", "Engine", "FlashEngine", "Gradients", "PlainEngine", "RowGradients"]
+__all__ = ["FLASH_AVAILABLE", "TileAttention", "CpuFlashTiles", "Gradients", "PlainTiles", "RowGradients"]
 
 FLASH_AVAILABLE = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
@@ -30,20 +30,32 @@ class RowGradients(NamedTuple):
     dlse: torch.Tensor | None  # (B, Hq, T)
     out: torch.Tensor | None  # (B, T, Hq, Dv); None where dout is
     mass: torch.Tensor | None  # (B, Hq, T, G)
-    lse: torch.Tensor  # (B, Hq, T), +inf in rows that attend nothing, so that exp(s - lse) is 0 there
+    lse: torch.Tensor  # (B, Hq, T), -inf in rows that attend to nothing
+
+    def without_dead_rows(self, dtype: torch.dtype) -> RowGradients:
+        """All in `dtype`; rows without keys have no gradient and lse +inf, so that exp(s - lse) is 0 there."""
+        dead = self.lse == -torch.inf  # (B, Hq, T)
+        return RowGradients(
+            None if self.dout is None else self.dout.to(dtype).masked_fill(dead.transpose(1, 2)[..., None], 0.0),
+            None if self.dmass is None else self.dmass.to(dtype).masked_fill(dead[..., None], 0.0),
+            None if self.dlse is None else self.dlse.to(dtype).masked_fill(dead, 0.0),
+            None if self.dout is None else self.out.to(dtype),
+            self.mass,
+            self.lse.to(dtype).masked_fill(dead, torch.inf),
+        )
 
 
 class Gradients(NamedTuple):
-    """Accumulators, shaped as q, k, v, w; v None when out has no gradient, w None when nobody asks."""
+    """Accumulators, shaped as q, k, v, w; w None where its gradient is not wanted."""
 
     q: torch.Tensor
     k: torch.Tensor
-    v: torch.Tensor | None
+    v: torch.Tensor
     w: torch.Tensor | None
 
 
-class Engine(Protocol):
-    """allowed: `geometry.tile_allowed` of the tile."""
+class TileAttention(Protocol):
+    """allowed: `masks.tile_allowed` of the tile."""
 
     def forward(self, tile: Tile, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """out (B, rows, Hq, Dv), mass (B, Hq, rows, G), lse (B, Hq, rows); dead rows hold anything."""
@@ -59,9 +71,10 @@ def _columns(parts: list[tuple[torch.Tensor | float, int]], like: torch.Tensor, 
 
     Laid out as (B, N, heads, width), the layout of the inputs.
     """
-    if len(parts) == 1 and isinstance(parts[0][0], torch.Tensor) and parts[0][1] == width:
-        return parts[0][0]
     batch, heads, num, _ = like.shape
+    # Weights have one head for all: as they are, the kernel would read behind their end.
+    if len(parts) == 1 and isinstance(parts[0][0], torch.Tensor) and parts[0][0].shape == (batch, heads, num, width):
+        return parts[0][0]
     made = like.new_empty((batch, num, heads, width)).transpose(1, 2)
     start = 0
     for part, columns in parts:
@@ -71,7 +84,7 @@ def _columns(parts: list[tuple[torch.Tensor | float, int]], like: torch.Tensor, 
     return made
 
 
-class FlashEngine:
+class CpuFlashTiles:
     """torch's fused CPU attention on [v | w]; a head of the kernel is max(D, Dv + G) wide. GQA without copies."""
 
     whole = True  # one causal or full tile may hold all rows
@@ -153,18 +166,15 @@ class FlashEngine:
             into.w[:, tile.keys] += dv[..., start : start + self.groups].sum(1)
 
 
-class PlainEngine:
+class PlainTiles:
     """softmax(q k^T) of a tile in plain PyTorch; heads that share a key head are stacked as rows of one product."""
 
     whole = False
 
-    def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, w: torch.Tensor, options: AttentionOptions
-    ):
-        """q (B, T, Hq, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv) or None (mass alone), w (B, S, G), all of one dtype."""
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, options: AttentionOptions):
+        """q (B, T, Hq, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), w (B, S, G), all of one dtype."""
         self.q, self.w = q, w[:, None]
-        self.k = k.transpose(1, 2)
-        self.v = None if v is None else v.transpose(1, 2)
+        self.k, self.v = k.transpose(1, 2), v.transpose(1, 2)
         self.options = options
         self.heads_kv = k.shape[2]
         self.repeat = q.shape[2] // k.shape[2]

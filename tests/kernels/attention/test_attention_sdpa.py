@@ -1,0 +1,107 @@
+"""What only "sdpa+mass" has: SDPA's kernels one by one, what it refuses, and how it is traced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmrpt_kernels import BackendError, use_backend
+from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, sdpa
+from mmrpt_kernels.testing import AttentionCase, attention_inputs
+from tests.kernels.attention.attention_checks import (
+    GPU_CASES,
+    SDPA,
+    SDPA_GPU,
+    cumulative,
+    definition_of,
+    half_precision,
+    problem_of,
+    with_gradients,
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=lambda x: x.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in GPU_CASES if SDPA_GPU.takes(c)], ids=lambda case: case.name)
+def test_every_kernel_of_a_gpu_errs_no_more_than_eager(case, dtype, kernel, seed):
+    with sdpa_kernel(kernel):
+        name = sdpa._kernel_name("cuda", None, dtype, case.dim)
+    if name.upper() not in kernel.name:
+        pytest.skip(f"{kernel.name} is not taken on this GPU at head size {case.dim}")
+    tensors, _, options, lse = problem_of(case, seed, dtype)
+    with sdpa_kernel(kernel):
+        half_precision(lambda *t: SDPA_GPU.attend(*t, causal=case.causal), definition_of(options), tensors, seed, lse)
+
+
+def test_it_is_traced_whole(fresh_compiler, seed):
+    inputs = attention_inputs(AttentionCase("x", 1, 9, 9, 4, 2, 8), seed=seed)
+    inputs.pop("key_padding_mask")
+
+    def call(*tensors):
+        return tuple(attention_with_visual_mass(*tensors, backend="sdpa+mass"))
+
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(call, list(inputs.values()), seed)
+    for name, value in with_gradients(traced, list(inputs.values()), seed).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_lse_of_the_memory_efficient_kernel_is_cut_to_its_rows():
+    """Its own is padded to 32 rows; shapes alone, where there is no GPU."""
+    q, k = torch.empty(2, 8, 40, 16, device="meta"), torch.empty(2, 2, 40, 16, device="meta")
+    out, lse = sdpa._efficient(q, k, k, True, 0.3)
+    assert out.shape == q.shape and lse.shape == (2, 8, 40)
+
+
+@pytest.mark.parametrize("backend", ["portable", "sdpa+mass"])
+def test_a_mass_that_needs_no_gradient_is_detached(backend, seed):
+    inputs = attention_inputs(AttentionCase("x", 1, 9, 9, 4, 2, 8), seed=seed)
+    q, k, v = (inputs[name].requires_grad_() for name in ("q", "k", "v"))
+    found = attention_with_visual_mass(q, k, v, inputs["key_weights"], mass_requires_grad=False, backend=backend)
+    assert found.out.requires_grad and found.lse.requires_grad and not found.mass.requires_grad
+
+
+REFUSED = {
+    "softcap": {"softcap": 3.0},
+    "window": {"window_size": (4, 0)},
+    "key_padding_mask": {"key_padding_mask": torch.ones(2, 12, dtype=torch.bool)},
+    "causal_suffix": {"q": torch.zeros(2, 5, 4, 8)},
+    "value_dim": {"v": torch.zeros(2, 12, 2, 4)},
+}
+
+
+@pytest.mark.parametrize("trait", REFUSED)
+def test_what_it_does_not_serve_it_refuses_with_the_reason(trait):
+    good = {name: torch.zeros(2, 12, heads, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    good["key_weights"] = torch.ones(2, 12, dtype=torch.bool)
+    with pytest.raises(BackendError, match=f"'sdpa.mass', which cannot.*not support: {trait};.*one of .*portable"):
+        attention_with_visual_mass(**good | REFUSED[trait], backend="sdpa+mass")
+
+
+def test_halves_on_a_cpu_are_refused():
+    q = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="it takes torch.float32, torch.float64, the tensors are torch.bfloat16"):
+        attention_with_visual_mass(q, q, q, torch.ones(1, 4, dtype=torch.bool), backend="sdpa+mass")
+
+
+def test_packed_and_masked_calls_are_refused():
+    q, weights = torch.zeros(12, 2, 8), torch.ones(12, dtype=torch.bool)
+    cu = cumulative([5, 7])
+    with pytest.raises(BackendError, match="does not support: packed"):
+        attention_with_visual_mass(q, q, q, weights, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="sdpa+mass")
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    with pytest.raises(BackendError, match="does not support: attn_mask"):
+        masked_attention_with_visual_mass(q[None], q[None], q[None], weights[None], mask, backend="sdpa+mass")
+
+
+def test_the_choice_and_the_mean_over_heads(seed):
+    inputs = attention_inputs(AttentionCase("x", 2, 33, 33, 6, 2, 16), seed=seed)
+    inputs.pop("key_padding_mask")
+    expected = SDPA.attend(*inputs.values())
+    with use_backend("sdpa+mass"):
+        found = attention_with_visual_mass(**inputs)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    mean = attention_with_visual_mass(**inputs, head_reduction="mean", backend="sdpa+mass")
+    torch.testing.assert_close(mean.mass, expected[1].mean(1))
