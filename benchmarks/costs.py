@@ -3,7 +3,7 @@
 Each operator runs its GPU path on meta tensors, which have shapes and no memory; Triton's kernels are written down
 instead of launched. Counted are
 
-    products   matrix products (M, N, K) by dtype, and their FLOPs
+    products   matrix products (M, N, K) by dtype, and their FLOPs; those that a Triton kernel makes in itself
     bytes      read and written by everything else: each tensor that an operation or a kernel is given, once
     launches   operations on the device, views not counted (a sort or a nonzero is one, though it launches several)
     waits      how often the host must know a number that the device has
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmrpt_kernels import linear_logprobs, linear_policy_loss
+from mmrpt_kernels.attention.masks import AttentionOptions, Masks
+from mmrpt_kernels.attention.triton import (
+    attention_op,
+    backward_dkv,
+    backward_dq,
+    key_blocks,
+    mass_forward,
+    query_list,
+)
+from mmrpt_kernels.attention.triton import forward as attention_forward
 from mmrpt_kernels.divergence import fused as divergence
 from mmrpt_kernels.divergence import triton_backward, triton_forward
 from mmrpt_kernels.divergence.fused import Pair
@@ -44,8 +55,10 @@ from mmrpt_kernels.testing.aot import recorded_launches
 __all__ = ["CASES", "Costs", "Shape", "count", "table"]
 
 TFLOPS, TBYTES = 790e12, 4.2e12  # one H200, bfloat16 with float32 sums, and its memory
-KERNELS = (row_softmax_triton, triton_forward, triton_backward, scale_gradients_triton)
+ATTENTION = (attention_forward, backward_dq, backward_dkv, key_blocks, query_list, mass_forward)
+KERNELS = (row_softmax_triton, triton_forward, triton_backward, scale_gradients_triton, *ATTENTION)
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "addmv", "addmv_", "mv")
+ATTENTION_PRODUCTS = {"_forward": 2, "_backward_dq": 3, "_backward_dkv": 4}
 FREE = ("detach", "alias", "lift_fresh", "scalar_tensor")  # views, and constants that stay on the host
 HOST_READS = [getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__")]
 # Of these tensors a kernel reads next to nothing: of a gradient whose factor is 1, as loss.backward() brings it, and of
@@ -75,6 +88,7 @@ class Costs:
 
     products: list[tuple[int, int, int, str]] = field(default_factory=list)  # M, N, K, dtype
     product_bytes: list[int] = field(default_factory=list)
+    kernel_flops: int = 0  # of products inside kernels: attention's
     other_bytes: int = 0
     launches: int = 0
     waits: int = 0
@@ -83,11 +97,12 @@ class Costs:
 
     @property
     def flops(self) -> int:
-        return sum(2 * m * n * k for m, n, k, _ in self.products)
+        return sum(2 * m * n * k for m, n, k, _ in self.products) + self.kernel_flops
 
     def seconds(self) -> float:
         """The roofline's prediction for one H200."""
-        return sum(map(_product_seconds, self.products, self.product_bytes)) + self.other_bytes / TBYTES
+        products = sum(map(_product_seconds, self.products, self.product_bytes))
+        return products + self.kernel_flops / TFLOPS + self.other_bytes / TBYTES
 
     def add(self, name: str, moved: int) -> None:
         self.launches += 1
@@ -99,6 +114,15 @@ def _product_seconds(product: tuple[int, int, int, str], moved: int) -> float:
     m, n, k, dtype = product
     rate = TFLOPS if dtype in ("bfloat16", "float16") else TFLOPS / 8
     return max(2 * m * n * k / rate, moved / TBYTES)
+
+
+def _attention_flops(kernel: str, given: dict) -> int:
+    """Of the products that an attention kernel makes in itself, causal: q k^T, and with it p v, dout v^T, dS k, dS^T q,
+    P^T dout. The mass kernel's are those of the keys that have a weight, of which it is not told: none are counted."""
+    if kernel not in ATTENTION_PRODUCTS:
+        return 0
+    pairs = given["q"].shape[0] * given["heads"] * given["num_rows"] * given["num_keys"] // 2
+    return ATTENTION_PRODUCTS[kernel] * 2 * pairs * given["DIM"]
 
 
 def _bytes(tensors) -> int:
@@ -204,12 +228,16 @@ def written_down(costs: Costs, modules: tuple[ModuleType, ...] = KERNELS) -> Ite
         def __getitem__(self, grid):
             return self.launch
 
+        @property
+        def arg_names(self) -> list[str]:
+            return self.names
+
         def launch(self, *positional, **named) -> None:
             given = dict(zip(self.names, positional, strict=False)) | named
             skipped = HARDLY_READ.get(self.name, ())
-            costs.add(
-                self.name, _bytes(t for n, t in given.items() if isinstance(t, torch.Tensor) and n not in skipped)
-            )
+            read = [t for n, t in given.items() if isinstance(t, torch.Tensor) and n not in skipped]
+            costs.add(self.name, _bytes(read))
+            costs.kernel_flops += _attention_flops(self.name, given)
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -224,6 +252,7 @@ def no_device() -> Iterator[None]:
     """What asks a real device, answered for one."""
     with (
         mock.patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         mock.patch.object(gemm, "_adds_wide", lambda *_: True),
     ):
         yield
@@ -231,9 +260,9 @@ def no_device() -> Iterator[None]:
 
 def count(step: Callable[[Shape], None], shape: Shape) -> Costs:
     """Costs of one forward and backward pass. step: calls the operator and its backward."""
-    costs = Costs()
+    costs, given = Costs(), inputs(shape)
     with no_device(), written_down(costs), on_gpu(costs, shape.kept), Counting(costs):
-        step(shape, **inputs(shape))
+        step(shape, **given)
     return costs
 
 
@@ -290,6 +319,16 @@ def divergence_forward(shape: Shape, hidden, weight, bias, targets, **masks) -> 
     divergence.forward(Pair(*views, None, ("kl",), HeadOptions(), LoopOptions("triton")))
 
 
+def attention(shape: Shape, *, backward: bool, **_inputs) -> None:
+    """Causal attention with the mass of boolean weights: 28 query heads and 4 key heads of 128, on `tokens` tokens."""
+    q, k, v, dout = (torch.empty(1, shape.tokens, n, 128, dtype=shape.dtype, device="meta") for n in (28, 4, 4, 28))
+    weights = torch.empty(1, shape.tokens, 1, dtype=torch.bool, device="meta")
+    call = (Masks(), AttentionOptions(-1, 0, 128**-0.5, 0.0))
+    results = attention_op._forward(q, k, v, weights, *call)
+    if backward:
+        attention_op.backward((q, k, v, weights), results, (dout, torch.empty_like(results[1]), None), *call)
+
+
 CASES: dict[str, tuple[Callable, Shape, int]] = {  # and how many products of (kept, H, V) the floor has
     "policy loss, keep 100 %": (policy_loss, Shape(), 3),
     "policy loss, keep 100 %, bias": (policy_loss, Shape(bias=True), 3),
@@ -297,6 +336,12 @@ CASES: dict[str, tuple[Callable, Shape, int]] = {  # and how many products of (k
     "log-probs, forward and backward": (logprobs, Shape(), 3),
     "log-probs, forward": (logprobs_forward, Shape(), 1),
     "divergence kl, forward": (divergence_forward, Shape(), 2),
+}
+
+
+ATTENTION_CASES: dict[str, tuple[Callable, int]] = {  # and the floor's products, each of all pairs below the diagonal
+    "attention with mass, forward": (functools.partial(attention, backward=False), 2),
+    "attention with mass, forward and backward": (functools.partial(attention, backward=True), 7),
 }
 
 
@@ -318,41 +363,29 @@ def variants(step: Callable, shape: Shape, lengths: int = 10) -> int:
 
 def table() -> str:
     """All cases as text."""
-    head = (
-        "case",
-        "products",
-        "B/logit besides",
-        "launches",
-        "waits",
-        "peak GB",
-        "variants",
-        "floor ms",
-        "roofline ms",
-    )
-    lines = [head]
+    lines = []
     for name, (step, shape, products) in CASES.items():
-        costs = count(step, shape)
-        floor, predicted = floor_seconds(shape, products), costs.seconds()
-        whole = costs.flops / (2 * shape.kept * shape.hidden * shape.vocab)
-        lines.append(
-            (
-                name,
-                f"{whole:.2f} of {shape.kept} rows",
-                f"{costs.other_bytes / (shape.kept * shape.vocab):.1f}",
-                str(costs.launches),
-                str(costs.waits),
-                f"{costs.peak_bytes / 1e9:.1f}",
-                str(variants(step, shape)),
-                f"{1e3 * floor:.1f}",
-                f"{1e3 * predicted:.1f} ({predicted / floor:.2f}x)",
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    note = (
-        f"H {Shape.hidden}, V {Shape.vocab}, N {Shape.tokens}, bfloat16. Times are predictions: nothing ran on a GPU."
-    )
-    return "\n".join([*rows, note])
+        logits, costs = shape.kept * shape.vocab, count(step, shape)
+        size = f"{costs.flops / (2 * shape.hidden * logits):.2f} of {shape.kept} rows"
+        moved = f"{costs.other_bytes / logits:.1f} B/logit"
+        lines.append(_line(name, costs, size, moved, variants(step, shape), floor_seconds(shape, products)))
+    for name, (step, products) in ATTENTION_CASES.items():
+        shape, costs = Shape(), count(step, Shape())
+        one = 2 * 28 * shape.tokens**2 // 2 * 128  # q k^T below the diagonal
+        size, moved = f"{costs.flops / one:.0f} of T^2 / 2", f"{costs.other_bytes / 1e9:.2f} GB"
+        lines.append(_line(name, costs, size, moved, variants(step, shape), products * one / TFLOPS))
+    names = ("case", "products", "moved besides", "launches", "waits", "peak GB", "variants", "floor ms", "roofline ms")
+    widths = [max(len(line[i]) for line in (names, *lines)) for i in range(len(names))]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (names, *lines)]
+    note = f"H {Shape.hidden}, V {Shape.vocab}, N or T {Shape.tokens}, 28 query and 4 key heads of 128, bfloat16."
+    prediction = "Times are predictions: nothing ran on a GPU."
+    return "\n".join([*("  ".join(line).rstrip() for line in padded), note, prediction])
+
+
+def _line(name: str, costs: Costs, size: str, moved: str, kernels: int, floor: float) -> tuple[str, ...]:
+    peak, predicted = f"{costs.peak_bytes / 1e9:.1f}", costs.seconds()
+    times = (f"{1e3 * floor:.2f}", f"{1e3 * predicted:.2f} ({predicted / floor:.2f}x)")
+    return name, size, moved, str(costs.launches), str(costs.waits), peak, str(kernels), *times
 
 
 def main(argv: list[str] | None = None) -> int:

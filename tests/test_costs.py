@@ -62,9 +62,24 @@ def test_divergence_projects_both_views_once_without_waiting():
     assert found.other_bytes <= 10 * shape.tokens * shape.vocab, found.by_operation  # two views of 4 bytes
 
 
-@pytest.mark.parametrize("step", (costs.policy_loss, costs.logprobs, costs.divergence_forward))
+def test_attention_makes_two_products_forward_and_seven_backward():
+    """The backward makes q k^T and dout v^T twice, once by rows and once by keys, and needs no atomics for it."""
+    (forward, products), (both, _) = costs.ATTENTION_CASES.values()
+    shape = Shape(tokens=4096)
+    one = 2 * 28 * shape.tokens**2 // 2 * 128
+    alone, whole = costs.count(forward, shape), costs.count(both, shape)
+    assert alone.flops == products * one and whole.flops == (2 + 7) * one
+    assert alone.launches <= 4 and whole.launches <= 16 and alone.waits == whole.waits == 0
+    # Nothing of T^2 elements is made or moved.
+    assert whole.peak_bytes < 16 * shape.tokens * 28 * 128 * 2 and whole.other_bytes < 2 * shape.tokens**2 * 28
+
+
+ATTENTION_STEPS = tuple(step for step, _ in costs.ATTENTION_CASES.values())
+
+
+@pytest.mark.parametrize("step", (costs.policy_loss, costs.logprobs, costs.divergence_forward, *ATTENTION_STEPS))
 def test_ten_lengths_compile_no_kernel_twice(step):
-    assert costs.variants(step, Shape(tokens=4096, **QWEN)) <= 4
+    assert costs.variants(step, Shape(tokens=4096, **QWEN)) <= (8 if step in ATTENTION_STEPS else 4)
 
 
 def test_what_is_counted():
