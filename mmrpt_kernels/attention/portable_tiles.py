@@ -72,7 +72,7 @@ def _columns(parts: list[tuple[torch.Tensor | float, int]], like: torch.Tensor, 
     Laid out as (B, N, heads, width), the layout of the inputs.
     """
     batch, heads, num, _ = like.shape
-    # Weights have one head for all: as they are, the kernel would read behind their end.
+    # Weights have one head for all: as they are, the kernel would read past their end.
     if len(parts) == 1 and isinstance(parts[0][0], torch.Tensor) and parts[0][0].shape == (batch, heads, num, width):
         return parts[0][0]
     made = like.new_empty((batch, num, heads, width)).transpose(1, 2)

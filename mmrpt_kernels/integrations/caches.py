@@ -60,7 +60,7 @@ def find_cache(args: tuple, kwargs: dict) -> object | None:
 
 
 def key_counts(cache: object | None, num_past: int, num_new: int, layers: Iterable[int]) -> frozenset[int]:
-    """How many keys a layer may be given in a forward pass of `num_new` tokens behind `num_past`, which starts now.
+    """How many keys a layer may be given in a forward pass of `num_new` tokens after `num_past`, which starts now.
 
     The tokens so far; with a cache also what it says the masks of `layers` need: all slots of a static cache, the last
     keys of a sliding window.

@@ -21,7 +21,7 @@ KeyWeights = torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def _pad_keys(weights: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """(B, at least num_keys[, G]): zeros behind the known weights."""
+    """(B, at least num_keys[, G]): zeros after the known weights."""
     missing = num_keys - weights.shape[1]
     if missing <= 0:
         return weights
@@ -96,7 +96,7 @@ class Window:
     masks: dict[tuple[int, int], tuple] = field(default_factory=dict)  # what `read_mask` found in this forward pass
 
     def open(self, num_new: int, cache: object | None, input_ids: torch.Tensor | None) -> None:
-        """Start a forward pass of `num_new` tokens behind those of `cache`."""
+        """Start a forward pass of `num_new` tokens after those of `cache`."""
         num_past = 0 if cache is None else int(cache.get_seq_length())
         self.num_new, self.num_keys = num_new, num_past + num_new
         self.counts = key_counts(cache, num_past, num_new, self.all_layers)
@@ -134,7 +134,7 @@ class Window:
             check(
                 isinstance(weights, torch.Tensor) and weights.shape[:2] == input_ids.shape,
                 f"key_weights(input_ids): got {getattr(weights, 'shape', type(weights).__name__)}, expected "
-                f"{tuple(input_ids.shape)} or that with groups behind; return one weight per token",
+                f"{tuple(input_ids.shape)} or that with groups last; return one weight per token",
             )
             return weights
         return input_ids == self.image_token_id
@@ -148,7 +148,7 @@ class Window:
             and self.weights.shape[0] == new.shape[0]
             and self.weights.shape[1] >= num_past
             and (self.seen is None or self.seen() is cache),
-            f"record_visual_mass: got a forward pass behind {num_past} cached tokens that this recording has not seen, "
+            f"record_visual_mass: got a forward pass after {num_past} cached tokens that this recording has not seen, "
             "expected it to start with the prompt and to go on with the same cache; start earlier, record one sequence "
             "at a time, or pass key_weights=(B, S) for all keys",
         )
@@ -172,7 +172,7 @@ class Window:
         check(
             num_rows == self.num_new and num_keys in self.counts,
             f"record_visual_mass: got {num_rows} queries and {num_keys} keys in layer {layer}, expected {self.num_new} "
-            f"and {' or '.join(map(str, sorted(self.counts)))}: a forward pass of {self.num_new} tokens behind "
+            f"and {' or '.join(map(str, sorted(self.counts)))}: a forward pass of {self.num_new} tokens after "
             f"{self.num_keys - self.num_new} cached ones. The model adds or drops tokens or attends to something else "
             "(leave this layer out of layers=), or takes its cache in a way that is not known here (install "
             "transformers 4.57 to 5.24, or pass the cache to the recorded model by keyword)",

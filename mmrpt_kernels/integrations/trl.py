@@ -181,7 +181,7 @@ def _make_head(self_check: bool, backend: str | None) -> Head:
 def _other_outputs(call: HeadCall, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     """What TRL reports beside log-prob and entropy, (N,) each, without gradient: only what is asked for.
 
-    The mean logit is a product with the head's mean row, unless a soft cap bends the logits. Logits are visited again
+    The mean logit is a product with the head's mean row, unless there is a soft cap. Logits are made again
     for the rest, and where only `is_top1` is wanted, for rows alone whose target might not be the first.
     """
     wanted = set(call.outputs) & set(OUTPUTS[1:])

@@ -82,7 +82,7 @@ def linear_policy_loss(
         token = response * (-perception * sampler_weight * surrogate + kl_coef * kl - entropy_coef * entropy)
         loss = aggregate(token)
 
-    The gradients of hidden, weight and bias are made in this call, chunk by chunk, one visit of each logit; `backward`
+    The gradients of hidden, weight and bias are made in this call, chunk by chunk, each logit made once; `backward`
     multiplies them by the incoming number, in place, and can run once per call.
 
     The family by its settings: PPO, GRPO and DAPO as they stand (clip_high=0.28, "token_mean"); Dr.GRPO normalizer = B
@@ -108,7 +108,7 @@ def linear_policy_loss(
             that other tokens cost nothing. entropy_kind: "exact", or "sampled" = -logp (VPPO's published code).
         ratio_level: "token", or "sequence" (GSPO): r is exp of the response's mean log-ratio as a value, each token
             pulling its own log-prob (GSPO-token's stop-gradient form), so that filtered tokens stay without gradient.
-            Costs a second visit of the tokens whose sequence is not clipped.
+            Makes the logits twice of the tokens whose sequence is not clipped.
         surrogate: "clip", or "cispo" (arXiv 2506.13585), which takes no dual_clip; the ratio's level is ratio_level.
         aggregation: "token_mean" over response tokens, "sequence_mean" the mean over non-empty sequences of their token
             means, "sum".
@@ -222,7 +222,7 @@ def linear_token_loss(
 
         linear_token_loss(hidden, weight, targets, lambda logps, entropy, rows: -(1 - logps.exp()) ** 2 * logps)
 
-    The gradients are made in this call, one visit of each logit; `backward` scales them and can run once per call.
+    The gradients are made in this call, each logit made once; `backward` scales them and can run once per call.
     Under torch.compile, where a Python callable cannot enter an operator, the same sum is built as `linear_logprobs`
     followed by token_loss over all rows at once: one matrix product more, no graph break.
 

@@ -95,7 +95,7 @@ def policy_loss(
 
 def _losses_of_all_rows(values: TokenValues, token_loss: PolicyTokenLoss, learning: RowSelection) -> RowSelection:
     """Losses and slopes from log-probs that are all known, as ratios of whole sequences need it; gives the rows that
-    got a slope, for a second visit: clipped sequences are not visited again."""
+    got a slope, for a second loop: clipped sequences are left out of it."""
     rows = learning.rows
     losses, *slopes = token_loss(values.logps[rows], None if values.entropy is None else values.entropy[rows], rows)
     learning.scatter(losses, values.losses)

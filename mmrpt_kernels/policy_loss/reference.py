@@ -112,15 +112,15 @@ def linear_policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss (scalar), logps (B, T), entropy (B, T); hidden (B, T, H), the tensors of `tokens` (B, T)."""
 
-    def stream(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.where(wanted, targets, IGNORED)
         return logprobs_reference.linear_logprobs(hidden, weight, chosen, bias, head, IGNORED, True)
 
     learns = has_gradient(tokens, options)
-    logps, entropy = stream(learns)
+    logps, entropy = log_probs(learns)
     if return_statistics or options.ratio_level == "sequence":
         with torch.no_grad():
-            seen_logps, seen_entropy = stream(tokens.response & ~learns)
+            seen_logps, seen_entropy = log_probs(tokens.response & ~learns)
         logps, entropy = logps + seen_logps, entropy + seen_entropy
     losses = torch.where(learns, loss_per_token(logps, entropy, tokens, options), 0.0)
     return aggregate(losses, tokens.response, aggregation, normalizer), logps, entropy

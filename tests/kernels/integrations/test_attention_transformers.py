@@ -404,7 +404,7 @@ def test_a_cache_that_the_recording_has_not_seen_is_refused():
     keyword = cache_keyword(model.forward)
     cache = getattr(model(**inputs, use_cache=True), keyword)
     following = {"input_ids": torch.tensor([[9], [9]]), keyword: cache}
-    with record_visual_mass(model), pytest.raises(ValueError, match="behind 14 cached tokens"):
+    with record_visual_mass(model), pytest.raises(ValueError, match="after 14 cached tokens"):
         model(**following)
     with record_visual_mass(model, key_weights=inputs["input_ids"] == IMAGE) as record:
         model(**following)
