@@ -1,7 +1,7 @@
-"""The Triton row kernels of linear_token_divergence, forward and backward, against the definition, and their laws.
+"""The Triton row kernels of linear_token_divergence on logits of our own making, in the interpreter or on a GPU.
 
-Without a GPU Triton's interpreter runs the kernels on small shapes; with one the same cases run for real, and larger
-ones. What the compiler makes of the kernels is in test_divergence_compile.py.
+The whole operator on them is in test_divergence.py and tests/kernels/lm_head/test_operators.py, what the compiler makes
+of the kernels in test_divergence_compile.py.
 """
 
 from __future__ import annotations
@@ -16,19 +16,9 @@ pytest.importorskip("triton")
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.backends import BackendError
 from mmrpt_kernels.divergence import pair_softmax, triton_forward
-from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
-from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
-from mmrpt_kernels.testing import (
-    HEAD_CASES,
-    HeadCase,
-    assert_close_to_truth,
-    head_inputs,
-    poisoned_memory,
-    sum_cap,
-    sum_error,
-)
-from tests.kernels.devices import INTERPRETING, by_case_and_device, on_devices
-from tests.kernels.divergence.test_divergence import PLAIN, SMALL, call, eager_run, equal_views, leaves, mixed_sum, run
+from mmrpt_kernels.divergence.api import KINDS
+from mmrpt_kernels.lm_head.options import HeadOptions
+from tests.kernels.devices import INTERPRETING, on_devices
 
 # numpy, which the interpreter runs on, says aloud what a word of probability zero is masked for.
 pytestmark = pytest.mark.filterwarnings(
@@ -39,23 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array",
 )
 
-CASES = (
-    *(case._replace(rows=min(case.rows, 4)) for case in HEAD_CASES if case.name not in ("qwen_vocab", "no_rows")),
-    HeadCase("no_rows", 0, 8, 33),
-    HeadCase("two_words", 5, 4, 2, bias=True),
-    HeadCase("exactly_one_program", 3, 8, 256, ignored="none"),
-    HeadCase("one_word_beyond_it", 3, 8, 257),
-    HeadCase("negative_scale_and_softcap", 4, 8, 60, softcap=30.0, logit_scale=-1.2),
-    HeadCase("negative_scale", 4, 8, 60, logit_scale=-1.2),
-)
-QWEN = HeadCase("qwen_vocab", 3, 4, 151_936)
-GPU_CASES = (
-    HeadCase("long", 300, 64, 32_003, bias=True, temperature=0.9),
-    HeadCase("qwen_rows", 65, 128, 151_936),
-    HeadCase("gemma", 33, 64, 262_144, softcap=30.0),
-    *HEAD_CASES,
-)
-
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
@@ -63,61 +36,6 @@ def small_tiles(monkeypatch):
     if INTERPRETING:
         monkeypatch.setattr(triton_forward, "BLOCK", 128)
         monkeypatch.setattr(triton_forward, "SPAN", 256)
-
-
-def large_tiles(monkeypatch):
-    """So that the interpreter, whose time goes by operations, gets through a long row."""
-    if INTERPRETING:
-        monkeypatch.setattr(triton_forward, "BLOCK", 16_384)
-        monkeypatch.setattr(triton_forward, "SPAN", 65_536)
-
-
-def meets_the_definition(case, device, dtype, seed):
-    """Every output and gradient of all kinds by the error rule."""
-    actual = run(case, "triton", dtype, seed, device=device)
-    truth = run(case, "reference", dtype, seed, upcast=True)
-    eager = eager_run(case, dtype, seed)
-    # A divergence subtracts log-probabilities, and these are what rounds; a gradient multiplies such a difference by
-    # the weight's rows or by hidden states. In half precision eager's own rounding is larger than that.
-    logps = 6 * case.logit_size * abs(case.logit_scale) / case.temperature + math.log(case.vocab)
-    factors = {"d_hidden": case.logit_size / math.sqrt(case.hidden), "d_weight": 1.0, "d_bias": 1.0}
-    factors["d_hidden_q"] = factors["d_hidden"]
-    cap, summed = sum_cap(case.vocab, exponents=case.logit_size, dtype=dtype), sum_error(case.vocab, dtype)
-    for key, value in truth.items():
-        floor = logps * factors.get(key, 1.0) if dtype == torch.float32 or key not in factors else 0.0
-        rule = {"dtype": dtype, "floor": floor, "eager_cap": cap, "slack": summed * key.startswith("d_hidden")}
-        assert_close_to_truth(actual[key], eager[key], value, name=f"{case.name} {key}", **rule)
-
-
-@by_case_and_device(CASES, GPU_CASES)
-def test_it_meets_the_definition(case, device, seed):
-    meets_the_definition(case, device, torch.float32, seed)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@by_case_and_device([CASES[1], CASES[-2]], GPU_CASES)
-def test_half_precision(case, device, dtype, seed):
-    meets_the_definition(case, device, dtype, seed)
-
-
-@on_devices
-def test_a_long_vocabulary(device, monkeypatch, seed):
-    large_tiles(monkeypatch)
-    meets_the_definition(QWEN, device, torch.float32, seed)
-
-
-@pytest.mark.parametrize("kind", [*KINDS, ("js", "kl", "js"), ("js", "reverse_kl")], ids=str)
-@on_devices
-def test_kinds_alone_and_together(kind, device, seed):
-    """What a kernel leaves out for a kind changes nothing for another: against portable, all gradients."""
-    case = PLAIN._replace(rows=2, vocab=301)
-    actual, expected = (
-        run(case, backend, torch.float32, seed, kind, device=device) for backend in ("triton", "portable")
-    )
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name], value, rtol=1e-4, atol=3e-5, msg=lambda m, n=name: f"{n}, seed {seed}: {m}"
-        )
 
 
 def chunk_of_logits(device, *, rows=5, vocab=301, size=3.0):
@@ -265,125 +183,12 @@ class TestRows:
         for part in (found.logps_p, found.logps_q, found.divergence[:, 0]):
             assert part[0].isnan() and part[1] == 0 and part[2:].isfinite().all()
 
-
-class TestLaws:
-    @by_case_and_device([*CASES, QWEN._replace(rows=1)], GPU_CASES)
-    def test_equal_views_have_no_divergence(self, case, device, monkeypatch, seed):
-        if case.vocab > 100_000:
-            large_tiles(monkeypatch)
-        out = call(equal_views(case, device, seed), case, backend="triton")
-        assert (out.divergence == 0).all(), f"seed {seed}: {out.divergence}"
-
-    @pytest.mark.parametrize("size", [1e-6, 1.0, 30.0, 1e4])
-    @pytest.mark.parametrize("vocab", [1, 2, 5, 293])
-    @on_devices
-    def test_bounds_and_symmetry(self, vocab, size, device, seed):
-        case = HeadCase("law", 4, 6, vocab, logit_size=size)
-        made = head_inputs(case, device=device, seed=seed)
-        out = call(made, case, backend="triton")
-        kl, reverse, js, k3 = out.divergence.unbind(-1)
-        assert (out.divergence >= 0).all() and (k3 <= 10).all() and (js <= math.log(2)).all()
-        noise = 1e-6 * max(1.0, size)
-        assert (js <= (kl + reverse) / 8 + noise).all()  # by way of Hellinger's distance (Taneja)
-        for part in (out.entropy_p, out.entropy_q):
-            assert (part >= 0).all() and (part <= math.log(vocab)).all()
-        assert (out.logps_p <= 0).all() and (out.logps_q <= 0).all()
-        swapped = call(made | {"hidden": made["hidden_q"], "hidden_q": made["hidden"]}, case, backend="triton")
-        expected = torch.stack([reverse, kl, js], -1)
-        torch.testing.assert_close(swapped.divergence[:, :3], expected, rtol=1e-5, atol=1e-6 * max(1.0, size))
-
     @on_devices
     def test_a_uniform_row_has_no_more_than_all_entropy(self, device):
         zeros = torch.zeros(2, 293, device=device)
         found = values(zeros, zeros.clone(), None, ("kl",))
         assert (found.entropy_p <= math.log(293)).all()
         torch.testing.assert_close(found.entropy_p.cpu(), torch.full((2,), math.log(293)))
-
-    @on_devices
-    def test_disjoint_views_reach_the_upper_ends(self, device):
-        weight = 200 * torch.eye(4, device=device)
-        hidden = torch.eye(4, device=device)
-        out = linear_token_divergence(hidden[:2], hidden[2:], weight, kind=("js", "kl"), backend="triton")
-        torch.testing.assert_close(out.divergence.cpu(), torch.tensor([math.log(2), 200.0]).expand(2, 2))
-
-
-class TestOperator:
-    """The whole operator by name: what the loop makes of the kernels."""
-
-    @on_devices
-    def test_a_banned_word_counts_for_nothing(self, device, seed):
-        """A bias of -inf is the same as a smaller vocabulary, gradients included."""
-        made = head_inputs(PLAIN._replace(ignored="none", vocab=300, rows=4), device=device, seed=seed)
-        made["targets"] %= 200
-        banned = torch.zeros(300, device=device)
-        banned[200:] = -torch.inf
-        results = []
-        for one in (made | {"bias": banned}, made | {"weight": made["weight"][:200]}):
-            wrt = leaves(one)
-            one["bias"] = None if one["bias"] is None else one["bias"].detach()
-            out = call(one, PLAIN, backend="triton")
-            results.append([*out, *torch.autograd.grad(mixed_sum(out, seed), [wrt["hidden"], wrt["weight"]])])
-        assert (results[0][-1][200:] == 0).all()
-        results[0][-1] = results[0][-1][:200]
-        for name, a, b in zip((*TokenDivergence._fields, "d_hidden", "d_weight"), *results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-    @on_devices
-    def test_a_bad_row_without_gradient_reaches_no_weight(self, device, seed):
-        made = head_inputs(PLAIN._replace(rows=6), device=device, seed=seed)
-        keep = torch.arange(6, device=device) != 4
-        made["hidden"][4] = float("nan")
-        wrt = leaves(made)
-        with poisoned_memory():
-            out = call(made, PLAIN, backend="triton")
-            wanted = [wrt["hidden"], wrt["hidden_q"], wrt["weight"]]
-            found = torch.autograd.grad(mixed_sum([part[keep] for part in out], seed), wanted)
-        assert all(gradient.isfinite().all() for gradient in found)
-        assert (found[0][4] == 0).all() and (found[1][4] == 0).all()
-
-    @on_devices
-    def test_ignored_targets(self, device, seed):
-        case = PLAIN._replace(ignored="all", rows=4)
-        wrt = leaves(made := head_inputs(case, device=device, seed=seed))
-        out = call(made, case, kind=("k3", "kl"), backend="triton")
-        assert (out.logps_p == 0).all() and (out.logps_q == 0).all() and (out.divergence[:, 0] == 0).all()
-        assert (out.divergence[:, 1] > 0).all()
-        scalar = out.logps_p.sum() + out.logps_q.sum() + out.divergence[:, 0].sum()
-        assert all((g == 0).all() for g in torch.autograd.grad(scalar, list(wrt.values())))
-
-    @on_devices
-    def test_a_head_of_its_own_for_the_second_view(self, device, seed):
-        torch.manual_seed(seed)
-        tensors = [torch.randn(*size).to(device) for size in ((4, 8), (4, 5), (70, 8), (70, 5))]
-
-        def outputs(backend):
-            p, q, weight, weight_q = wrt = [t.clone().requires_grad_() for t in tensors]
-            out = linear_token_divergence(p, q, weight, weight_q=weight_q, kind=("kl", "js"), backend=backend)
-            return [out.divergence, *torch.autograd.grad(mixed_sum(out, seed), wrt)]
-
-        for a, b in zip(outputs("triton"), outputs("portable"), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-    @on_devices
-    def test_opcheck(self, device, seed):
-        made = head_inputs(SMALL._replace(rows=2), device=device, seed=seed)
-        hidden, hidden_q, weight, bias = (made[n].requires_grad_() for n in ("hidden", "hidden_q", "weight", "bias"))
-        operator = torch.ops.mmrpt_kernels.linear_token_divergence.default
-        rest = ("kl,js,k3", *HeadOptions(0.8, 4.0, 1.3), *LoopOptions("triton", 4))
-        torch.library.opcheck(operator, (hidden, hidden_q, weight, None, bias, made["targets"], *rest))
-
-    @on_devices
-    def test_compile_without_graph_break(self, device, fresh_compiler, seed):
-        wrt = leaves(made := head_inputs(SMALL._replace(rows=3), device=device, seed=seed))
-
-        def outputs(targets):
-            return call(made | {"targets": targets}, SMALL, backend="triton")
-
-        expected = torch.autograd.grad(mixed_sum(outputs(made["targets"]), seed), list(wrt.values()))
-        compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager")
-        actual = torch.autograd.grad(mixed_sum(compiled(made["targets"]), seed), list(wrt.values()))
-        for name, a, b in zip(wrt, actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
     def test_float64_is_refused(self):
         hidden, weight = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(5, 3)
