@@ -125,9 +125,8 @@ def served(operator: Operator, backend: str) -> None:
 
 # Backends that serve an operator on some machine. Without a GPU Triton's kernels run in its interpreter and those of
 # csrc in their host build.
-SERVED = dict.fromkeys(("logprobs", "policy_loss"), ("portable", "triton", "cuda")) | {
-    "divergence": ("portable", "triton")
-}
+EVERY = ("portable", "triton", "cuda")
+SERVED = {"logprobs": EVERY, "policy_loss": EVERY, "divergence": EVERY[:2]}
 
 
 def pairs(*operators: Operator) -> pytest.MarkDecorator:

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from mmrpt_kernels import linear_policy_loss, linear_token_loss
+from mmrpt_kernels.testing import HeadCase, assert_close_to_truth
+from tests.kernels.lm_head.operators import ONE_VIEW, draw, served
+
+POLICY, POLICY_WITH_ENTROPY = ONE_VIEW[4:]
 
 FACTOR = 1.0 / 12.0  # gradient accumulation over 12 batches; 0.2 % from the next bfloat16
 
@@ -35,6 +39,26 @@ def test_gradients_are_rounded_once_after_the_factor(route, dtype, seed, fresh_c
     for one, found in zip(whole, scaled, strict=True):
         assert found.dtype == dtype
         assert torch.equal(found, (one.double() * torch.tensor(FACTOR).double()).float().to(dtype))
+
+
+@pytest.mark.parametrize("backend", ("portable", "triton"))
+@pytest.mark.parametrize("operator", (POLICY, POLICY_WITH_ENTROPY), ids=lambda operator: operator.name)
+def test_float16_gradients_outlive_a_small_loss(operator, backend, seed):
+    """A loss over a million tokens has gradients below float16's range: they wait for the loss scale in float32."""
+    served(operator, backend)
+    case, many = HeadCase("wide", 24, 16, 4001, chunk_size=7, ignored="none"), 2.0**20
+
+    def gradients(backend: str, factor: float, wide: bool = False) -> tuple[torch.Tensor, ...]:
+        made = draw(case, seed, dtype=torch.float16, wide=wide)
+        loss = operator.call(made, normalizer=factor, backend=backend)["loss"]
+        return torch.autograd.grad(factor * loss, (made["hidden"], made["weight"]))
+
+    triples = zip(
+        gradients(backend, many), gradients("reference", 1.0), gradients("reference", many, True), strict=True
+    )
+    for found, eager, truth in triples:
+        assert found.dtype == torch.float16
+        assert_close_to_truth(found, eager, truth, name=f"seed {seed}")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)

@@ -58,7 +58,7 @@ def draw_call(shape: tuple[int, int, int, int], seed: int, pick) -> dict:
     drift = pick((0.1, 1.0, 60.0))
     made["response_mask"] = mask(pick((0.0, 0.5, 1.0)))
     outside = ~made["response_mask"] | (targets == IGNORED)
-    nan = pick((0.0, math.nan))
+    nan = pick((0.0, math.nan, math.inf, -math.inf))
     made["perception_mask"] = optional(mask(0.5), pick)
     advantages = normal(batch, length) if pick((True, False)) else normal(batch)
     made["advantages"] = advantages * (torch.rand(advantages.shape, generator=generator) < 0.8)
@@ -94,6 +94,7 @@ def test_any_options_together(shape, number, data):
     found = run(made, wanted, backend="portable", **how)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
+        assert value.isfinite().all(), f"{name}: what a masked token holds was looked at"
         size = value.abs().max().item() if value.numel() else 0.0
         limit = {"rtol": 0.0, "atol": 1e-9 * (1.0 + size)}
         torch.testing.assert_close(found[name], value, **limit, msg=lambda m, n=name: f"{n}: {m}")

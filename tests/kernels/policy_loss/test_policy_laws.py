@@ -1,0 +1,343 @@
+"""linear_policy_loss against losses written by hand, statistics, linear_token_loss, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmrpt_kernels.logprobs import linear_logprobs
+from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss
+from tests.kernels.policy_loss.policy_cases import (
+    BATCH,
+    HEAD_OPTIONS,
+    LEAVES,
+    PER_TOKEN,
+    SMALL,
+    VARIANTS,
+    D,
+    assert_same,
+    call,
+    make,
+    run,
+)
+
+
+class TestLaws:
+    @settings(max_examples=25, deadline=None)
+    @given(seed=st.integers(0, 10_000), variant=st.sampled_from(sorted(VARIANTS)))
+    def test_shaping_and_filtering_are_token_advantages(self, seed, variant):
+        """Weights and mask equal advantages alpha(tau) * mask(t) * A(tau): any trainer that takes (B, T) can do it."""
+        made = make(BATCH, seed, batch=4)
+        options = VARIANTS[variant] | {"entropy_coef": 0.0}
+        if options.get("perception_mask", 0) is None:
+            made["perception_mask"] = torch.ones_like(made["response_mask"])
+        by_token = made["perception_mask"] * (made["trajectory_weights"] * made["advantages"])[:, None]
+        plain = made | {"advantages": by_token, "trajectory_weights": None}
+        options.pop("perception_mask", None)
+        one, other = run(made, **options), run(plain | {"perception_mask": None}, **options)
+        statistics = ("kept_fraction", "clip_fraction_low", "clip_fraction_high")
+        assert_same(one, other, leave_out=statistics, what=f"{variant} seed {seed}", rtol=1e-10, atol=1e-12)
+
+    @settings(max_examples=15, deadline=None)
+    @given(seed=st.integers(0, 10_000), variant=st.sampled_from(sorted(VARIANTS)), batches=st.sampled_from([1, 2, 4]))
+    def test_micro_batches_with_a_normalizer_add_up(self, seed, variant, batches):
+        made = make(BATCH, seed, batch=4)
+        response = made["response_mask"] & (made["targets"] != -100)
+        options = {k: v for k, v in VARIANTS[variant].items() if k not in ("normalizer", "aggregation", *PER_TOKEN)}
+        made |= {k: None for k in PER_TOKEN if VARIANTS[variant].get(k, 0) is None}
+        for aggregation, count in (("token_mean", response.sum()), ("sequence_mean", (response.sum(1) > 0).sum())):
+            whole = run(made, aggregation=aggregation, **options)
+            total = {"loss": 0.0, "d_weight": 0.0}
+            for part in torch.arange(4).chunk(batches):
+                piece = {
+                    k: v[part] if isinstance(v, torch.Tensor) and k not in ("weight", "bias") else v
+                    for k, v in made.items()
+                }
+                piece["hidden"] = piece["hidden"].detach().requires_grad_()
+                found = run(piece, aggregation=aggregation, normalizer=count, **options)
+                total = {name: total[name] + found[name] for name in total}
+            for name, value in total.items():
+                torch.testing.assert_close(value, whole[name], rtol=1e-10, atol=1e-12)
+
+    def test_is_cross_entropy(self, seed):
+        """Advantage 1, on-policy: the gradient of F.cross_entropy; the loss itself is the constant -1."""
+        made = make(BATCH, seed, batch=4)
+        logits = made["hidden"] @ made["weight"].T
+        wrt = (made["hidden"], made["weight"])
+        expected = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), wrt)
+        every = torch.ones(made["targets"].shape, dtype=torch.bool)
+        out = linear_policy_loss(*wrt, made["targets"], torch.ones(4), response_mask=every)
+        assert out.loss.item() == pytest.approx(-1.0)
+        torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), expected)
+        by_token = linear_token_loss(*wrt, made["targets"], lambda logps, entropy, rows: -logps)
+        count = (made["targets"] != -100).sum()
+        torch.testing.assert_close(
+            by_token / count, F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), rtol=1e-9, atol=0
+        )
+        torch.testing.assert_close(torch.autograd.grad(by_token / count, wrt), expected)
+
+    def test_cispo_by_hand(self, seed):
+        """Values and gradients of constant(clip(r)) A logp; beyond the clip a token still learns."""
+        made = make(BATCH, seed, batch=4)
+        made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
+        made["old_logps"] = made["old_logps"] - 3.0  # ratios near 20
+        response = made["response_mask"] & (made["targets"] != -100)
+        logps = linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps
+        ratio = (logps - made["old_logps"]).exp().detach().clamp(0.8, 1.28)
+        manual = -(ratio * made["advantages"][:, None] * logps * response).sum() / response.sum()
+        out = call(made, surrogate="cispo", clip_high=0.28)
+        torch.testing.assert_close(out.loss, manual)
+        wrt = (made["hidden"], made["weight"])
+        found, expected = (torch.autograd.grad(x, wrt) for x in (out.loss, manual))
+        torch.testing.assert_close(found, expected)
+        assert (found[0][response].abs().amax(-1) > 0).all() and out.statistics["clip_fraction_high"] > 0.9
+
+    def test_gspo_equals_the_papers_formula(self, seed):
+        """Without filter, GSPO's own gradient flows through the mean log-ratio: the same numbers."""
+        made = make(BATCH, seed, batch=4)
+        made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
+        response = made["response_mask"] & (made["targets"] != -100)
+        logps = linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps
+        means = torch.tensor([[1.2], [0.8], [1.01], [0.99]], dtype=D).log()  # two beyond the clip, two within
+        made["old_logps"] = logps.detach() - means + 0.002 * torch.randn(4, 6, dtype=D)
+        made["advantages"] = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=D)
+        gaps = torch.where(response, logps - made["old_logps"], 0.0)
+        ratio = (gaps.sum(1) / response.sum(1)).exp()
+        clipped = ratio.clamp(0.97, 1.04)
+        manual = -torch.min(ratio * made["advantages"], clipped * made["advantages"]).mean()
+        settings_ = {"ratio_level": "sequence", "aggregation": "sequence_mean", "clip_low": 0.03, "clip_high": 0.04}
+        out = call(made, **settings_)
+        torch.testing.assert_close(out.loss, manual)
+        wrt = (made["hidden"], made["weight"])
+        torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), torch.autograd.grad(manual, wrt))
+        assert (ratio != clipped).tolist() == [True, True, False, False]
+
+    def test_statistics(self, seed):
+        made = make(BATCH, seed, batch=4)
+        response = made["response_mask"] & (made["targets"] != -100)
+        kept = response & made["perception_mask"]
+        out = call(made)
+        full = linear_logprobs(made["hidden"], made["weight"], made["targets"], return_entropy=True)
+        gap = (full.logps - made["old_logps"])[response]
+        ratio = (full.logps - made["old_logps"]).exp()
+        low = (ratio < 0.8) & (made["advantages"][:, None] < 0)
+        high = (ratio > 1.2) & (made["advantages"][:, None] > 0)
+        ref_gap = (made["ref_logps"] - full.logps)[response]
+        expected = {
+            "tokens": response.sum().double(),
+            "kept_fraction": kept.sum() / response.sum(),
+            "logp_mean": full.logps[response].mean(),
+            "max_logp": full.logps[response].max(),
+            "entropy_mean": full.entropy[response].mean(),
+            "ratio_mean": ratio[response].mean(),
+            "ratio_max": ratio[response].max(),
+            "approx_kl": (gap.exp() - gap - 1).mean(),
+            "clip_fraction_low": low[kept].double().mean(),
+            "clip_fraction_high": high[kept].double().mean(),
+            "ref_kl": (ref_gap.exp() - ref_gap - 1).mean(),
+        }
+        assert out.statistics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert out.statistics[name].shape == () and not out.statistics[name].requires_grad
+            torch.testing.assert_close(out.statistics[name], value.detach().to(D), rtol=1e-6, atol=1e-9, msg=name)
+        assert (out.logps[~response] == 0).all() and (out.entropy[~response] == 0).all()
+
+    def test_statistics_without_a_forward_of_their_own_cover_the_tokens_that_learn(self, seed):
+        made = make(BATCH, seed, batch=4)
+        response = made["response_mask"] & (made["targets"] != -100)
+        kept = response & made["perception_mask"]
+        out = call(made, return_statistics=False)
+        full = call(made)
+        assert out.entropy is None and out.statistics.keys() == full.statistics.keys() - {"entropy_mean"}
+        for name in ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high"):
+            assert out.statistics[name] == full.statistics[name]
+        logps = full.logps[kept]
+        gap, ref_gap = logps - made["old_logps"][kept], made["ref_logps"][kept] - logps
+        expected = {
+            "logp_mean": logps.mean(),
+            "max_logp": logps.max(),
+            "ratio_mean": gap.exp().mean(),
+            "ratio_max": gap.exp().max(),
+            "approx_kl": (gap.exp() - gap - 1).mean(),
+            "ref_kl": (ref_gap.exp() - ref_gap - 1).mean(),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(out.statistics[name], value, rtol=1e-6, atol=1e-9, msg=name)
+        assert call(made, return_statistics=False, entropy_coef=0.1).statistics["entropy_mean"] > 0
+
+
+class TestTokenLoss:
+    @pytest.mark.parametrize("backend", ("portable", "reference"))
+    def test_own_objective(self, backend, seed):
+        made = make(SMALL, seed, batch=2)
+        head = {name: made[name] for name in HEAD_OPTIONS} | {"bias": made["bias"]}
+        active = made["response_mask"]
+        factors = torch.randn(8, dtype=D)
+        wrt = [made[name] for name in LEAVES]
+
+        def focal(logps, entropy, rows):
+            return -factors[rows] * (1 - logps.exp()) ** 2 * logps + 0.1 * entropy**2
+
+        total = linear_token_loss(
+            made["hidden"],
+            made["weight"],
+            made["targets"],
+            focal,
+            active_mask=active,
+            backend=backend,
+            **(head | {"chunk_size": 3}),
+        )
+        plain = linear_logprobs(
+            made["hidden"], made["weight"], made["targets"], return_entropy=True, backend="reference", **head
+        )
+        manual = focal(plain.logps.view(-1), plain.entropy.view(-1), torch.arange(8))[active.view(-1)].sum()
+        torch.testing.assert_close(total, manual)
+        torch.testing.assert_close(torch.autograd.grad(total * 3, wrt), torch.autograd.grad(manual * 3, wrt))
+
+    def test_policy_loss_is_a_token_loss(self, seed):
+        made = make(BATCH, seed, batch=4)
+        made |= {"sampler_weights": None, "trajectory_weights": None}
+        kept = (made["response_mask"] & made["perception_mask"]).view(-1)
+        old, advantages = made["old_logps"].view(-1), made["advantages"][:, None].expand(4, 6).reshape(-1)
+
+        def clipped(logps, entropy, rows):
+            ratio = (logps - old[rows]).exp()
+            return -torch.min(ratio * advantages[rows], ratio.clamp(0.8, 1.2) * advantages[rows])
+
+        mask = kept.view(4, 6)
+        total = linear_token_loss(made["hidden"], made["weight"], made["targets"], clipped, active_mask=mask)
+        expected = call(made, aggregation="sum").loss
+        torch.testing.assert_close(total, expected)
+        wrt = (made["hidden"], made["weight"])
+        torch.testing.assert_close(torch.autograd.grad(total, wrt), torch.autograd.grad(expected, wrt))
+
+    def test_without_compaction(self, seed):
+        """token_loss sees masked rows as zeros, and what it makes of them does not count, NaN included."""
+        made = make(BATCH, seed, batch=4)
+        args, active = (made["hidden"], made["weight"], made["targets"]), made["response_mask"]
+
+        def loss(logps, entropy, rows):
+            return logps / entropy  # 0 / 0 at masked rows
+
+        results = []
+        for compact in (True, False):
+            total = linear_token_loss(*args, loss, active_mask=active, compact=compact, chunk_size=5)
+            results.append((total, *torch.autograd.grad(total, args[:2])))
+        for others in results[1:]:
+            torch.testing.assert_close(results[0], others)
+
+    def test_without_entropy_or_rows(self, seed):
+        made = make(BATCH, seed)
+        args = made["hidden"], made["weight"], made["targets"]
+        seen = []
+
+        def loss(logps, entropy, rows):
+            seen.append(entropy)
+            return -logps
+
+        linear_token_loss(*args, loss, use_entropy=False).backward()
+        assert seen and all(entropy is None for entropy in seen)
+        nothing = torch.zeros_like(made["response_mask"])
+        total = linear_token_loss(*args, loss, active_mask=nothing)
+        grads = torch.autograd.grad(total, (made["hidden"], made["weight"]))
+        assert total == 0 and all((grad == 0).all() for grad in grads)
+
+    @pytest.mark.parametrize(
+        ("function", "words"),
+        [
+            (lambda logps, entropy, rows: logps.sum(), r"token_loss: got \(\)"),
+            (lambda logps, entropy, rows: 1.0, "token_loss: got float"),
+            (lambda logps, entropy, rows: logps[:, None] + logps, "token_loss: got"),
+            (lambda logps, entropy, rows: logps * FOREIGN, "captured tensor that requires a gradient"),
+            (lambda logps, entropy, rows: FOREIGN.exp() + 0 * rows, "captured tensor that requires a gradient"),
+        ],
+    )
+    def test_refuses(self, function, words, seed):
+        made = make(BATCH, seed)
+        with pytest.raises(ValueError, match=words):
+            linear_token_loss(made["hidden"], made["weight"], made["targets"], function)
+
+
+FOREIGN = torch.tensor(2.0, dtype=D, requires_grad=True)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"hidden": torch.zeros(6, 4)}, r"hidden: got shape \(6, 4\), expected \(B, T, H\)"),
+            ({"targets": torch.zeros(2, 4).long()}, "targets: got shape"),
+            ({"targets": torch.full((2, 3), 9)}, "targets: got ids from 9 to 9, expected 0 to 8"),
+            ({"advantages": torch.zeros(3)}, "advantages: got shape"),
+            ({"advantages": torch.zeros(2, 3, 1)}, "advantages: "),
+            ({"response_mask": torch.ones(2, 3)}, "response_mask: got dtype"),
+            ({"response_mask": torch.ones(3, 2, dtype=torch.bool)}, "response_mask: got shape"),
+            ({"perception_mask": torch.ones(2, 3)}, "perception_mask: got dtype"),
+            ({"trajectory_weights": torch.ones(2, 3)}, "trajectory_weights: got shape"),
+            ({"old_logps": torch.ones(2)}, "old_logps: got shape"),
+            ({"kl_coef": 0.1}, "ref_logps: got None"),
+            ({"kl_coef": float("nan")}, "kl_coef: got nan"),
+            ({"entropy_coef": float("-inf")}, "entropy_coef: got -inf"),
+            ({"kl_estimator": "k4"}, "kl_estimator: got 'k4', expected one of k1, k2, k3"),
+            ({"clip_low": 1.5}, "clip_low: got 1.5"),
+            ({"clip_high": -0.1}, "clip_high: got -0.1"),
+            ({"dual_clip": 1.0}, "dual_clip: got 1.0"),
+            ({"entropy_scope": "all"}, "entropy_scope: got 'all'"),
+            ({"entropy_kind": "true"}, "entropy_kind: got 'true'"),
+            ({"ratio_level": "gspo"}, "ratio_level: got 'gspo'"),
+            ({"surrogate": "ppo"}, "surrogate: got 'ppo', expected one of clip, cispo"),
+            ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: got 3.0 with surrogate 'cispo'"),
+            ({"aggregation": "mean"}, "aggregation: got 'mean'"),
+            ({"normalizer": 0.0}, "normalizer: got 0.0"),
+            ({"normalizer": float("inf")}, "normalizer: got inf"),
+            ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
+            ({"normalizer": torch.ones((), device="meta")}, "normalizer: got device meta, expected cpu"),
+            ({"temperature": -1.0}, "temperature: got -1.0"),
+            ({"compact": 3}, "compact: got 3, expected True"),
+        ],
+    )
+    def test_message_names_the_argument(self, change, words):
+        made = {
+            "hidden": torch.zeros(2, 3, 4),
+            "weight": torch.zeros(9, 4),
+            "targets": torch.zeros(2, 3).long(),
+            "advantages": torch.ones(2),
+            "response_mask": torch.ones(2, 3, dtype=torch.bool),
+        }
+        with pytest.raises(ValueError, match=words):
+            linear_policy_loss(**(made | change))
+
+    @pytest.mark.parametrize("first", (1.0, 3.0))
+    def test_second_backward_and_second_derivative_are_refused(self, first, seed):
+        made = make(BATCH, seed)
+        args = made["hidden"], made["weight"], made["targets"]
+        for loss in (call(made).loss, linear_token_loss(*args, lambda logps, entropy, rows: -logps)):
+            (loss if first == 1.0 else loss * first).backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="second backward"):
+                loss.backward()
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(call(made).loss, made["hidden"], create_graph=True)
+
+
+class TestTorch:
+    def test_annealed_coefficients_compile_without_graph_break(self, seed, fresh_compiler):
+        """A number that changes between calls becomes symbolic at its second value."""
+        made = make(SMALL, seed, batch=2, dtype=torch.float32)
+
+        def step(coef: float):
+            return call(made, kl_coef=coef, entropy_coef=2 * coef, normalizer=10 * coef, temperature=1 + coef).loss
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for coef in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(coef), step(coef))
+
+    def test_gradient_accumulation(self, seed):
+        """Two calls into one .grad: the gradient handed out by the first must not be overwritten by the second."""
+        made = make(BATCH, seed, batch=4)
+        once = run(made)["d_weight"]
+        for scale in (1.0, 0.5, 1.0):
+            (call(made).loss * scale).backward()
+        torch.testing.assert_close(made["weight"].grad, 2.5 * once)
