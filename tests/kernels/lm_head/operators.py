@@ -24,16 +24,18 @@ def options_of(case: HeadCase) -> dict:
     return {name: getattr(case, name) for name in HEAD_OPTIONS}
 
 
-def draw(case: HeadCase, seed: int = 0, *, dtype: torch.dtype = DOUBLE, wide: bool = False) -> dict:
+def draw(
+    case: HeadCase, seed: int = 0, *, dtype: torch.dtype = DOUBLE, wide: bool = False, device: str = DEVICE
+) -> dict:
     """hidden, hidden_q, weight and bias as leaves, targets, the head's options, and per token (rows,): advantages,
     active, kept (bool), old_logps and ref_logps. `wide`: the values of `dtype` in float64."""
-    made = head_inputs(case, dtype=dtype, device=DEVICE, seed=seed)
+    made = head_inputs(case, dtype=dtype, device=device, seed=seed)
     for name in ("hidden", "hidden_q", "weight", "bias"):
         if made[name] is not None:
             made[name] = (made[name].double() if wide else made[name]).requires_grad_()
     generator = torch.Generator().manual_seed(seed + 7)
-    normal = torch.randn(3, case.rows, generator=generator, dtype=DOUBLE).to(DEVICE)
-    uniform = torch.rand(2, case.rows, generator=generator).to(DEVICE)
+    normal = torch.randn(3, case.rows, generator=generator, dtype=DOUBLE).to(device)
+    uniform = torch.rand(2, case.rows, generator=generator).to(device)
     head = {name: value for name, value in options_of(case).items() if name != "chunk_size"}
     with torch.no_grad():
         hidden, weight, bias = (None if made[n] is None else made[n].double() for n in ("hidden", "weight", "bias"))
@@ -61,16 +63,21 @@ def token_loss(made: dict, entropy: bool = False, **options) -> dict:
     return {"loss": linear_token_loss(*args, **keywords, **(made["options"] | options))}
 
 
-def policy_loss(made: dict, entropy: bool = False, **options) -> dict:
-    """One sequence of all rows; with entropies, a KL to the reference policy too, and statistics of all tokens."""
-    args = (made["hidden"][None], made["weight"], made["targets"][None], made["advantages"][None])
+def policy_loss(made: dict, entropy: bool = False, statistics: bool = False, **options) -> dict:
+    """One sequence of all rows, or as many as made["sequences"]; with entropies a KL to the reference policy too, and
+    results of all tokens."""
+    count, (rows, width) = made.get("sequences", 1), made["hidden"].shape
+    hidden = made["hidden"].view(count, rows // count, width)
+    args = (hidden, made["weight"], *(made[name].view(hidden.shape[:2]) for name in ("targets", "advantages")))
     tokens = {"response_mask": made["active"], "perception_mask": made["kept"]}
-    tokens |= {"old_logps": made["old_logps"], "ref_logps": made["ref_logps"]}
-    keywords = {name: value[None] for name, value in tokens.items()} | {"bias": made["bias"]}
+    tokens |= {name: made[name] for name in ("old_logps", "ref_logps") if made[name] is not None}
+    keywords = {name: value.view(hidden.shape[:2]) for name, value in tokens.items()} | {"bias": made["bias"]}
     if entropy:
         keywords |= {"entropy_coef": 0.05, "kl_coef": 0.1, "kl_estimator": "k2", "return_statistics": True}
-    out = linear_policy_loss(*args, **keywords, **(made["options"] | options))
-    return {"loss": out.loss} | ({"seen_logps": out.logps[0], "seen_entropy": out.entropy[0]} if entropy else {})
+    out = linear_policy_loss(*args, **(keywords | made["options"] | options))
+    seen = {"seen_logps": out.logps.view(-1), "seen_entropy": out.entropy.view(-1)} if entropy else {}
+    seen |= {f"seen_{name}": value for name, value in out.statistics.items()} if statistics else {}
+    return {"loss": out.loss} | seen
 
 
 def divergence(made: dict, kind=KINDS, **options) -> dict:
@@ -177,7 +184,11 @@ def assert_by_the_rule(operator: Operator, case: HeadCase, seed: int, dtype: tor
     def found_by(backend: str, wide: bool = False) -> dict:
         return run(operator, draw(case, seed, dtype=dtype, wide=wide), seed, backend=backend, **options)
 
-    truth, eager, found = found_by("reference", wide=True), found_by("reference"), found_by(backend)
+    judge(operator, case, dtype, found_by(backend), found_by("reference"), found_by("reference", wide=True))
+
+
+def judge(operator: Operator, case: HeadCase, dtype: torch.dtype, found: dict, eager: dict, truth: dict) -> None:
+    """The error rule for all results and gradients of `run`."""
     assert found.keys() == truth.keys()
     # What log-probabilities and divergences subtract; below its clamp k3 has a slope of up to 11 in those. In float32 a
     # divergence's gradient is such a difference times the weight's rows or hidden states, and a KL penalty's 0.1 of it.
@@ -191,7 +202,7 @@ def assert_by_the_rule(operator: Operator, case: HeadCase, seed: int, dtype: tor
             value,
             eager[name],
             truth[name],
-            name=f"{case.name} {name} seed {seed}",
+            name=f"{operator.name} {case.name} {name}",
             dtype=value.dtype if of_input else torch.float32,
             floor=factor * (of_gradients if of_input else size),
             eager_cap=sum_cap(case.vocab, exponents=case.logit_size, dtype=value.dtype),
