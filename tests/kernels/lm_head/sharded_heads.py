@@ -194,7 +194,9 @@ EXACT |= {f"{kind}_alone": case(plain, DIVERGENCE, PLAIN, kind=(kind,)) for kind
 for operator in (LOGPROBS, DIVERGENCE):
     EXACT |= {
         f"{operator.name}_idle_rows_of_nan": case(plain, operator, PLAIN, change=case(spoil, IDLE), keep=~IDLE),
-        f"{operator.name}_learning_rows_of_nan": case(plain, operator, PLAIN, change=case(spoil, torch.arange(24) % 5 == 2)),
+        f"{operator.name}_learning_rows_of_nan": case(
+            plain, operator, PLAIN, change=case(spoil, torch.arange(24) % 5 == 2)
+        ),
         f"{operator.name}_a_part_ruled_out": case(plain, operator, BIASED, change=rule_out_a_part),
         f"{operator.name}_checkpointed": case(checkpointed, operator),
     }
