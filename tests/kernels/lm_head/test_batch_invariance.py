@@ -9,58 +9,46 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrpt_kernels import backends, batch_invariance, linear_logprobs, linear_policy_loss, linear_token_divergence
+from mmrpt_kernels import batch_invariance, linear_logprobs
 from mmrpt_kernels.lm_head import gemm
-from mmrpt_kernels.testing import HeadCase, head_inputs, on_a_grid, poisoned_memory
+from mmrpt_kernels.testing import HeadCase, on_a_grid, poisoned_memory
+from tests.kernels.lm_head.operators import DEVICE, OPERATORS, SERVED, draw, served
 
 EPS = torch.finfo(torch.float32).eps
 CASE = HeadCase("rows", 23, 16, 301, bias=True, temperature=0.7, softcap=6.0)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # Rows of a call: few, one, all in another order, one several times.
 SELECTIONS = (range(7), [5], list(reversed(range(23))), [5, 5, 2, 5, 19])
 
 
+CALLS = [o for o in OPERATORS if o.name in ("logprobs", "policy_loss_with_entropy", "divergence")]
+
+
 @pytest.fixture(params=("portable", "triton", "cuda"))
 def backend(request) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and (reason := backends._why_no_extension(DEVICE)):
-        pytest.skip(reason)
+    served(CALLS[0], request.param)
     return request.param
 
 
 @pytest.fixture
 def inputs(seed) -> dict:
-    made = head_inputs(CASE._replace(ignored="none"), dtype=torch.float32, device=DEVICE, seed=seed)
-    for name in ("hidden", "hidden_q", "weight", "bias"):
-        made[name] = on_a_grid(made[name])
-    return made
+    made = draw(CASE._replace(ignored="none"), seed, dtype=torch.float32)
+    made |= {name: on_a_grid(made[name].detach()) for name in ("hidden", "hidden_q", "weight", "bias")}
+    return made | {"active": torch.ones_like(made["active"])}
 
 
 def values_of(inputs: dict, rows: list[int], backend: str, chunk_size: int | None) -> dict[int, torch.Tensor]:
     """Log-probs, entropies and divergences by row: from scoring, from the kept exponentials, from a loss's forward."""
     at = torch.tensor(list(rows), device=DEVICE)
-    head = {"bias": inputs["bias"], "temperature": CASE.temperature, "softcap": CASE.softcap}
-    hidden, targets, call = inputs["hidden"][at], inputs["targets"][at], {"chunk_size": chunk_size, **head}
+    by_row = ("hidden", "hidden_q", "targets", "advantages", "active", "kept", "old_logps", "ref_logps")
+    made = inputs | {name: inputs[name][at] for name in by_row}
     with poisoned_memory():
-        scored = linear_logprobs(hidden, inputs["weight"], targets, return_entropy=True, backend=backend, **call)
-        learnt = linear_policy_loss(
-            hidden[None].clone().requires_grad_(),
-            inputs["weight"],
-            targets[None],
-            torch.ones(1, device=DEVICE),
-            response_mask=torch.ones_like(targets, dtype=torch.bool)[None],
-            return_statistics=True,
-            backend=backend,
-            **call,
-        )
-        found = [*scored, learnt.logps[0], learnt.entropy[0]]
-        if backend != "cuda":
-            views = (hidden, inputs["hidden_q"][at], inputs["weight"])
-            kinds = ("kl", "js")
-            found += linear_token_divergence(*views, kind=kinds, backend=backend, **call).divergence.unbind(-1)
-    return {int(row): values for row, values in zip(rows, torch.stack(found, -1).detach(), strict=True)}
+        found = []
+        for operator in (o for o in CALLS if backend in SERVED[o.op]):
+            learning = {"hidden": made["hidden"].clone().requires_grad_(operator.op == "policy_loss")}
+            results = operator.call(made | learning, chunk_size=chunk_size, backend=backend)
+            found += [value.detach() for value in results.values() if value.dim()]
+    return {int(row): values for row, values in zip(rows, torch.stack(found, -1), strict=True)}
 
 
 @pytest.mark.parametrize("padded", (False, True))
