@@ -215,7 +215,8 @@ def test_a_forbidden_word_is_a_missing_word(operator, backend, seed):
     made["targets"] %= 200
     bias = torch.zeros(300, device=DEVICE).index_fill_(0, torch.arange(200, 300, device=DEVICE), -torch.inf)
     few = made | {"weight": made["weight"].detach()[:200].requires_grad_()}
-    found, expected = run(operator, made | {"bias": bias}, seed, backend=backend), run(operator, few, seed)
+    found = run(operator, made | {"bias": bias}, seed, backend=backend)
+    expected = run(operator, few, seed, backend="reference")
     assert (found["d_weight"][200:] == 0).all()
     found["d_weight"] = found["d_weight"][:200]
     assert_same(found, expected, rtol=1e-4, atol=1e-5)
