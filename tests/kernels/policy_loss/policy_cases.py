@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrpt_kernels.logprobs import linear_logprobs
 from mmrpt_kernels.policy_loss import linear_policy_loss
-from mmrpt_kernels.testing import HeadCase, head_inputs, poisoned_memory
+from mmrpt_kernels.testing import HeadCase, poisoned_memory
+from tests.kernels.lm_head.operators import draw
 
 D = torch.float64
 BATCH = HeadCase("batch", 24, 8, 53, ignored="some", chunk_size=5)
@@ -17,34 +17,22 @@ LEAVES = ("hidden", "weight", "bias")
 PER_TOKEN = ("old_logps", "ref_logps", "sampler_weights", "perception_mask")
 
 
-def make(case: HeadCase, seed: int, *, batch: int = 1, dtype=D, upcast: bool = False, drift: float = 0.4) -> dict:
-    """Arguments of a call by name: `rows` tokens as (batch, T), every optional tensor given; leaves require gradients.
-
-    `drift`: standard deviation of the log-ratio; `upcast` widens the `dtype` values to float64.
-    """
-    raw = head_inputs(case, dtype=dtype, seed=seed)
-    shape = (batch, case.rows // batch)
-    generator = torch.Generator().manual_seed(seed + 7)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=D)
-
-    made = {name: raw[name] for name in LEAVES}
-    made["hidden"] = made["hidden"].view(*shape, case.hidden)
-    made = {n: t if t is None else (t.double() if upcast else t).requires_grad_() for n, t in made.items()}
-    made["targets"] = raw["targets"].view(shape)
-    with torch.no_grad():
-        wide = {n: None if made[n] is None else made[n].double() for n in LEAVES}
-        head = {name: getattr(case, name) for name in ("temperature", "softcap", "logit_scale")}
-        own = linear_logprobs(wide["hidden"], wide["weight"], made["targets"], bias=wide["bias"], **head).logps
-    made["advantages"] = normal(shape[0])
-    made["response_mask"] = torch.rand(shape, generator=generator) < 0.8
-    made["perception_mask"] = torch.rand(shape, generator=generator) < 0.5
-    made["trajectory_weights"] = torch.rand(shape[0], generator=generator, dtype=D) + 0.5
-    made["old_logps"] = own + drift * normal(*shape)
-    made["ref_logps"] = own + 0.5 * normal(*shape)
-    made["sampler_weights"] = torch.rand(shape, generator=generator, dtype=D) + 0.5
-    return made | {name: getattr(case, name) for name in HEAD_OPTIONS}
+def make(case: HeadCase, seed: int, *, batch: int = 1, dtype: torch.dtype = D) -> dict:
+    """Arguments of a call by name: `rows` tokens as (batch, T), every optional tensor given."""
+    drawn, shape = draw(case, seed, dtype=dtype, device="cpu"), (batch, case.rows // batch)
+    hidden = drawn["hidden"].detach().view(*shape, case.hidden).requires_grad_()
+    weights = torch.rand(batch + case.rows, generator=torch.Generator().manual_seed(seed + 8), dtype=D) + 0.5
+    made = {
+        "hidden": hidden,
+        "weight": drawn["weight"],
+        "bias": drawn["bias"],
+        "advantages": drawn["advantages"][:batch],
+    }
+    named = {"response_mask": "active", "perception_mask": "kept"}
+    for name in ("targets", "old_logps", "ref_logps", *named):
+        made[name] = drawn[named.get(name, name)].view(shape)
+    made |= {"trajectory_weights": weights[:batch], "sampler_weights": weights[batch:].view(shape)}
+    return made | drawn["options"]
 
 
 def call(made: dict, **overrides):
