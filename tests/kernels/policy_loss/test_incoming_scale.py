@@ -7,8 +7,9 @@ import torch
 
 from mmrpt_kernels import linear_policy_loss, linear_token_loss
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth
-from tests.kernels.lm_head.operators import ONE_VIEW, draw, served
+from tests.kernels.lm_head.operators import DEVICE, ONE_VIEW, draw, served
 
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
 POLICY, POLICY_WITH_ENTROPY = ONE_VIEW[4:]
 
 FACTOR = 1.0 / 12.0  # gradient accumulation over 12 batches; 0.2 % from the next bfloat16
