@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.goals import cases_of
@@ -48,9 +49,10 @@ def command_of(name: str, options: Sequence[str], results: Path) -> list[str]:
 
 def run_one(command: Sequence[str], limit: float) -> tuple[int, str]:
     """Exit code (124: stopped) and output. What is stopped may first write what it has measured."""
-    process = subprocess.Popen(
-        command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    # Started from a shell's background, this process ignores interrupts, and what it starts would too.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=HERE.parent, preexec_fn=heard, **pipes)
     try:
         output = process.communicate(timeout=limit)[0]
         return process.returncode, output
