@@ -58,8 +58,8 @@ def test_padding_rows_give_nothing_whatever_they_hold(operator, height, dtype, m
     mask = torch.rand(ROWS) < 0.6
     mask[7:9] = torch.tensor([True, False])
 
-    def masked(**how) -> dict:
-        made = draw_parts(seed, dtype, **how)
+    def masked(**parts) -> dict:
+        made = draw_parts(seed, dtype, **parts)
         ids = torch.where(mask, made["targets"], -100) if operator.op == "logprobs" else made["targets"]
         return made | {"active": mask, "kept": mask, "targets": ids}
 
