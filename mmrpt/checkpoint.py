@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 
 STATE_FILE = "trainer_state.pt"
 

@@ -13,7 +13,7 @@ from PIL import Image
 from mmrpt.config import Settings
 from mmrpt.data.images import blank, seed_of
 from mmrpt.masking.build import random_masks, truth_masks
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import generate
 from mmrpt.rollout.prompts import restore_prompts

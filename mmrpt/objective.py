@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mmrpt.batching import response_slices
 from mmrpt.config import RLSettings
-from mmrpt.models import Policy
-from mmrpt.perception import response_slices
+from mmrpt.policy import Policy
 from mmrpt.types import Batch
 from mmrpt_kernels import PolicyLoss, linear_policy_loss, linear_token_loss
 

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrpt.grouped import response_places
-from mmrpt.models import PixelBatch, Policy
-from mmrpt.types import Batch
+from mmrpt.batching import response_slices
+from mmrpt.policy import Policy
+from mmrpt.types import PixelBatch
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
 
-__all__ = ["PerceptionWeights", "response_slices", "shape_and_filter", "token_perception"]
+__all__ = ["PerceptionWeights", "shape_and_filter", "token_perception"]
 
 
 @torch.no_grad()
@@ -56,17 +56,3 @@ def shape_and_filter(
 ) -> PerceptionWeights:
     """Which tokens carry gradient and how a trajectory's advantage is scaled, over the whole batch."""
     return perception_weights(scores, response_mask, keep_ratio=keep_ratio, min_weight=min_weight)
-
-
-def response_slices(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The responses alone, one a row: (hidden that predicts them (N, W, H), their ids (N, W), mask (N, W)).
-
-    The state before a token predicts it: the prompt's last one for a response's first token. W is the longest response;
-    ids past a row's end are 0.
-    """
-    segments = batch.response_mask.long() if batch.segments is None else batch.segments
-    row, place, mask = response_places(segments)
-    before = (place - 1).clamp_min(0)
-    if batch.segments is not None:  # another response stands before a response's first token
-        before[:, 0] = (segments == 0).sum(-1)[row[:, 0]] - 1
-    return hidden[row, before], batch.input_ids[row, place].masked_fill(~mask, 0), mask

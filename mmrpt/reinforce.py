@@ -10,10 +10,10 @@ from PIL import Image
 
 from mmrpt.config import Settings
 from mmrpt.data.images import seed_of
-from mmrpt.models import Policy
 from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
+from mmrpt.policy import Policy
 from mmrpt.rollout.collect import Round, collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.supervised import items_at

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmrpt.models import Policy
 from mmrpt.perception import PerceptionWeights
+from mmrpt.policy import Policy
 from mmrpt.rollout.collect import Round
 from mmrpt.rollout.group import Group
 from mmrpt.runlog import RunLog

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmrpt.models import PixelBatch, Policy
+from mmrpt.policy import Policy
+from mmrpt.types import PixelBatch
 
 SHARPNESS = 20.0  # of the softmax over cosines in [-1, 1]
 

@@ -15,7 +15,7 @@ from mmrpt.config import PromptSettings, WarmupSettings
 from mmrpt.data.images import seed_of
 from mmrpt.data.sentences import sentence_spans
 from mmrpt.masking.build import random_masks, truth_masks
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
 

@@ -27,9 +27,9 @@ from mmrpt.evaluate import evaluate_policy, held_out_samples
 from mmrpt.gallery import write_gallery
 from mmrpt.masking import build_masked_samples, choose_threshold, score_sentences, subtract_position_baseline
 from mmrpt.metrics import roc_auc
-from mmrpt.models import Policy
 from mmrpt.objective import supervised_loss
 from mmrpt.optimiser import Optimiser
+from mmrpt.policy import Policy
 from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json

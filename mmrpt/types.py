@@ -94,11 +94,22 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class PixelBatch:
+    """Processed images. `pixel_values` (sum of patches, C * temporal * patch * patch), `grid_thw` (P, 3)."""
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+
+    def tokens_per_image(self, merge_size: int) -> torch.Tensor:
+        return self.grid_thw.prod(-1) // merge_size**2
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tensors of one forward pass, padded on the right. R rows, T tokens, P images.
 
     Images are stored once each; `image_index` says which one a row shows, so that a group's vision tower runs once.
-    A row holds one response behind its prompt, or, with `segments`, all responses of a group (`mmrpt.grouped`).
+    A row holds one response behind its prompt, or, with `segments`, all responses of a group (`mmrpt.batching`).
     """
 
     input_ids: torch.Tensor  # (R, T) int64

@@ -29,8 +29,8 @@ from trl import GRPOTrainer
 from mmrpt.config import PerceptionSettings, PromptSettings
 from mmrpt.data.images import blacken_patches, seed_of
 from mmrpt.data.jsonl import read_jsonl
-from mmrpt.models import Policy
 from mmrpt.perception import shape_and_filter
+from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.types import MaskedSample, PairSource
 from mmrpt_kernels import linear_token_divergence

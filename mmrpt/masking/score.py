@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrpt.data.sentences import sentence_spans
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from mmrpt.types import Example, SentenceScore
 from mmrpt_kernels.integrations.transformers import record_visual_mass
 
@@ -39,8 +39,8 @@ def score_sentences(
     pixels = policy.pixels(images)
     tokens = pixels.tokens_per_image(policy.merge_size).tolist()
     prompts = [policy.encode_prompt(instruction, count) for count in tokens]
-    encoded = [policy.tokenizer(e.caption, add_special_tokens=False, return_offsets_mapping=True) for e in examples]
-    batch = policy.batch(prompts, [e["input_ids"] for e in encoded], pixels, range(len(examples)))
+    encoded = [policy.encode_with_offsets(e.caption) for e in examples]
+    batch = policy.batch(prompts, [ids for ids, _ in encoded], pixels, range(len(examples)))
     visual = batch.input_ids == policy.image_token_id
     groups = torch.stack((visual, batch.response_mask), -1)
     layers = layer_range(policy.model.config.get_text_config().num_hidden_layers, first_layer, last_layer)
@@ -48,10 +48,10 @@ def score_sentences(
         policy.hidden(batch, padded=True)
     ratio = _visual_share(record.stacked())
     scores: list[SentenceScore] = []
-    for row, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
+    for row, (example, (ids, offsets)) in enumerate(zip(examples, encoded, strict=True)):
         start = len(prompts[row]) - (align == "predicting")
-        masses = ratio[row, start : start + len(encoding["input_ids"])].tolist()
-        scores += _sentences_of(example, encoding["offset_mapping"], masses)
+        masses = ratio[row, start : start + len(ids)].tolist()
+        scores += _sentences_of(example, offsets, masses)
     return scores
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from mmrpt.advantage import group_advantages
 from mmrpt.config import Settings
 from mmrpt.data.images import blacken_patches, seed_of
-from mmrpt.models import Policy
 from mmrpt.perception import token_perception
+from mmrpt.policy import Policy
 from mmrpt.rewards import combine_rewards
 from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import Generation, generate

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from mmrpt.models import PixelBatch, Policy
+from mmrpt.policy import Policy
+from mmrpt.types import PixelBatch
 
 
 @dataclass(frozen=True)

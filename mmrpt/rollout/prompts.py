@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mmrpt.config import PromptSettings
 from mmrpt.data.sentences import sentence_at
-from mmrpt.models import PixelBatch, Policy
-from mmrpt.types import MaskedSample
+from mmrpt.policy import Policy
+from mmrpt.types import MaskedSample, PixelBatch
 
 
 def restore_text(sample: MaskedSample, prompts: PromptSettings) -> str:

@@ -21,7 +21,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from mmrpt.models import OTHER_RELEASE, Policy, make_image_processor
+from mmrpt.families import OTHER_RELEASE, make_image_processor
+from mmrpt.policy import Policy
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

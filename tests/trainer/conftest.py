@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mmrpt.config import Settings, load_settings
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from mmrpt.rewards.combine import REWARDS
 from mmrpt.types import Batch, Example, MaskedSample, Word
 from mmrpt.world.tiny_vlm import TinyVLMConfig, build_tiny_vlm, spread_features

@@ -16,7 +16,7 @@ from mmrpt.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from tests.trainer.conftest import forward_inputs, make_policy
 
 STATE = {

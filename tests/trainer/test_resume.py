@@ -119,7 +119,7 @@ class Mortal:
         "pathlib.Path.unlink",
         "pathlib.Path.mkdir",
         "mmrpt.data.jsonl.JsonlWriter.write",
-        "mmrpt.models.Policy.write_files",
+        "mmrpt.policy.Policy.write_files",
     )
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:

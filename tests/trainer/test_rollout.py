@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrpt.perception import response_slices
+from mmrpt.batching import response_slices
 from mmrpt.rollout.generate import _draw_top_p, _inverse_cdf, generate
 
 

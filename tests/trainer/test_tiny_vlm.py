@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig
 
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from mmrpt.world import World, WorldConfig, tiny_vlm
 from mmrpt.world.tiny_vlm import (
     FORMAT_TOKENS,

@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mmrpt.data.jsonl import write_jsonl
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
-from mmrpt.models import Policy
+from mmrpt.policy import Policy
 from mmrpt_kernels.integrations.guards import UnsupportedError
 from mmrpt_kernels.integrations.trl import fused_head
 from tests.trainer.conftest import ColourPairs, make_looking_policy, masked_colour

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrpt.grouped import response_places, shared_mask, shared_positions, sharing_saves
-from mmrpt.perception import response_slices
+from mmrpt.batching import response_places, response_slices, shared_mask, shared_positions, sharing_saves
 
 LENGTHS = ((5, 1, 3), (1, 1, 1), (2, 7, 4))  # of each group's responses
 

@@ -11,78 +11,33 @@ import inspect
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
-from mmrpt.grouped import shared_mask, shared_positions, sharing_saves
-from mmrpt.patch_embedding import use_patch_projection
-from mmrpt.types import Batch
+from mmrpt.batching import group_batch, row_batch, shared_mask, shared_positions, sharing_saves
+from mmrpt.families import (
+    OTHER_RELEASE,
+    SUPPORTED_MODEL_TYPES,
+    check_kept,
+    load_image_processor,
+    mrope_positions,
+    use_patch_projection,
+)
+from mmrpt.types import Batch, PixelBatch
 from mmrpt_kernels.integrations.caches import cache_keyword
 from mmrpt_kernels.integrations.packed_rows import PackedRows
 from mmrpt_kernels.integrations.transformers import enable_visual_mass
 
-SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-OTHER_RELEASE = "This release of transformers has another name for it; install one from 4.57 to 5.24."
 # What the text model is called with, besides its cache; its **kwargs would take a name that it lost in silence.
 TEXT_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "use_cache")
-
-
-def make_image_processor(
-    patch_size: int,
-    max_pixels: int,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Any:
-    """Qwen2-VL's image processor in its torchvision-free form, whatever the transformers version calls it.
-
-    `mean` and `std` of each channel in [0, 1]; None: the family's own (CLIP's).
-    """
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
-    except ImportError:  # transformers 4.x: the plain class is the torchvision-free one
-        from transformers.image_processing_utils import BaseImageProcessor
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
-
-        if Processor.__base__ is not BaseImageProcessor:
-            raise ImportError(
-                f"Qwen2VLImageProcessor is a {Processor.__base__.__name__} and Qwen2VLImageProcessorPil is not there: "
-                "expected one of the two to need no torchvision; install transformers 4.57 to 5.24."
-            ) from None
-    unit = (2 * patch_size) ** 2
-    sizes = {"shortest_edge": unit, "longest_edge": max_pixels}
-    statistics = {} if mean is None or std is None else {"image_mean": list(mean), "image_std": list(std)}
-    sides = {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
-    processor = Processor(**statistics, **sides, min_pixels=unit, max_pixels=max_pixels, size=sizes)
-    for name, value in (sides | statistics).items():
-        check_kept(processor, name, value)
-    if any(processor.size[name] != value for name, value in sizes.items()):
-        raise ValueError(f"{type(processor).__name__}.size is {processor.size}: expected {sizes}. {OTHER_RELEASE}")
-    return processor
-
-
-def check_kept(owner: Any, name: str, value: Any) -> None:
-    """Raises ValueError unless `owner` has the setting that it was made with: constructors take unknown names too."""
-    found = getattr(owner, name, None)
-    if found != value and not (isinstance(value, list) and list(found or ()) == value):
-        raise ValueError(f"{type(owner).__name__}.{name} is {found!r}: expected {value!r}. {OTHER_RELEASE}")
-
-
-@dataclass(frozen=True)
-class PixelBatch:
-    """Processed images. `pixel_values` (sum of patches, C * temporal * patch * patch), `grid_thw` (P, 3)."""
-
-    pixel_values: Tensor
-    grid_thw: Tensor
-
-    def tokens_per_image(self, merge_size: int) -> Tensor:
-        return self.grid_thw.prod(-1) // merge_size**2
+INSTRUCTION_PLACE = "[[instruction]]"  # stands for the user's text where a template is filled around it
 
 
 class Policy:
@@ -105,6 +60,12 @@ class Policy:
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
         self.suppressed_ids = self._ids_never_sampled()
+        self.markers: tuple[str, ...] = tuple(tokenizer.all_special_tokens)
+        if self.eos_token_id in self.encode_text(tokenizer.eos_token):
+            raise ValueError(
+                f"{type(tokenizer).__name__} reads {tokenizer.eos_token!r} in a text as a marker: expected a fast "
+                f"tokenizer that knows split_special_tokens. {OTHER_RELEASE}"
+            )
         forward = self.text_model.forward
         self.cache_keyword = cache_keyword(forward)
         lost = [name for name in TEXT_ARGUMENTS if name not in inspect.signature(forward).parameters]
@@ -127,7 +88,7 @@ class Policy:
             raise ValueError(f"{folder} holds a {model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
         check_kept(model, "dtype", dtype)
-        return cls(model, AutoTokenizer.from_pretrained(folder), _load_image_processor(folder))
+        return cls(model, AutoTokenizer.from_pretrained(folder), load_image_processor(folder))
 
     def save(self, folder: str | Path) -> None:
         """Writes an ordinary Hugging Face folder, first beside its place, then renamed: no half folder stays."""
@@ -176,18 +137,29 @@ class Policy:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode_prompt(self, instruction: str, image_tokens: int) -> list[int]:
-        """Token ids of a prompt whose single image marker stands for `image_tokens` features."""
-        ids = self.tokenizer(self.prompt_text(instruction), add_special_tokens=False)["input_ids"]
+        """Token ids of a prompt whose image stands for `image_tokens` features. Markers in the instruction are text."""
+        encode = partial(self.tokenizer, add_special_tokens=False)
+        if any(marker in instruction for marker in self.markers):  # only the template's own are markers
+            before, after = self.prompt_text(INSTRUCTION_PLACE).split(INSTRUCTION_PLACE)
+            ids = [*encode(before)["input_ids"], *self.encode_text(instruction), *encode(after)["input_ids"]]
+        else:
+            ids = encode(self.prompt_text(instruction))["input_ids"]
         at = [i for i, token in enumerate(ids) if token == self.image_token_id]
         if len(at) != 1:
             raise ValueError(
-                f"the prompt holds {len(at)} image markers, expected exactly one: does the text contain the marker "
-                f"{self.tokenizer.decode([self.image_token_id])!r}? Remove it from the caption or instruction."
+                f"the chat template gives {len(at)} image markers for one image, expected exactly one: give the "
+                "tokenizer the chat template of its family."
             )
         return ids[: at[0]] + [self.image_token_id] * image_tokens + ids[at[0] + 1 :]
 
     def encode_text(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a text in which markers such as `<|im_end|>` are ordinary characters."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_text` with the characters [start, end) of each token."""
+        out = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return out["input_ids"], out["offset_mapping"]
 
     def batch(
         self,
@@ -198,26 +170,8 @@ class Policy:
         *,
         pad_left: bool = False,
     ) -> Batch:
-        """Pads rows of prompt + response into one `Batch`; `response_mask` marks the response tokens."""
-        rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-        width = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        attention = torch.zeros(len(rows), width, dtype=torch.int64)
-        response = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            start = width - len(row) if pad_left else 0
-            input_ids[i, start : start + len(row)] = torch.tensor(row)
-            attention[i, start : start + len(row)] = 1
-            response[i, start + len(prompt) : start + len(row)] = True
-        device = self.device
-        return Batch(
-            input_ids.to(device),
-            attention.to(device),
-            response.to(device),
-            pixels.pixel_values,
-            pixels.grid_thw,
-            torch.as_tensor(image_index, device=device),
-        )
+        """Rows of one prompt and one response each (`mmrpt.batching.row_batch`)."""
+        return row_batch(prompts, responses, pixels, image_index, pad_id=self.pad_token_id, pad_left=pad_left)
 
     def group_batch(
         self,
@@ -228,26 +182,11 @@ class Policy:
         *,
         share: bool | None = None,
     ) -> Batch:
-        """Prompts with all their responses: a row a group, or a row a response, whichever costs less (`share` decides).
-
-        `response_slices` gives the responses in the same order for both. Raises ValueError for an empty response.
-        """
-        if not all(len(response) for responses in groups for response in responses):
-            raise ValueError("a response has no token: expected at least one, the end-of-turn token if nothing else.")
+        """Prompts with all their responses (`mmrpt.batching.group_batch`); `share` None: whichever costs less."""
         if share is None:
             lengths = [[len(response) for response in responses] for responses in groups]
             share = sharing_saves([len(prompt) for prompt in prompts], lengths, self.head_weight.shape[1])
-        if not share:
-            rows = [(prompt, r, i) for prompt, rs, i in zip(prompts, groups, image_index, strict=True) for r in rs]
-            alone, responses, index = zip(*rows, strict=True)
-            return self.batch(alone, responses, pixels, index)
-        flat = [[token for response in responses for token in response] for responses in groups]
-        batch = self.batch(prompts, flat, pixels, image_index)
-        segments = torch.full(batch.input_ids.shape, -1)
-        for row, (prompt, responses) in enumerate(zip(prompts, groups, strict=True)):
-            sizes = torch.tensor([len(prompt), *map(len, responses)])
-            segments[row, : int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
-        return replace(batch, segments=segments.to(self.device))
+        return group_batch(prompts, groups, pixels, image_index, pad_id=self.pad_token_id, share=share)
 
     # ---------------------------------------------------------------- forward
 
@@ -382,36 +321,3 @@ class Policy:
         markers = set(self.tokenizer.all_special_ids) | {self.model.config.video_token_id, self.image_token_id}
         beyond = range(len(self.tokenizer), self.model.lm_head.weight.shape[0])
         return sorted((markers | set(beyond)) - end)
-
-
-def mrope_positions(
-    input_ids: Tensor, attention_mask: Tensor, grid_thw: Tensor, image_token_id: int, merge_size: int
-) -> Tensor:
-    """(3, R, T) int64 rotary positions (time, height, width) of rows that show one image each.
-
-    Text counts up by one; the image's tokens share one time step and get their row and column; the text after the image
-    goes on from the image's larger side. Equal to `get_rope_index` of Qwen2.5-VL for such rows (a test says so),
-    but computed for the whole batch at once. `grid_thw` is (R, 3), one image a row.
-    """
-    is_image = input_ids == image_token_id
-    order = (torch.cumsum(attention_mask, -1) - 1).clamp_min(0)
-    height, width = grid_thw[:, 1] // merge_size, grid_thw[:, 2] // merge_size
-    tokens = (height * width)[:, None]
-    has_image = is_image.any(-1, keepdim=True)
-    first = torch.where(is_image, order, order.new_full((), 1 << 30)).amin(-1, keepdim=True)
-    within = (order - first).clamp_min(0)
-    after = order > first + tokens - 1
-    text = torch.where(after & has_image, order - tokens + torch.maximum(height, width)[:, None], order)
-    spatial = torch.stack((torch.zeros_like(within), within // width[:, None], within % width[:, None]))
-    positions = torch.where(is_image, first + spatial, text.expand(3, -1, -1))
-    return positions.masked_fill(attention_mask == 0, 0)
-
-
-def _load_image_processor(folder: Path) -> Any:
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    if "Qwen2VL" in settings.get("image_processor_type", ""):
-        sizes = settings.get("size") or {}
-        max_pixels = sizes.get("longest_edge") or settings.get("max_pixels") or 1_003_520
-        statistics = settings.get("image_mean"), settings.get("image_std")
-        return make_image_processor(settings.get("patch_size", 14), max_pixels, *statistics)
-    return AutoImageProcessor.from_pretrained(folder)
