@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from mmrpt.batching import response_slices
-from mmrpt.perception import shape_and_filter, token_perception
 from mmrpt.data.images import blacken_patches, blank, seed_of
+from mmrpt.perception import shape_and_filter, token_perception
 from mmrpt.rollout.generate import generate
 from tests.trainer.conftest import COLOURS, response_logits
 

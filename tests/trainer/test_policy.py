@@ -8,10 +8,9 @@ import warnings
 
 import pytest
 import torch
-from mmrpt.families import PatchProjection, use_patch_projection
 
-from mmrpt import models
-from mmrpt.families import mrope_positions
+from mmrpt import families
+from mmrpt.families import PatchProjection, mrope_positions, use_patch_projection
 from mmrpt.policy import Policy
 from mmrpt.rollout import generate
 from mmrpt_kernels.integrations.transformers import record_visual_mass
@@ -240,4 +239,4 @@ def test_an_unknown_release_is_refused(policy, pairs, monkeypatch):
             Policy(policy.model, policy.tokenizer, policy.image_processor)
     monkeypatch.setattr(policy.text_model, "forward", forward)
     with pytest.raises(ValueError, match="patch_size is None: expected 14"):
-        models.check_kept(object(), "patch_size", 14)
+        families.check_kept(object(), "patch_size", 14)
