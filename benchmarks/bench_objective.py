@@ -44,9 +44,9 @@ class HeldPolicy:
 
 
 def trainer(hidden, weight, bias, ids, response_mask, scores, advantages, old_logps, tokens) -> torch.Tensor:
-    from mmrpt.config import Settings
     from mmrpt.objective import PolicyTargets, policy_loss
     from mmrpt.perception import shape_and_filter
+    from mmrpt.settings import Settings
     from mmrpt.types import Batch
 
     settings = Settings()

@@ -26,10 +26,10 @@ from benchmarks.measure import RESULTS, device_name, result_path
 ROOT = Path(__file__).resolve().parent.parent
 # A few steps of everything: shows that all runs, measures nothing.
 QUICK = (
-    "sight.steps=2",
+    "demo.vision_steps=2",
     "warmup.steps=4",
-    "masking.pairs=64",
-    "masking.threshold=quantile",
+    "masking.captions=64",
+    "masking.threshold=quantile:0.5",
     "rollout.prompts=4",
     "rl.steps=2",
     "evaluation.samples=8",

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from trl import GRPOConfig
 
-from mmrpt.config import PerceptionSettings, PromptSettings
 from mmrpt.data.jsonl import write_jsonl
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
 from mmrpt.masking.build import truth_masks
 from mmrpt.objective import supervised_loss
 from mmrpt.policy import Policy
 from mmrpt.rewards import exact_reward, format_reward
+from mmrpt.settings import PerceptionSettings, PromptSettings
 from mmrpt.supervised import items_at, sentence_example, supervised_batch
 from mmrpt.types import Example, PairSource
 from mmrpt.world import World

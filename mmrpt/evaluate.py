@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from mmrpt.config import Settings
 from mmrpt.data.images import blank, seed_of
 from mmrpt.masking.build import random_masks, truth_masks
 from mmrpt.policy import Policy
 from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import generate
 from mmrpt.rollout.prompts import restore_prompts
+from mmrpt.settings import Settings
 from mmrpt.types import Example, MaskedSample, PairSource
 
 Condition = Literal["image", "blanked", "swapped"]

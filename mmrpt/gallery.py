@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmrpt.config import Settings
 from mmrpt.data.images import blacken_patches, blank, seed_of
 from mmrpt.data.jsonl import read_jsonl
+from mmrpt.settings import Settings
 from mmrpt.sources import Sources
 
 PICTURES_PER_SOURCE = 6

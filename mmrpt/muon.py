@@ -8,6 +8,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+LR_SCALE = 6.0  # learning rate of Muon's matrices over that of AdamW's parameters
+
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with nesterov momentum and updates of AdamW's size, float32 products on CPUs.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mmrpt.batching import response_slices
-from mmrpt.config import RLSettings
 from mmrpt.policy import Policy
+from mmrpt.settings import RLSettings
 from mmrpt.types import Batch
 from mmrpt_kernels import PolicyLoss, linear_policy_loss, linear_token_loss
 
@@ -65,7 +65,7 @@ def policy_loss(
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
         entropy_coef=settings.entropy_coef,
-        entropy_scope=settings.entropy_scope,
+        entropy_scope="kept",
         aggregation="sum" if settings.aggregation == "token_mean" else settings.aggregation,
         normalizer=normalizer,
         bias=policy.sampling_bias(),

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmrpt.config import OptimiserSettings
-from mmrpt.muon import Muon
+from mmrpt.muon import LR_SCALE, Muon
+from mmrpt.settings import OptimiserSettings
+
+BETA1 = 0.9  # of AdamW
 
 
 class Optimiser:
@@ -20,8 +22,9 @@ class Optimiser:
     its image; a pretrained model is better left to AdamW. Weight decay is for matrices, not for norms and biases.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimiserSettings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: nn.Module, settings: OptimiserSettings, *, vision_frozen_steps: int = 0) -> None:
+        """The vision tower stands still for the first `vision_frozen_steps` of the steps."""
+        self.model, self.settings, self.vision_frozen_steps = model, settings, vision_frozen_steps
         groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = defaultdict(list)
         words, vision_tower = _words_and_vision(model)
         for parameter in model.parameters():
@@ -41,7 +44,7 @@ class Optimiser:
         ]
         adamw = [o for o in options if o["kind"] == "adamw"]
         muon = [o for o in options if o["kind"] == "muon"]
-        betas = (settings.beta1, settings.beta2)
+        betas = (BETA1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=betas, foreach=True)]
         if muon:
             self.parts.append(Muon(muon, lr=settings.lr))
@@ -52,9 +55,9 @@ class Optimiser:
         lr = learning_rate(settings, step, steps)
         for part in self.parts:
             for group in part.param_groups:
-                scale = settings.muon_scale if group["kind"] == "muon" else 1.0
+                scale = LR_SCALE if group["kind"] == "muon" else 1.0
                 if group["vision"]:
-                    scale *= settings.vision_scale if step >= settings.vision_start else 0.0
+                    scale *= settings.vision_scale if step >= self.vision_frozen_steps else 0.0
                 group["lr"] = lr * scale
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm) if parameters else torch.zeros(())
@@ -84,7 +87,7 @@ def _words_and_vision(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Param
     if not vision:
         raise ValueError(
             f"{type(model).__name__} has no parameters outside of its decoder, embedding and head: expected a vision "
-            "tower, whose learning rate the settings vision_scale and vision_start set; install transformers 4.57 to "
+            "tower, whose learning rate the setting vision_scale sets; install transformers 4.57 to "
             "5.24, or train a vision-language model."
         )
     return words, vision

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmrpt.config import Settings
 from mmrpt.data.images import seed_of
 from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
@@ -16,6 +15,7 @@ from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.policy import Policy
 from mmrpt.rollout.collect import Round, collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
+from mmrpt.settings import Settings
 from mmrpt.supervised import items_at
 from mmrpt.types import Batch, MaskedSample, PairSource
 

@@ -19,6 +19,7 @@ from mmrpt.reporting.gallery import answers_over_time, held_out_gallery, trainin
 from mmrpt.reporting.markdown import code
 from mmrpt.reporting.measured import Evaluation, difference, read_evaluation
 from mmrpt.reporting.runfiles import RunFiles, write_atomically
+from mmrpt.settings import Settings
 
 PAIRED = (
     "Intervals are 95 %: Wilson's for an accuracy, Agresti and Min's for a difference between two models' answers to "
@@ -37,7 +38,7 @@ CONDITIONS = (
 def write_report(run_dir: Path | str, defaults: Mapping[str, Any] | None = None) -> Path:
     """Draw the plots, then write report.md beside them (under a temporary name first) and return its path.
 
-    `defaults`: nested settings to compare the run's with; None: those of `mmrpt.config.Settings`.
+    `defaults`: nested settings to compare the run's with; None: those of `Settings`.
     Raises FileNotFoundError when run_dir is not a folder; a missing or torn file in it is reported, never raised.
     """
     drawn = {path.stem for path in draw_all(run_dir)}
@@ -58,8 +59,6 @@ def write_report(run_dir: Path | str, defaults: Mapping[str, Any] | None = None)
 
 
 def default_settings() -> dict[str, Any]:
-    from mmrpt.config import Settings  # the settings pull in the world's packages, which reading a run does not need
-
     return dataclasses.asdict(Settings())
 
 

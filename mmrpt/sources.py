@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from mmrpt.config import Settings, SettingsError
 from mmrpt.data import open_pairs
+from mmrpt.settings import Settings, SettingsError
 from mmrpt.types import Example, PairSource
 from mmrpt.world import World
 
@@ -37,11 +37,11 @@ class Sources:
 def open_sources(settings: Settings) -> Sources:
     """Opens the pairs that the settings name. Raises SettingsError with the remedy when they cannot be used."""
     if settings.data.pairs is None:
-        world = World(settings.world)
+        world = World(settings.demo.world)
         held_out = {n: world.source(n, 2 * settings.evaluation.samples) for n in world.SPLITS if n != "train"}
-        simple = World(replace(settings.world, min_cards=1, max_cards=1))
-        first = simple.source("train", settings.data.size)
-        return Sources(world.source("train", settings.data.size), first, held_out, world)
+        simple = World(replace(settings.demo.world, min_cards=1, max_cards=1))
+        first = simple.source("train", settings.demo.size)
+        return Sources(world.source("train", settings.demo.size), first, held_out, world)
     try:
         pairs = open_pairs(settings.data.pairs)
     except (OSError, ValueError) as error:

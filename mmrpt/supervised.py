@@ -11,12 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from mmrpt.config import PromptSettings, WarmupSettings
 from mmrpt.data.images import seed_of
 from mmrpt.data.sentences import sentence_spans
 from mmrpt.masking.build import random_masks, truth_masks
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
+from mmrpt.settings import PromptSettings
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
 
 THINK_WORDS = 3  # of the span's sentence, before the span: long enough to say which thing is meant
@@ -42,17 +42,17 @@ def items_at(first: int, count: int, size: int, *seed: object) -> list[int]:
 Lesson = Literal["first sentences", "sentences", "captions"]
 
 
-def lesson_of(step: int, settings: WarmupSettings, seed: int) -> Lesson:
+def lesson_of(step: int, *, steps: int, sentence_steps: int, seed: int) -> Lesson:
     """What a warm-up step trains on: single sentences of simple scenes first, then more and more whole captions.
 
     A sudden change from sentences to captions undoes what the sentences taught, so after `sentence_steps` the share of
     captions rises from a quarter to three quarters, and single sentences of all scenes stay in between.
     """
-    if step < settings.sentence_steps:
+    if step < sentence_steps:
         return "first sentences"
-    if settings.sentence_steps == 0:
+    if sentence_steps == 0:
         return "captions"
-    done = (step - settings.sentence_steps) / max(1, settings.steps - settings.sentence_steps)
+    done = (step - sentence_steps) / max(1, steps - sentence_steps)
     draw = np.random.default_rng(seed_of(seed, "lesson", step)).random()
     captions = min(0.75, 0.25 + done)
     return (

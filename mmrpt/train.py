@@ -12,17 +12,28 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import yaml
-
-from mmrpt.config import Settings, SettingsError, load_settings, save_settings
-from mmrpt.overrides import given_settings
+from mmrpt.settings import (
+    Settings,
+    SettingsError,
+    flatten,
+    given_settings,
+    load_settings,
+    save_settings,
+    settings_help,
+    to_yaml,
+)
 
 CONFIG_FILE = "config.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs or resumes a run; 0 when it ended, 2 when a setting or an input cannot work."""
-    parser = argparse.ArgumentParser(prog="python -m mmrpt.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mmrpt.train",
+        description="Train on image-caption pairs; without arguments, the demo on the CPU.",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", help="YAML file of settings; what it leaves out keeps its default")
     parser.add_argument("--resume", action="store_true", help="go on with the run of that name where it was cut off")
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
@@ -31,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(options.config, options.overrides)
         if options.show:
-            print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
+            print(to_yaml(settings), end="")
             return 0
         settings = resolve_run(
-            settings, resume=options.resume, given=_flat(given_settings(options.config, options.overrides))
+            settings, resume=options.resume, given=flatten(given_settings(options.config, options.overrides))
         )
         from transformers.utils import logging as transformers_logging
 
@@ -69,7 +80,13 @@ def resolve_run(settings: Settings, *, resume: bool, given: Collection[str]) -> 
         saved = folder / CONFIG_FILE
         if not saved.is_file():
             raise SettingsError(f"there is no run to resume at {folder}: start one without --resume, or give name=...")
-        stored = load_settings(saved)
+        try:
+            stored = load_settings(saved)
+        except SettingsError as error:
+            raise SettingsError(
+                f"the settings saved in {saved} are not of this version: resume the run with the version "
+                f"that began it, or start a new one under another name. {error}"
+            ) from error
         stored = replace(stored, output=settings.output, name=folder.name)
         if different := _differ(settings, stored, given):
             raise SettingsError(
@@ -97,15 +114,8 @@ def _give_back(folder: Path) -> None:
 
 def _differ(new: Settings, stored: Settings, given: Collection[str]) -> list[str]:
     """Dotted names of settings that were given and are not what the run has."""
-    ours, theirs = _flat(asdict(new)), _flat(asdict(stored))
+    ours, theirs = flatten(asdict(new)), flatten(asdict(stored))
     return [name for name in ours if name in given and ours[name] != theirs[name]]
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    out: dict = {}
-    for key, value in tree.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return out
 
 
 def _numbered(settings: Settings) -> list[Path]:

@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from mmrpt.checkpoint import drop_older, latest_checkpoint, load_checkpoint, save_checkpoint
-from mmrpt.config import OptimiserSettings, Settings, check_device
 from mmrpt.data.images import seed_of
 from mmrpt.data.jsonl import read_jsonl, write_jsonl
 from mmrpt.evaluate import evaluate_policy, held_out_samples
@@ -34,6 +33,7 @@ from mmrpt.reinforce import ImageCache, fill_buffer, train_on_groups
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.runlog import RunLog, environment, write_json
 from mmrpt.samplelog import log_step
+from mmrpt.settings import OptimiserSettings, Settings, SettingsError
 from mmrpt.sight import rarity, sight_loss
 from mmrpt.sources import Sources, open_sources
 from mmrpt.supervised import items_at, lesson_of, supervised_batch
@@ -42,6 +42,16 @@ from mmrpt.world.tiny_vlm import build_tiny_vlm
 
 IMAGES_FOR_START = 128  # that the tiny model's vision tower starts from
 CAPTIONS_FOR_RARITY = 1_000
+TOKENS_PER_CAPTION = 256  # that scoring reckons with
+
+
+def check_device(device: str) -> None:
+    """Raises SettingsError for a device that torch does not know or that this machine lacks."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device is {device!r}, which cannot be used here ({reason}): try device=cpu.") from error
 
 
 class Trainer:
@@ -63,7 +73,7 @@ class Trainer:
 
     def run(self) -> Path:
         """Runs every phase in order and returns the path of the report."""
-        if self.settings.sight_steps:
+        if self.settings.demo.vision_steps:
             with self._timed("sight"):
                 self.sight()
         with self._timed("warmup"):
@@ -82,20 +92,21 @@ class Trainer:
 
     def sight(self) -> None:
         """The vision tower's own training, where the model starts from scratch."""
-        options, steps = self.settings.sight, self.settings.sight_steps
-        source = self.sources.train
+        options = self.settings.demo
+        source, size = self.sources.train, options.vision_batch_size
 
         @cache  # only where a step is left to do: a resumed run has often none
         def weights() -> torch.Tensor:
             return rarity(self.policy, (source[i].caption for i in range(min(CAPTIONS_FOR_RARITY, len(source)))))
 
         def loss_of(step: int) -> torch.Tensor:
-            items = items_at(step * options.batch_size, options.batch_size, len(source), self.settings.seed, "sight")
+            items = items_at(step * size, size, len(source), self.settings.seed, "sight")
             examples = [source[i] for i in items]
             pixels = self.policy.pixels([source.image(e.id) for e in examples])
             return sight_loss(self.policy, pixels, [e.caption for e in examples], weights())
 
-        self._train("sight", steps, options.optimiser, loss_of, after=None)
+        optimiser = OptimiserSettings(lr=options.vision_lr, final_fraction=0.05)
+        self._train("sight", options.vision_steps, optimiser, loss_of, after=None)
 
     def warmup(self) -> None:
         """Caption training from the start model; stops well below what the model could learn."""
@@ -104,8 +115,9 @@ class Trainer:
             "warmup",
             options.steps,
             options.optimiser,
-            lambda step: supervised_loss(self.policy, self._supervised_batch("warmup", step, options.batch_size, 0)),
-            after="sight" if self.settings.sight_steps else None,
+            lambda step: supervised_loss(self.policy, self._supervised_batch("warmup", step, 0)),
+            after="sight" if self.settings.demo.vision_steps else None,
+            vision_frozen_steps=self.settings.demo.vision_frozen_steps,
         )
 
     def score(self) -> list[SentenceScore]:
@@ -114,19 +126,19 @@ class Trainer:
         if path.exists():
             return [_score_from_json(row) for row in read_jsonl(path)]
         source = self.sources.train
-        count = min(options.pairs, len(source))
+        count = self.settings.captions_to_score(len(source))
+        size = max(1, options.batch_tokens // TOKENS_PER_CAPTION)
         scores: list[SentenceScore] = []
         self._load("warmup")
-        for start in tqdm(range(0, count, options.batch_size), desc="score captions", unit="batch"):
-            examples = [source[i] for i in range(start, min(start + options.batch_size, count))]
+        for start in tqdm(range(0, count, size), desc="score captions", unit="batch"):
+            examples = [source[i] for i in range(start, min(start + size, count))]
             scores += score_sentences(
                 self.policy,
                 examples,
                 [self.images(e.id) for e in examples],
                 instruction=self.settings.prompts.describe,
-                first_layer=options.first_layer,
-                last_layer=options.last_layer,
-                align=options.align,
+                layers=options.layers,
+                attention_row=options.attention_row,
             )
         if options.baseline == "position":
             scores = subtract_position_baseline(scores)
@@ -139,15 +151,13 @@ class Trainer:
         path, options = self.folder / "masked.jsonl", self.settings.masking
         if path.exists():
             return [MaskedSample(**row) for row in read_jsonl(path)]
-        threshold = choose_threshold(
-            [s.score for s in scores], options.threshold, quantile=options.quantile, std_factor=options.std_factor
-        )
+        threshold = choose_threshold([s.score for s in scores], options.threshold)
         by_example: dict[str, list[SentenceScore]] = {}
         for score in scores:
             by_example.setdefault(score.example_id, []).append(score)
         samples: list[MaskedSample] = []
-        used: Counter[str] | None = Counter() if options.balance else None
-        for index in range(min(options.pairs, len(self.sources.train))):
+        used: Counter[str] | None = Counter() if options.balance_word_classes else None
+        for index in range(self.settings.captions_to_score(len(self.sources.train))):
             example = self.sources.train[index]
             samples += build_masked_samples(
                 example,
@@ -161,7 +171,7 @@ class Trainer:
         if not samples:
             raise RuntimeError(
                 f"no sentence of {len(by_example)} captions passed the threshold {threshold:.3f}: look at "
-                "scores.jsonl, and set masking.threshold=quantile or score more pairs."
+                "scores.jsonl, and set masking.threshold=quantile:0.5 or raise masking.captions."
             )
         write_json(self.folder / "masking.json", _masking_summary(scores, samples, threshold, options.threshold))
         write_jsonl(path, (s.to_json() for s in samples))
@@ -252,9 +262,10 @@ class Trainer:
         loss_of: Callable[[int], torch.Tensor],
         *,
         after: str | None,
+        vision_frozen_steps: int = 0,
     ) -> None:
         """A phase of gradient descent on `loss_of(step)`, from where the phase `after` ended."""
-        start, _, optimiser = self._open_phase(phase, after, optimiser_settings)
+        start, _, optimiser = self._open_phase(phase, after, optimiser_settings, vision_frozen_steps)
         if start is None:
             return
         bar = tqdm(range(start, steps), desc=phase, unit="step", initial=start, total=steps)
@@ -268,19 +279,21 @@ class Trainer:
                 self._save_partial(phase, step + 1, optimiser, {})
         self._finish_phase(phase, steps)
 
-    def _supervised_batch(self, phase: str, step: int, batch_size: int, first_item: int) -> Batch:
-        settings = self.settings
-        lesson = lesson_of(step, settings.warmup, settings.seed) if phase == "warmup" else "captions"
+    def _supervised_batch(self, phase: str, step: int, first_item: int) -> Batch:
+        settings, warmup, demo = self.settings, self.settings.warmup, self.settings.demo
+        lesson = "captions"
+        if phase == "warmup":
+            lesson = lesson_of(step, steps=warmup.steps, sentence_steps=demo.sentence_steps, seed=settings.seed)
         sentences = lesson != "captions"
         source = self.sources.first if lesson == "first sentences" else self.sources.train
-        size = settings.warmup.sentence_batch_size if sentences else batch_size
+        size = demo.sentence_batch_size if sentences else warmup.batch_size
         items = items_at(first_item + step * size, size, len(source), settings.seed, "supervised", lesson)
         return supervised_batch(
             self.policy,
             source,
             items,
             settings.prompts,
-            restore_fraction=(settings.warmup if phase == "warmup" else settings.control).restore_fraction,
+            restore_fraction=warmup.restore_fraction,
             seed=seed_of(settings.seed, phase, step),
             sentences={"first sentences": 1, "sentences": 3, "captions": 0}[lesson],
         )
@@ -288,12 +301,14 @@ class Trainer:
     def _later_captions(self, step: int) -> Batch:
         """Captions past those of the warm-up: what the control trains on, and reinforcement too where it mixes them."""
         warmup = self.settings.warmup
-        return self._supervised_batch(
-            "control", step, self.settings.control.batch_size, warmup.steps * warmup.batch_size
-        )
+        return self._supervised_batch("control", step, warmup.steps * warmup.batch_size)
 
     def _open_phase(
-        self, phase: str, previous: str | None, optimiser_settings: OptimiserSettings
+        self,
+        phase: str,
+        previous: str | None,
+        optimiser_settings: OptimiserSettings,
+        vision_frozen_steps: int = 0,
     ) -> tuple[int | None, dict[str, Any], Optimiser | None]:
         """(first step, saved state, optimiser) of a phase; (None, {}, None) when it is done already."""
         if (self.checkpoints / phase).exists():
@@ -307,7 +322,7 @@ class Trainer:
             if previous is not None:
                 self._load(previous)
         self.policy.model.train()
-        optimiser = Optimiser(self.policy.model, optimiser_settings)
+        optimiser = Optimiser(self.policy.model, optimiser_settings, vision_frozen_steps=vision_frozen_steps)
         if "optimiser" in state:
             optimiser.load_state_dict(state["optimiser"])
         self.log.rewind(phase, state["step"])
@@ -332,7 +347,8 @@ class Trainer:
         else:
             source = self.sources.train
             images = [self.images(source[i].id) for i in range(min(IMAGES_FOR_START, len(source)))]
-            policy = build_tiny_vlm(model.tiny, self.sources.texts(), seed=self.settings.seed, images=images)
+            tiny, seed = self.settings.demo.tiny, self.settings.seed
+            policy = build_tiny_vlm(tiny, self.sources.texts(), seed=seed, images=images)
             policy.model.to(self.settings.device)
         if model.gradient_checkpointing:
             # Renamed in transformers 5.24, which warns of the old name. What transformers 4 does by default loses the

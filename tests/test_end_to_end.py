@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import end_to_end
 from benchmarks.end_to_end import QUICK
-from mmrpt.config import load_settings
+from mmrpt.settings import load_settings
 
 
 def evaluation(right: int) -> dict:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 from trl import GRPOTrainer
 
-from mmrpt.config import PerceptionSettings, PromptSettings
 from mmrpt.data.images import blacken_patches, seed_of
 from mmrpt.data.jsonl import read_jsonl
 from mmrpt.perception import shape_and_filter
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
+from mmrpt.settings import PerceptionSettings, PromptSettings
 from mmrpt.types import MaskedSample, PairSource
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.integrations.guards import UnsupportedError, check_parameters, check_version

@@ -27,14 +27,13 @@ def score_sentences(
     images: Sequence[Image.Image],
     *,
     instruction: str,
-    first_layer: float = 0.5,
-    last_layer: float = 1.0,
-    align: Literal["predicting", "token"] = "predicting",
+    layers: Sequence[float] = (0.5, 1.0),
+    attention_row: Literal["before", "own"] = "before",
 ) -> list[SentenceScore]:
     """One `SentenceScore` per sentence of the examples, which go through the model as one batch.
 
-    `align` "token" takes a token's own attention row; "predicting" the row before it, whose attention decides which
-    token comes: the look that precedes the word.
+    `layers`: see `layer_indices`. `attention_row` "own" takes the attention of the token itself; "before" that of the
+    position before it, which decides which token comes.
     """
     pixels = policy.pixels(images)
     tokens = pixels.tokens_per_image(policy.merge_size).tolist()
@@ -43,20 +42,26 @@ def score_sentences(
     batch = policy.batch(prompts, [ids for ids, _ in encoded], pixels, range(len(examples)))
     visual = batch.input_ids == policy.image_token_id
     groups = torch.stack((visual, batch.response_mask), -1)
-    layers = layer_range(policy.model.config.get_text_config().num_hidden_layers, first_layer, last_layer)
-    with record_visual_mass(policy.text_model, key_weights=groups, layers=layers, head_reduction="mean") as record:
+    indices = layer_indices(policy.model.config.get_text_config().num_hidden_layers, layers)
+    with record_visual_mass(policy.text_model, key_weights=groups, layers=indices, head_reduction="mean") as record:
         policy.hidden(batch, padded=True)
     ratio = _visual_share(record.stacked())
     scores: list[SentenceScore] = []
     for row, (example, (ids, offsets)) in enumerate(zip(examples, encoded, strict=True)):
-        start = len(prompts[row]) - (align == "predicting")
+        start = len(prompts[row]) - (attention_row == "before")
         masses = ratio[row, start : start + len(ids)].tolist()
         scores += _sentences_of(example, offsets, masses)
     return scores
 
 
-def layer_range(depth: int, first: float, last: float) -> list[int]:
-    """Indices of the layers in the given fractions of the depth, at least one: 0.5 to 1 of five layers is [2, 3, 4]."""
+def layer_indices(depth: int, layers: Sequence[float]) -> list[int]:
+    """Indices of the layers that count: `layers` itself where all are integers, else those between two fractions of
+    the depth, at least one: 0.5 to 1.0 of five layers is [2, 3, 4]."""
+    if all(isinstance(layer, int) for layer in layers):
+        if max(layers) >= depth:
+            raise ValueError(f"masking.layers is {list(layers)}: the model has {depth} layers, 0 to {depth - 1}.")
+        return sorted(layers)
+    first, last = layers
     low, high = int(first * depth), max(int(first * depth) + 1, round(last * depth))
     return list(range(low, high))
 

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
+from mmrpt.settings import threshold_rule
 
-def choose_threshold(
-    scores: Sequence[float],
-    method: Literal["otsu", "quantile", "mean_std"] = "otsu",
-    *,
-    quantile: float = 0.5,
-    std_factor: float = 0.5,
-) -> float:
+
+def choose_threshold(scores: Sequence[float], rule: str = "otsu") -> float:
     """tau for a corpus of sentence scores.
 
     "otsu" (Otsu 1979): the cut that splits the scores into two classes with the largest variance between them;
-    "quantile": the corpus's `quantile`; "mean_std": mean + `std_factor` * std.
-    Raises ValueError for no scores, scores that are not finite, or an unknown method.
+    "quantile:Q": the corpus's Q-quantile; "mean_std:K": mean + K * standard deviation.
+    Raises ValueError for no scores, scores that are not finite, or another rule.
     """
+    method, number = threshold_rule(rule)
     values = np.sort(np.asarray(scores, dtype=np.float64))
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
             f"{values.size} scores, all finite: {bool(np.isfinite(values).all())}; expected finite scores."
         )
     if method == "quantile":
-        return float(np.quantile(values, quantile))
+        return float(np.quantile(values, number))
     if method == "mean_std":
-        return float(values.mean() + std_factor * values.std())
-    if method != "otsu":
-        raise ValueError(f"threshold method {method!r}: expected 'otsu', 'quantile' or 'mean_std'.")
+        return float(values.mean() + number * values.std())
+    if method == "caption_std":
+        raise ValueError(f"threshold {rule!r} is one per caption: expected a rule for the whole corpus.")
     return _otsu(values)
 
 

@@ -22,7 +22,9 @@ TIMED_AS = {"rl": "reinforcement"}  # the name under which a phase's seconds are
 def planned_steps(files: RunFiles) -> dict[str, int]:
     """Steps that the settings ask of each phase; a phase whose number is not in them is left out."""
     config = flatten(files.document("config.yaml"))
-    asked = {phase: config.get(f"{phase}.steps") for phase in ("sight", "warmup", "rl")}
+    names = {"sight": "demo.vision_steps", "warmup": "warmup.steps", "rl": "rl.steps"}
+    asked = {phase: config.get(name) for phase, name in names.items()}
+    asked["sight"] = asked["sight"] or None  # 0: there is no such phase
     asked["control"] = asked["rl"] if config.get("control.enabled", True) else None
     return {phase: steps for phase, steps in asked.items() if isinstance(steps, int)}
 

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from mmrpt.advantage import group_advantages
-from mmrpt.config import Settings
 from mmrpt.data.images import blacken_patches, seed_of
 from mmrpt.perception import token_perception
 from mmrpt.policy import Policy
@@ -18,6 +17,7 @@ from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import Generation, generate
 from mmrpt.rollout.group import Group
 from mmrpt.rollout.prompts import restore_prompts
+from mmrpt.settings import Settings
 from mmrpt.types import MaskedSample, Rollout
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 
 from mmrpt.families import OTHER_RELEASE, make_image_processor
 from mmrpt.policy import Policy
+from mmrpt.settings import TinyVLMConfig
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -42,48 +42,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class TinyVLMConfig:
-    """Sizes of the tiny model. The defaults: 1.8 million parameters, 16 visual tokens for a 112 x 112 image."""
-
-    hidden_size: int = 128
-    layers: int = 5
-    heads: int = 4
-    kv_heads: int = 2
-    intermediate_size: int = 352
-    vision_hidden_size: int = 128
-    vision_layers: int = 2
-    vision_heads: int = 4
-    vision_intermediate_size: int = 256
-    patch_size: int = 14
-    vocab_size: int = 2048
-    max_pixels: int = 224 * 224
-    patch_std: float = 16.0  # of the embedded patches at the start, over images
-    feature_std: float = 0.2  # of the vision tower's features at the start, over images; embeddings start at 0.02
-    # The drawn world is bright. With CLIP's statistics nearly every pixel is far above zero, the features of all images
-    # grow one large common part, and the model learns to ignore them.
-    image_mean: tuple[float, float, float] = (0.75, 0.70, 0.65)
-    image_std: tuple[float, float, float] = (0.25, 0.25, 0.25)
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"model.tiny.{field.name} is {value}: expected above 0.")
-        head_size = self.hidden_size // self.heads
-        if self.hidden_size % self.heads or head_size % 8:
-            raise ValueError(
-                f"model.hidden_size / model.heads is {self.hidden_size} / {self.heads}: expected a head size that is a "
-                "multiple of 8 (three rotary sections share it); change one of the two."
-            )
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"model.tiny.heads / model.tiny.kv_heads is {self.heads} / {self.kv_heads}: expected a whole number."
-            )
-        if self.vocab_size < 512:
-            raise ValueError(f"model.vocab_size is {self.vocab_size}: 256 bytes and the markers need at least 512.")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from PIL import Image
 
+from mmrpt.settings import WorldConfig
 from mmrpt.types import Example, PairSource
 from mmrpt.world import grammar
 from mmrpt.world.captions import write_caption
@@ -21,52 +22,6 @@ from mmrpt.world.sprites import BACKGROUNDS
 
 _RESERVED = 8  # one of so many scenes is kept for the held-out sets
 _PATIENCE = 10_000  # draws before a split is called impossible
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """Settings of the drawn world.
-
-    `language_bias` is the probability that a card's colour is the usual one of its object's category, so that the
-    object's word predicts the colour's; 0: every colour alike. `object_zipf` s > 0 gives the k-th object a frequency
-    in proportion to k ** -s. `card_weights` and `sentence_weights` are relative frequencies of 1 to 4 cards and of
-    3 to 6 sentences. `jitter` in [0, 1] moves and scales cards within their cells: the more, the more pictures a model
-    needs before it tells objects apart. `image_size` in pixels; a multiple of 28 suits the tiny model.
-    """
-
-    seed: int = 0
-    concepts: int = 224
-    image_size: int = 112
-    jitter: float = 0.0
-    min_cards: int = 1
-    max_cards: int = 4
-    language_bias: float = 0.3
-    object_zipf: float = 0.0
-    card_weights: tuple[float, ...] = (0.15, 0.3, 0.3, 0.25)
-    sentence_weights: tuple[float, ...] = (0.2, 0.4, 0.25, 0.15)
-
-    def __post_init__(self) -> None:
-        most = len(all_concepts())
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        _require(16 <= self.concepts <= most, "concepts", self.concepts, f"16 to {most}, the artworks there are")
-        _require(56 <= self.image_size <= 1024, "image_size", self.image_size, "56 to 1024 pixels")
-        _require(self.image_size % 2 == 0, "image_size", self.image_size, "an even number, for two columns of cells")
-        _require(1 <= self.min_cards <= 4, "min_cards", self.min_cards, "1 to 4")
-        _require(self.min_cards <= self.max_cards <= 4, "max_cards", self.max_cards, "min_cards to 4")
-        _require(0 <= self.language_bias <= 1, "language_bias", self.language_bias, "0 (no bias) to 1 (always)")
-        _require(0 <= self.jitter <= 1, "jitter", self.jitter, "0 (fixed places) to 1 (all the room there is)")
-        _require(0 <= self.object_zipf <= 5, "object_zipf", self.object_zipf, "0 (uniform) to 5")
-        for name, weights in (("card_weights", self.card_weights), ("sentence_weights", self.sentence_weights)):
-            object.__setattr__(self, name, tuple(float(w) for w in weights))  # a list comes from YAML
-            good = len(weights) == 4 and min(weights) >= 0 and sum(weights) > 0
-            _require(good, name, weights, "four relative frequencies, none negative, not all 0")
-        used = self.card_weights[self.min_cards - 1 : self.max_cards]
-        _require(sum(used) > 0, "card_weights", self.card_weights, "a frequency above 0 from min_cards to max_cards")
-
-
-def _require(good: bool, name: str, value: object, expected: str) -> None:
-    if not good:
-        raise ValueError(f"world.{name} is {value!r}: expected {expected}. Change world.{name}.")
 
 
 class World:
@@ -106,7 +61,7 @@ class World:
             if split == "new_combinations" or _is_reserved(text) == reserved:
                 break
         else:
-            raise ValueError(f"no scene for split {split} in {_PATIENCE} draws; raise world.concepts or max_cards.")
+            raise ValueError(f"no scene for {split} in {_PATIENCE} draws; raise demo.world.concepts or max_cards.")
         size = self.config.image_size
         cards: tuple[Card, ...] = tuple(place(draws, *part, size, self.config.jitter) for part in plan)
         return Scene(cards, "fluent" if split == "new_style" else "noto", draws.below(BACKGROUNDS), size)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrpt.config import Settings, load_settings
 from mmrpt.policy import Policy
 from mmrpt.rewards.combine import REWARDS
+from mmrpt.settings import Settings, load_settings
 from mmrpt.types import Batch, Example, MaskedSample, Word
 from mmrpt.world.tiny_vlm import TinyVLMConfig, build_tiny_vlm, spread_features
 
@@ -39,27 +39,25 @@ TINY = TinyVLMConfig(
 SMALL_RUN = (
     "threads=1",
     "checkpoint_every=2",
-    "sight.steps=3",
-    "sight.batch_size=4",
+    "demo.vision_steps=3",
+    "demo.vision_batch_size=4",
     "warmup.steps=5",
-    "warmup.sentence_steps=2",
-    "warmup.sentence_batch_size=4",
+    "demo.sentence_steps=2",
+    "demo.sentence_batch_size=4",
     "warmup.batch_size=4",
-    "warmup.optimiser.vision_start=1",
-    "masking.pairs=6",
-    "masking.batch_size=3",
-    "masking.threshold=mean_std",
-    "masking.std_factor=-9",
+    "demo.vision_frozen_steps=1",
+    "masking.captions=6",
+    "masking.batch_tokens=768",
+    "masking.threshold=mean_std:-9",
     "rollout.prompts=7",
     "rollout.group_size=2",
     "rollout.max_new_tokens=6",
     "rl.groups_per_step=2",
     "rl.steps=6",
     "rl.max_rounds=3",
-    "control.batch_size=4",
     "evaluation.samples=4",
     "evaluation.batch_size=3",
-    *(f"model.tiny.{name}={value}" for name, value in asdict(TINY).items() if isinstance(value, int)),
+    *(f"demo.tiny.{name}={value}" for name, value in asdict(TINY).items() if isinstance(value, int)),
 )
 
 

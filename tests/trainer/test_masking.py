@@ -16,7 +16,7 @@ from mmrpt.data.sentences import sentence_spans
 from mmrpt.data.words import PHRASES
 from mmrpt.masking import build_masked_samples, choose_spans, choose_threshold, random_masks, score_sentences
 from mmrpt.masking.build import truth_masks, word_offsets
-from mmrpt.masking.score import layer_range
+from mmrpt.masking.score import layer_indices
 from mmrpt.masking.spans import FUNCTION_WORDS, GROWTH
 from mmrpt.types import Example, SentenceScore, Word
 from tests.trainer.conftest import ColourPairs, forward_inputs, make_policy
@@ -37,7 +37,7 @@ def eager(tmp_path_factory):
     return policy, AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def shares_by_hand(policy, eager_model, example, image, layers, align):
+def shares_by_hand(policy, eager_model, example, image, layers, attention_row):
     """V / (V + T) of each caption token, heads and layers averaged, one caption at a time, in float64."""
     pixels = policy.pixels([image])
     prompt = policy.encode_prompt("describe", int(pixels.tokens_per_image(2)))
@@ -51,7 +51,7 @@ def shares_by_hand(policy, eager_model, example, image, layers, align):
     text[len(prompt) :] = 1
     shares = []
     for position in range(len(prompt), len(prompt) + len(ids)):
-        row = position - 1 if align == "predicting" else position
+        row = position - (attention_row == "before")
         per_layer = []
         for layer in layers:
             weights = out.attentions[layer][0, :, row].double().mean(0)  # heads averaged
@@ -61,20 +61,22 @@ def shares_by_hand(policy, eager_model, example, image, layers, align):
     return shares, encoded["offset_mapping"]
 
 
-@pytest.mark.parametrize("align", ["predicting", "token"])
-@pytest.mark.parametrize(("first", "last", "layers"), [(0.0, 1.0, [0, 1]), (0.5, 1.0, [1]), (0.0, 0.5, [0])])
-def test_dependency_equals_eager_attention(eager, align, first, last, layers):
+@pytest.mark.parametrize("attention_row", ["before", "own"])
+@pytest.mark.parametrize(
+    ("layers", "indices"), [((0.0, 1.0), [0, 1]), ((0.5, 1.0), [1]), ((0.0, 0.5), [0]), ((1,), [1]), ((1, 0), [0, 1])]
+)
+def test_dependency_equals_eager_attention(eager, attention_row, layers, indices):
     policy, model = eager
     pairs = ColourPairs()
     longer = Example("x", "a blue card. Paper is thin. Cards are red, 3.5 times!", ())
     examples = [pairs[0], longer, pairs[1]]  # of unequal length: the batch is padded
     images = [pairs.image(pairs[i].id) for i in (0, 6, 1)]
     scores = score_sentences(
-        policy, examples, images, instruction="describe", first_layer=first, last_layer=last, align=align
+        policy, examples, images, instruction="describe", layers=layers, attention_row=attention_row
     )
     expected = []
     for example, image in zip(examples, images, strict=True):
-        shares, offsets = shares_by_hand(policy, model, example, image, layers, align)
+        shares, offsets = shares_by_hand(policy, model, example, image, indices, attention_row)
         for number, (start, end) in enumerate(sentence_spans(example.caption)):
             inside = [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
             expected.append((example.id, number, start, end, [shares[i] for i in inside]))
@@ -114,9 +116,9 @@ def test_scoring_does_not_depend_on_its_batch(eager):
 
 
 @given(st.integers(1, 80), st.floats(0, 0.99), st.floats(0.01, 1))
-def test_layer_range_is_never_empty_and_stays_inside(depth, first, width):
+def test_the_layers_between_two_fractions_are_never_none_and_stay_inside(depth, first, width):
     last = min(1.0, first + width)
-    layers = layer_range(depth, first, last)
+    layers = layer_indices(depth, (first, last))
     assert layers and layers == list(range(layers[0], layers[-1] + 1))
     assert layers[0] >= 0 and layers[-1] < depth
     assert layers[0] <= first * depth < layers[0] + 1
@@ -126,8 +128,14 @@ def test_layer_range_is_never_empty_and_stays_inside(depth, first, width):
     ("depth", "first", "last", "layers"),
     [(5, 0.5, 1.0, [2, 3, 4]), (28, 0.5, 0.75, list(range(14, 21))), (4, 0.9, 1.0, [3]), (1, 0.5, 1.0, [0])],
 )
-def test_layer_range_by_hand(depth, first, last, layers):
-    assert layer_range(depth, first, last) == layers
+def test_layers_between_fractions_by_hand(depth, first, last, layers):
+    assert layer_indices(depth, (first, last)) == layers
+
+
+def test_layers_that_the_model_lacks_are_refused():
+    assert layer_indices(4, (3, 0)) == [0, 3]
+    with pytest.raises(ValueError, match=r"masking.layers is \[0, 4\]: the model has 4 layers, 0 to 3"):
+        layer_indices(4, (0, 4))
 
 
 # ------------------------------------------------------------------------------------------------ thresholds
@@ -159,21 +167,21 @@ def test_otsu_cuts_between_two_heaps():
     assert choose_threshold([0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == pytest.approx(0.5)  # one score is a class of its own
 
 
-@pytest.mark.parametrize("method", ["otsu", "quantile", "mean_std"])
-def test_equal_scores_all_pass(method):
-    assert choose_threshold([0.5] * 7, method) == 0.5  # so that `score >= tau` keeps them
+@pytest.mark.parametrize("rule", ["otsu", "quantile:0.3", "mean_std:0.5"])
+def test_equal_scores_all_pass(rule):
+    assert choose_threshold([0.5] * 7, rule) == 0.5  # so that `score >= tau` keeps them
 
 
 @given(SCORES, st.floats(0.05, 0.95))
 def test_quantile_leaves_that_share_at_or_above(values, quantile):
-    threshold = choose_threshold(values, "quantile", quantile=quantile)
+    threshold = choose_threshold(values, f"quantile:{quantile}")
     n = len(values)
     assert sum(v >= threshold for v in values) >= math.floor((1 - quantile) * (n - 1))
     assert sum(v > threshold for v in values) <= math.ceil((1 - quantile) * (n - 1) + 1e-9)
 
 
 def test_mean_std_by_hand():
-    assert choose_threshold([1.0, 2.0, 3.0, 6.0], "mean_std", std_factor=2) == pytest.approx(3 + 2 * math.sqrt(3.5))
+    assert choose_threshold([1.0, 2.0, 3.0, 6.0], "mean_std:2") == pytest.approx(3 + 2 * math.sqrt(3.5))
 
 
 @pytest.mark.parametrize("scores", [[], [0.1, math.nan], [0.1, math.inf]])
@@ -182,9 +190,12 @@ def test_scores_that_cannot_be_ranked_are_refused(scores):
         choose_threshold(scores)
 
 
-def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="'median': expected 'otsu', 'quantile' or 'mean_std'"):
-        choose_threshold([0.1], "median")
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("median", "expected otsu, quantile:Q"), ("caption_std:1", "one per caption")]
+)
+def test_rules_that_give_no_threshold_of_a_corpus_are_refused(rule, expected):
+    with pytest.raises(ValueError, match=f"'{rule}'.*{expected}"):
+        choose_threshold([0.1], rule)
 
 
 # ------------------------------------------------------------------------------------------------ spans

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmrpt.config import OptimiserSettings, PerceptionSettings, RLSettings, RolloutSettings, Settings
 from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser, learning_rate
 from mmrpt.reinforce import ImageCache, fill_buffer, response_mask_of, train_on_groups
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
+from mmrpt.settings import OptimiserSettings, PerceptionSettings, RLSettings, RolloutSettings, Settings
 from tests.trainer.conftest import masked_colour, response_logits
 
 
@@ -245,19 +245,16 @@ def test_only_kept_tokens_of_the_response_pull_on_hidden_states(policy, pairs, m
     assert torch.equal(pulled, expected) and expected.any()
 
 
-def test_an_entropy_term_reaches_only_what_its_scope_says(policy, pairs, monkeypatch):
+def test_an_entropy_term_reaches_the_kept_tokens_alone(policy, pairs, monkeypatch):
     groups = make_groups(policy, pairs, seed=4)
     batch = batch_of(policy, pairs, groups)
     mask = response_mask_of(groups)
     kept = mask & (torch.arange(mask.shape[1]) == 0)
     targets = PolicyTargets(torch.zeros(len(mask)), stack_rows(groups, "logps"), kept, None)
-    for scope, wanted in (("kept", kept), ("response", mask)):
-        states = policy.hidden(batch).detach().requires_grad_()
-        with monkeypatch.context() as patch:
-            patch.setattr(policy, "hidden", lambda _, states=states: states)
-            rl = RLSettings(entropy_coef=0.1, entropy_scope=scope)
-            policy_loss(policy, batch, targets, rl, normalizer=1.0, temperature=1.0).loss.backward()
-        assert int((states.grad.abs().amax(-1) > 0).sum()) == int(wanted.sum()), scope
+    states = policy.hidden(batch).detach().requires_grad_()
+    monkeypatch.setattr(policy, "hidden", lambda _: states)
+    policy_loss(policy, batch, targets, RLSettings(entropy_coef=0.1), normalizer=1.0, temperature=1.0).loss.backward()
+    assert int((states.grad.abs().amax(-1) > 0).sum()) == int(kept.sum())
 
 
 # ------------------------------------------------------------------------------------------------ the optimiser
@@ -294,8 +291,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(policy, pairs, kind, pois
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_restored_optimiser_goes_on_bit_for_bit(policy, pairs, kind, tmp_path):
-    settings = OptimiserSettings(kind=kind, warmup_steps=2, vision_start=2, vision_scale=0.5)
-    optimiser = Optimiser(policy.model, settings)
+    settings = OptimiserSettings(kind=kind, warmup_steps=2, vision_scale=0.5)
+    optimiser = Optimiser(policy.model, settings, vision_frozen_steps=2)
     for step in range(2):
         one_step(policy, pairs, optimiser, step)
     torch.save(optimiser.state_dict(), tmp_path / "state.pt")
@@ -304,7 +301,7 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(policy, pairs, kind, tmp_path)
         one_step(policy, pairs, optimiser, step)
     straight = weights_of(policy)
     policy.model.load_state_dict(weights)
-    restored = Optimiser(policy.model, settings)
+    restored = Optimiser(policy.model, settings, vision_frozen_steps=2)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for step in range(2, 4):
         one_step(policy, pairs, restored, step)
@@ -312,7 +309,7 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(policy, pairs, kind, tmp_path)
 
 
 def test_the_vision_tower_stands_still_before_its_start(policy, pairs):
-    optimiser = Optimiser(policy.model, OptimiserSettings(vision_start=1, warmup_steps=0))
+    optimiser = Optimiser(policy.model, OptimiserSettings(warmup_steps=0), vision_frozen_steps=1)
     before = weights_of(policy)
     one_step(policy, pairs, optimiser, 0)
     moved = {n for n, v in policy.model.state_dict().items() if not torch.equal(v, before[n])}

@@ -200,7 +200,7 @@ def test_tuples_and_lists_of_the_same_values_are_the_same_setting() -> None:
 
 
 def test_defaults_are_those_of_the_trainer(run: Path, no_plots: None) -> None:
-    from mmrpt.config import load_settings, save_settings
+    from mmrpt.settings import load_settings, save_settings
 
     save_settings(load_settings(overrides=["rl.steps=7", "name=mine"]), run / "config.yaml")
     text = report.write_report(run).read_text()

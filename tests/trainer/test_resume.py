@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmrpt.config import load_settings
 from mmrpt.data.jsonl import read_jsonl
 from mmrpt.rewards.combine import REWARDS
 from mmrpt.samplelog import log_step
+from mmrpt.settings import load_settings
 from mmrpt.sources import Sources
 from mmrpt.train import main
 from mmrpt.trainer import Trainer

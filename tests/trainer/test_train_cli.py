@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from mmrpt.config import load_settings
+from mmrpt.settings import load_settings
 from mmrpt.train import main
 from mmrpt.trainer import Trainer
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_policy
@@ -93,7 +93,7 @@ def test_a_run_that_was_moved_is_resumed_where_it_is(tmp_path, started):
         ["rl.steps=9"],
         ["rl.steps=100"],  # the default, yet not what the run has: nothing given may be ignored
         ["seed=1", "rl.steps=5"],
-        ["world.card_weights=[1, 0, 0, 0]"],
+        ["demo.world.card_weights=[1, 0, 0, 0]"],
     ],
 )
 def test_resume_refuses_other_settings(tmp_path, started, capsys, changed):
@@ -117,11 +117,21 @@ def test_resume_compares_a_settings_file(tmp_path, started, capsys):
 
 def test_resume_compares_what_a_group_names_and_nothing_beside_it(tmp_path, started, capsys):
     run(tmp_path, "name=it", "rl.steps=5", "rl.optimiser.warmup_steps=9")
-    assert run(tmp_path, "--resume", "name=it", "rl={steps: 5, optimiser: {beta1: 0.9}}") == 0
+    assert run(tmp_path, "--resume", "name=it", "rl={steps: 5, optimiser: {beta2: 0.98}}") == 0
     assert started[-1].rl.optimiser.warmup_steps == 9
-    assert run(tmp_path, "--resume", "name=it", "rl={steps: 5, optimiser: {beta1: 0.8}}") == 2
+    assert run(tmp_path, "--resume", "name=it", "rl={steps: 5, optimiser: {beta2: 0.8}}") == 2
     error = capsys.readouterr().err
-    assert "rl.optimiser.beta1" in error and "warmup_steps" not in error
+    assert "rl.optimiser.beta2" in error and "warmup_steps" not in error
+
+
+def test_a_run_with_settings_of_another_version_is_not_resumed(tmp_path, started, capsys):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "config.yaml").write_text("name: it\nworld: {seed: 1}\nsight: {steps: 3}\nmasking: {pairs: 9}\n")
+    assert run(tmp_path, "--resume", "name=it") == 2
+    error = capsys.readouterr().err
+    assert "are not of this version" in error and "start a new one under another name" in error
+    assert all(told in error for told in ("world is now demo.world", "demo.vision_steps", "masking.captions"))
+    assert not started and [path.name for path in (tmp_path / "it").iterdir()] == ["config.yaml"]
 
 
 def test_resume_without_a_run_says_so(tmp_path, started, capsys):
@@ -152,8 +162,8 @@ def test_show_prints_settings_that_load_back(tmp_path, started, capsys):
         (["rollout.group_size=1"], "group of one"),
         (["perception.keep_ratio=1.5"], "perception.keep_ratio is 1.5"),
         (["rl.lr=1"], "unknown setting 'rl.lr'"),
-        (["rl.dual_clip=1"], "rl.dual_clip is 1.0: expected above 1"),
-        (["masking.batch_size=0"], "masking.batch_size is 0"),
+        (["rl.dual_clip=1"], "rl.dual_clip is 1: expected greater than 1"),
+        (["masking.batch_tokens=0"], "masking.batch_tokens is 0"),
         (["evaluation.samples=1"], "evaluation.samples is 1"),
         (["name=.."], "names a folder inside output"),
         (["--config", "nowhere.yaml"], "cannot read the settings file nowhere.yaml"),
@@ -274,7 +284,7 @@ def test_real_pairs_run_from_start_to_report(tmp_path, capsys):
     """Through every phase with the real rewards and the report's plots; nothing of the drawn world is needed."""
     write_pairs(tmp_path / "pairs", 12)
     pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
-    short = ["sight.steps=1", "rl.steps=1", "rl.max_rounds=1", "warmup.steps=2", "evaluation.samples=2"]
+    short = ["demo.vision_steps=1", "rl.steps=1", "rl.max_rounds=1", "warmup.steps=2", "evaluation.samples=2"]
     assert run(tmp_path / "runs", *SMALL_RUN, *short, pairs, "data.held_out=4", "name=real") == 0
     folder = tmp_path / "runs" / "real"
     assert f"report: {folder / 'report.md'}" in capsys.readouterr().out

@@ -51,7 +51,7 @@ def pairs_of(world: World, split: str, count: int) -> Counter[tuple[str, str]]:
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(settings: dict) -> None:
-    with pytest.raises(ValueError, match="world.*expected.*Change") as caught:
+    with pytest.raises(ValueError, match="expected|should be") as caught:
         WorldConfig(**settings)
     assert any(name in str(caught.value) for name in settings)
 

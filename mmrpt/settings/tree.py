@@ -1,0 +1,69 @@
+"""The whole tree of settings, and the checks between its groups."""
+
+from __future__ import annotations
+
+from dataclasses import field, replace
+from pathlib import Path
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mmrpt.settings import method
+from mmrpt.settings.base import STRICT, require
+from mmrpt.settings.demo import DemoSettings
+
+DRAWN_CAPTIONS = 1_500  # of the drawn world, scored by default
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """The run."""
+
+    name: str = Field("demo", description="name of the run, and of its folder inside output")
+    output: str = Field("runs", description="folder of the runs")
+    seed: int = Field(0, description="seed of everything that is drawn at random")
+    threads: int | None = Field(None, ge=1, description="threads of torch on the CPU; null: one a core")
+    device: str = Field("cpu", description="where the model runs: cpu, cuda, cuda:1, mps")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints, which --resume goes on from")
+    patience: int = Field(
+        20, ge=1, description="steps in a row without signal, or not finite, before the run stops with an error"
+    )
+    data: method.DataSettings = field(default_factory=method.DataSettings)
+    model: method.ModelSettings = field(default_factory=method.ModelSettings)
+    prompts: method.PromptSettings = field(default_factory=method.PromptSettings)
+    warmup: method.WarmupSettings = field(default_factory=method.WarmupSettings)
+    masking: method.MaskingSettings = field(default_factory=method.MaskingSettings)
+    rollout: method.RolloutSettings = field(default_factory=method.RolloutSettings)
+    reward: method.RewardSettings = field(default_factory=method.RewardSettings)
+    perception: method.PerceptionSettings = field(default_factory=method.PerceptionSettings)
+    rl: method.RLSettings = field(default_factory=method.RLSettings)
+    control: method.ControlSettings = field(default_factory=method.ControlSettings)
+    evaluation: method.EvaluationSettings = field(default_factory=method.EvaluationSettings)
+    demo: DemoSettings = field(default_factory=DemoSettings)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name.strip(".")) and Path(self.name).name == self.name,  # "..": not a folder of its own
+            f"name is {self.name!r}: it names a folder inside output; use letters, digits, '-' and '_'.",
+        )
+        sampled = self.rollout.prompts * self.rl.max_rounds
+        require(
+            sampled >= self.rl.groups_per_step,
+            f"rl.groups_per_step is {self.rl.groups_per_step}: expected at most rollout.prompts * rl.max_rounds = "
+            f"{self.rollout.prompts} * {self.rl.max_rounds}, the groups sampled for a step; lower it or raise those.",
+        )
+        demo = self.demo
+        if self.model.path is not None:  # its vision tower can see already
+            demo = replace(demo, vision_steps=0, vision_frozen_steps=0)
+        if self.data.pairs is not None:
+            demo = replace(demo, sentence_steps=0)
+        object.__setattr__(self, "demo", demo)
+
+    def captions_to_score(self, available: int) -> int:
+        """How many of the training captions are scored and masked."""
+        by_default = DRAWN_CAPTIONS if self.data.pairs is None else available
+        return min(self.masking.captions or by_default, available)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output) / self.name
