@@ -109,8 +109,6 @@ class DemoSettings:
     """The demo: drawn pairs (unless data.pairs is given) and a tiny model (unless model.path is given)."""
 
     size: int = Field(20_000, ge=1, description="pairs of the drawn training split")
-    world: WorldConfig = field(default_factory=demo_world)
-    tiny: TinyVLMConfig = field(default_factory=TinyVLMConfig)
     vision_steps: int = Field(
         200, ge=0, description="optimiser steps of the vision tower's pre-training; always 0 with model.path"
     )
@@ -125,3 +123,5 @@ class DemoSettings:
         140, ge=0, description="first steps of the warm-up, on single sentences of one card; always 0 with data.pairs"
     )
     sentence_batch_size: int = Field(32, ge=1, description="sentences in a step of the warm-up that trains on them")
+    world: WorldConfig = field(default_factory=demo_world)
+    tiny: TinyVLMConfig = field(default_factory=TinyVLMConfig)

@@ -181,7 +181,7 @@ class RolloutSettings:
     prompts: int = Field(16, ge=1, description="masked captions sampled in a round")
     group_size: int = Field(8, ge=1, description="answers sampled for each masked caption")
     max_new_tokens: int = Field(28, ge=1, description="most tokens of an answer")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    temperature: float = Field(1.0, gt=0, description="divides the logits before sampling; 0.5 sharpens, 2 flattens")
     top_p: float = Field(0.98, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
 
     def __post_init__(self) -> None:
