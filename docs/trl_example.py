@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from trl import GRPOConfig
 
+from mmrpt.captions import caption_batch, items_at
 from mmrpt.data.jsonl import write_jsonl
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
 from mmrpt.masking.build import truth_masks
@@ -21,10 +22,10 @@ from mmrpt.objective import supervised_loss
 from mmrpt.policy import Policy
 from mmrpt.rewards import exact_reward, format_reward
 from mmrpt.settings import PerceptionSettings, PromptSettings
-from mmrpt.supervised import items_at, sentence_example, supervised_batch
 from mmrpt.types import Example, PairSource
 from mmrpt.world import World
 from mmrpt.world.tiny_vlm import TinyVLMConfig, build_tiny_vlm
+from mmrpt.world.warm_start import sentence_example
 from mmrpt.world.world import WorldConfig
 from mmrpt_kernels.integrations.trl import fused_head
 
@@ -49,7 +50,7 @@ def warm_up(policy: Policy, pairs: PairSource, steps: int) -> None:
     optimiser = torch.optim.AdamW(policy.model.parameters(), lr=2e-3)
     for step in range(steps):
         items = items_at(16 * step, 16, len(pairs), "warm-up")
-        batch = supervised_batch(policy, pairs, items, PROMPTS, restore_fraction=1.0, seed=step, sentences=1)
+        batch = caption_batch(policy, pairs, items, PROMPTS, restore_fraction=1.0, seed=step, cut=sentence_example)
         supervised_loss(policy, batch).backward()
         optimiser.step()
         optimiser.zero_grad()

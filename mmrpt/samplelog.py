@@ -9,7 +9,7 @@ from mmrpt.perception import PerceptionWeights
 from mmrpt.policy import Policy
 from mmrpt.rollout.collect import Round
 from mmrpt.rollout.group import Group
-from mmrpt.runlog import RunLog
+from mmrpt.run_folder import RunFolder
 from mmrpt.types import MaskedSample
 
 COMPLETIONS_PER_STEP = 2
@@ -17,7 +17,7 @@ PERCEPTION_TOKENS_PER_STEP = 400
 
 
 def log_step(
-    log: RunLog,
+    log: RunFolder,
     policy: Policy,
     samples: Sequence[MaskedSample],
     step: int,
@@ -61,7 +61,7 @@ def _lookup(samples: Sequence[MaskedSample], groups: Sequence[Group]) -> dict[st
 
 
 def _log_completion(
-    log: RunLog,
+    log: RunFolder,
     policy: Policy,
     sample: MaskedSample,
     step: int,

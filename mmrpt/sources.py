@@ -17,10 +17,11 @@ TOKENIZER_CAPTIONS = 1_000
 
 @dataclass(frozen=True)
 class Sources:
-    """`train` is sampled from, `first` by the warm-up's sentence steps; `held_out` names sets never trained on."""
+    """`train` is sampled from, `one_card` (scenes of one card, where the world draws) by the warm-up's first lessons;
+    `held_out` names sets never trained on."""
 
     train: PairSource
-    first: PairSource
+    one_card: PairSource
     held_out: dict[str, PairSource]
     world: World | None
 

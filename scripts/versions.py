@@ -28,7 +28,7 @@ TESTS = (
     "tests/kernels/integrations/test_attention_transformers*.py",
     "tests/kernels/integrations/test_trl*.py",
     "tests/trainer/test_trl*.py",
-    "tests/trainer/test_models*.py",
+    "tests/trainer/test_policy*.py",
     "tests/trainer/test_tiny_vlm*.py",
     "tests/trainer/test_rollout*.py",
 )

@@ -51,8 +51,11 @@ class GroupBuffer:
         return [dict(vars(group)) for group in self.groups]
 
     @classmethod
-    def from_state(cls, state: list[dict[str, Any]]) -> GroupBuffer:
-        return cls([Group(**entry) for entry in state])
+    def from_state(cls, state: list[dict[str, Any]], device: torch.device | str = "cpu") -> GroupBuffer:
+        def placed(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return cls([Group(**{name: placed(value) for name, value in entry.items()}) for entry in state])
 
 
 def stack_rows(groups: list[Group], name: str) -> Tensor:

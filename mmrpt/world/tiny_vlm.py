@@ -157,8 +157,8 @@ def whiten_patches(policy: Policy, images: Sequence[Image.Image], std: float) ->
     """Makes the patch embedding the principal components of the images' patches, nearly whitened, of deviation `std`.
 
     Neighbouring pixels are nearly equal, so a random embedding says the same of all things: the colour behind them. A
-    component of deviation s is scaled by s ** -0.75. With as many steps of `mmrpt.sight`, twice as many of the held-out
-    objects are told apart. A large `std` makes the tower's blocks, which add to it, small changes at first.
+    component of deviation s is scaled by s ** -0.75. With as many steps of vision pre-training, twice as many of the
+    held-out objects are told apart. A large `std` makes the tower's blocks, which add to it, small changes at first.
     """
     patches = policy.pixels(images).pixel_values
     projection = policy.model.model.visual.patch_embed.proj

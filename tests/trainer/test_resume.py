@@ -21,15 +21,16 @@ import torch
 from safetensors.torch import load_file
 
 from mmrpt.data.jsonl import read_jsonl
+from mmrpt.engines import native
+from mmrpt.engines.run import open_run
 from mmrpt.rewards.combine import REWARDS
+from mmrpt.run_folder import PHASES
 from mmrpt.samplelog import log_step
 from mmrpt.settings import load_settings
 from mmrpt.sources import Sources
 from mmrpt.train import main
-from mmrpt.trainer import Trainer
 from tests.trainer.conftest import SMALL_RUN, ColourPairs
 
-PHASES = ("sight", "warmup", "rl", "control")
 EXACT_FILES = ("scores.jsonl", "masked.jsonl", "masking.json", "answers.jsonl", "perception.jsonl", "samples.jsonl")
 
 
@@ -49,11 +50,11 @@ def patch_outside_world(patch: pytest.MonkeyPatch) -> None:
 
     def open_sources(settings):
         train = ColourPairs(24)
-        return Sources(train=train, first=train, held_out={"new_scenes": ColourPairs(9, "new")}, world=None)
+        return Sources(train=train, one_card=train, held_out={"new_scenes": ColourPairs(9, "new")}, world=None)
 
     for name in REWARDS:
         patch.setitem(REWARDS, name, column)
-    patch.setattr("mmrpt.trainer.open_sources", open_sources)
+    patch.setattr("mmrpt.engines.run.open_sources", open_sources)
     patch.setattr("mmrpt.report.write_report", lambda folder: folder / "report.md")
 
 
@@ -68,12 +69,17 @@ def settings_in(folder: Path, *overrides: str):
     return load_settings(None, [f"output={folder}", "name=run", *SMALL_RUN, *overrides])
 
 
+def finish(settings) -> None:
+    """What is left to do of a run."""
+    native.train(open_run(settings))
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
     """The folder of a run that nothing disturbed."""
     settings = settings_in(tmp_path_factory.mktemp("straight"))
     assert settings.warmup.optimiser.kind == "muon"  # whose state is then saved and restored below
-    Trainer(settings).run()
+    finish(settings)
     return settings.run_dir
 
 
@@ -95,14 +101,14 @@ def check_same_run(found: Path, wanted: Path) -> None:
     results = [json.loads((folder / "evaluation.json").read_text()) for folder in (found, wanted)]
     assert without_seconds(results[:1]) == without_seconds(results[1:])
     names = [{str(p.relative_to(f)) for p in f.rglob("*") if p.suffix != ".tmp"} for f in (found, wanted)]
-    assert names[0] - {"config.yaml"} == names[1]  # which the command line writes
+    assert names[0] - {"config.yaml", ".lock"} == names[1]  # which the command line writes
 
 
 def test_recomputed_activations_train_the_same_model(straight, tmp_path):
-    trainer = Trainer(settings_in(tmp_path, "model.gradient_checkpointing=true"))
-    assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.policy.model.modules())
-    trainer.run()
-    check_same_run(trainer.folder, straight)
+    run = open_run(settings_in(tmp_path, "model.gradient_checkpointing=true"))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in run.policy.model.modules())
+    native.train(run)
+    check_same_run(run.folder.path, straight)
 
 
 # ------------------------------------------------------------------------------------------------ killing
@@ -193,34 +199,34 @@ def kill(settings, path: str, call: int, *, after: bool = False) -> None:
         mortal = Mortal(patch)
         mortal.at(path, call, after=after)
         with pytest.raises(Killed):
-            Trainer(settings).run()
+            finish(settings)
 
 
 # (function, call of it in this life of the run, whether it did its work) of each death, one life after another.
 DEATHS = {
     "the warm-up": {
-        "while the vision tower trains": ("mmrpt.trainer.sight_loss", 3, False),
-        "between the vision tower and the warm-up": ("mmrpt.trainer.supervised_loss", 1, False),
-        "before the first checkpoint": ("mmrpt.trainer.supervised_loss", 2, False),
+        "while the vision tower trains": ("mmrpt.world.warm_start.vision_loss", 3, False),
+        "between the vision tower and the warm-up": ("mmrpt.engines.native.supervised_loss", 1, False),
+        "before the first checkpoint": ("mmrpt.engines.native.supervised_loss", 2, False),
         "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 4, False),
         "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 2, True),
-        "between checkpoints": ("mmrpt.trainer.supervised_loss", 2, False),
-        "right after a checkpoint": ("mmrpt.trainer.drop_older", 2, False),
-        "between the last checkpoint and the end": ("mmrpt.trainer.save_checkpoint", 1, False),
+        "between checkpoints": ("mmrpt.engines.native.supervised_loss", 2, False),
+        "right after a checkpoint": ("mmrpt.engines.phase.drop_older", 2, False),
+        "between the last checkpoint and the end": ("mmrpt.engines.phase.save_checkpoint", 1, False),
     },
     "masking and reinforcement": {
-        "while captions are scored": ("mmrpt.trainer.score_sentences", 2, False),
-        "between scores and masks": ("mmrpt.trainer.choose_threshold", 1, False),
-        "in a step of reinforcement": ("mmrpt.reinforce.policy_loss", 4, False),
-        "between a step of reinforcement and its log": ("mmrpt.trainer.log_step", 2, False),
-        "in a step on groups that waited": ("mmrpt.trainer.train_on_groups", 1, False),
-        "at the end of reinforcement": ("mmrpt.trainer.log_step", 4, True),
+        "while captions are scored": ("mmrpt.engines.masking_stage.score_sentences", 2, False),
+        "between scores and masks": ("mmrpt.engines.masking_stage.choose_threshold", 1, False),
+        "in a step of reinforcement": ("mmrpt.engines.rl_step.policy_loss", 4, False),
+        "between a step of reinforcement and its log": ("mmrpt.engines.native.log_step", 2, False),
+        "in a step on groups that waited": ("mmrpt.engines.native.train_on_groups", 1, False),
+        "at the end of reinforcement": ("mmrpt.engines.native.log_step", 4, True),
     },
     "the control and the evaluation": {
-        "in the control": ("mmrpt.trainer.supervised_loss", 5 + 4, False),
-        "between two models' evaluation": ("mmrpt.trainer.evaluate_policy", 2, False),
+        "in the control": ("mmrpt.engines.native.supervised_loss", 5 + 4, False),
+        "between two models' evaluation": ("mmrpt.engines.native.evaluate_policy", 2, False),
         "in an evaluation": ("mmrpt.evaluate.answer_samples", 5, False),
-        "among the pictures": ("mmrpt.trainer.write_gallery", 1, False),
+        "among the pictures": ("mmrpt.engines.native.write_gallery", 1, False),
     },
 }
 
@@ -230,21 +236,21 @@ def test_a_killed_run_ends_as_if_nothing_had_been(straight, tmp_path, phases):
     settings = settings_in(tmp_path)
     for path, call, after in DEATHS[phases].values():
         kill(settings, path, call, after=after)
-    Trainer(settings).run()
+    finish(settings)
     check_same_run(settings.run_dir, straight)
 
 
 def test_killed_while_rollouts_are_sampled(straight, tmp_path):
     """In the fourth round, with a group that waits at the checkpoint; the round ends one epoch and begins the next."""
     settings = settings_in(tmp_path)
-    kill(settings, "mmrpt.reinforce.collect_round", 4)
-    (checkpoint,) = (settings.run_dir / "checkpoints").glob("rl-*")
+    kill(settings, "mmrpt.engines.rl_step.collect_round", 4)
+    checkpoint = max((settings.run_dir / "checkpoints").glob("rl-*"))
     state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
     assert (checkpoint.name, state["round"], len(state["buffer"])) == ("rl-4", 3, 1)
     items = range(3 * settings.rollout.prompts, 4 * settings.rollout.prompts)
     size = len(read_jsonl(straight / "masked.jsonl"))
     assert size == 12 and items[0] // size < items[-1] // size
-    Trainer(settings).run()
+    finish(settings)
     check_same_run(settings.run_dir, straight)
 
 
@@ -257,7 +263,7 @@ def test_killed_again_and_again(straight, tmp_path, seed):
             mortal = Mortal(patch)
             mortal.die_in_write = int(rng.integers(15, 60))
             try:
-                Trainer(settings).run()
+                finish(settings)
                 break
             except Killed:
                 deaths += 1
@@ -268,7 +274,7 @@ def test_killed_again_and_again(straight, tmp_path, seed):
 
 def test_a_finished_run_is_left_as_it_is(straight):
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
-    Trainer(settings_in(straight.parent)).run()
+    finish(settings_in(straight.parent))
     changed = {p.name for p, at in before.items() if p.stat().st_mtime_ns != at}
     assert changed <= {"environment.json", "seconds.json", "evaluation.json"}, changed  # wall times alone
     assert {p for p in straight.rglob("*") if p.is_file()} == set(before)
@@ -276,7 +282,7 @@ def test_a_finished_run_is_left_as_it_is(straight):
 
 def test_another_seed_is_another_run(straight, tmp_path):
     settings = settings_in(tmp_path, "seed=1", "control.enabled=false", "evaluation.samples=2")  # and no control
-    Trainer(settings).run()
+    finish(settings)
     for phase in ("warmup", "rl"):
         a, b = (load_file(f / "checkpoints" / phase / "model.safetensors") for f in (settings.run_dir, straight))
         assert not any(torch.equal(a[name], b[name]) for name in b if a[name].ndim > 1), phase
@@ -286,7 +292,7 @@ def test_another_seed_is_another_run(straight, tmp_path):
 def test_checkpoints_do_not_change_the_run(straight, tmp_path):
     """How often a run saves leaves no trace in its weights."""
     settings = settings_in(tmp_path, "checkpoint_every=1000")
-    Trainer(settings).run()
+    finish(settings)
     check_same_run(settings.run_dir, straight)
 
 
@@ -304,7 +310,7 @@ def child(arguments: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch_outside_world(patch)
-        patch.setattr("mmrpt.trainer.log_step", last_words)
+        patch.setattr("mmrpt.engines.native.log_step", last_words)
         sys.exit(main(arguments))
 
 
@@ -315,6 +321,6 @@ def test_a_process_that_gets_sigkill_is_resumed_by_the_command_line(straight, tm
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"sight", "warmup", "rl-2"}
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"vision_pretraining", "warmup", "rl-2"}
     assert main(["--resume", f"output={tmp_path}", "name=run"]) == 0
     check_same_run(tmp_path / "run", straight)

@@ -9,11 +9,11 @@ import torch
 
 from mmrpt import samplelog
 from mmrpt.data.jsonl import read_jsonl
+from mmrpt.engines.rl_step import response_mask_of
 from mmrpt.perception import shape_and_filter
-from mmrpt.reinforce import response_mask_of
 from mmrpt.rollout.collect import collect_round
 from mmrpt.rollout.group import stack_rows
-from mmrpt.runlog import RunLog
+from mmrpt.run_folder import RunFolder
 from mmrpt.samplelog import log_step
 from tests.trainer.conftest import masked_colour
 
@@ -35,7 +35,7 @@ def step(policy, pairs, small_settings, rewards_with_signal):
 
 def write(folder, policy, step, weights, metrics=None):
     samples, groups, _, rounds = step
-    log = RunLog(folder)
+    log = RunFolder(folder)
     log_step(log, policy, samples, 7, groups, weights, rounds, {"loss": 0.25} if metrics is None else metrics)
     log.close()
     return {
@@ -129,7 +129,7 @@ def test_equal_groups_are_told_apart_by_identity(policy, step, tmp_path):
 
 
 def test_rewinding_forgets_a_phases_later_steps_and_later_phases(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunFolder(tmp_path)
     for phase in ("warmup", "rl", "control"):
         for number in range(4):
             log.metrics(phase, number, loss=1.0)
@@ -148,12 +148,12 @@ def test_rewinding_forgets_a_phases_later_steps_and_later_phases(tmp_path):
 
 
 def test_a_torn_row_is_forgotten_when_writing_goes_on(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunFolder(tmp_path)
     log.metrics("rl", 0, loss=1.0)
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"phase": "rl", "st')
-    log = RunLog(tmp_path)
+    log = RunFolder(tmp_path)
     log.rewind("rl", 1)
     log.metrics("rl", 1, loss=2.0)
     log.close()
@@ -161,7 +161,7 @@ def test_a_torn_row_is_forgotten_when_writing_goes_on(tmp_path):
 
 
 def test_the_environment_names_what_a_number_depends_on():
-    from mmrpt.runlog import environment
+    from mmrpt.run_folder import environment
 
     found = environment()
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()

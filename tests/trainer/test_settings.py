@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
+from mmrpt.engines.run import check_device
 from mmrpt.settings import Settings, SettingsError, WorldConfig, load_settings, save_settings, settings_help
 from mmrpt.settings.load import FORMER_NAMES
-from mmrpt.trainer import check_device
 from mmrpt.world.concepts import all_concepts
 from tests.trainer.conftest import SMALL_RUN
 

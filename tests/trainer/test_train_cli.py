@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from mmrpt.engines.run import open_run
 from mmrpt.settings import load_settings
 from mmrpt.train import main
-from mmrpt.trainer import Trainer
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_policy
 
 
@@ -18,14 +19,12 @@ def started(monkeypatch):
     """The settings of every run that would have started."""
     runs = []
 
-    class Started:
-        def __init__(self, settings):
-            runs.append(settings)
+    def open_run(settings):
+        runs.append(settings)
+        return SimpleNamespace(stop=SimpleNamespace(install=lambda: None))
 
-        def run(self):
-            return "report.md"
-
-    monkeypatch.setattr("mmrpt.trainer.Trainer", Started)
+    monkeypatch.setattr("mmrpt.engines.run.open_run", open_run)
+    monkeypatch.setattr("mmrpt.engines.native.train", lambda run: "report.md")
     return runs
 
 
@@ -260,7 +259,7 @@ def test_giving_a_folder_back_takes_nothing_else_along(tmp_path):
         raise ValueError("no")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmrpt.trainer.Trainer", write_beside)
+        patch.setattr("mmrpt.engines.run.open_run", write_beside)
         assert run(tmp_path / "runs", "name=it") == 2
     assert [p.name for p in (tmp_path / "runs" / "it").iterdir()] == ["notes.txt"]
 
@@ -270,7 +269,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(tmp_path, capsys):
     write_pairs(tmp_path / "pairs")
     pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
     settings = load_settings(None, [f"output={tmp_path}", "name=it", *SMALL_RUN, pairs, "data.held_out=2"])
-    Trainer(settings)
+    open_run(settings)
     (tmp_path / "it" / "config.yaml").write_text(yaml.safe_dump({"name": "it", "data": {"pairs": "gone.jsonl"}}))
     assert run(tmp_path, "--resume", "name=it") == 2
     assert "there is no such file" in capsys.readouterr().err
@@ -280,8 +279,8 @@ def test_a_refused_resume_leaves_the_run_as_it_is(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ the whole thing
 
 
-def test_real_pairs_run_from_start_to_report(tmp_path, capsys):
-    """Through every phase with the real rewards and the report's plots; nothing of the drawn world is needed."""
+def test_real_pairs_run_from_start_to_report(tmp_path, capsys, rewards_with_signal):
+    """Through every phase and the report's plots; nothing of the drawn world is needed."""
     write_pairs(tmp_path / "pairs", 12)
     pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
     short = ["demo.vision_steps=1", "rl.steps=1", "rl.max_rounds=1", "warmup.steps=2", "evaluation.samples=2"]

@@ -1,8 +1,8 @@
-"""A vision tower from scratch learns to see: it classifies the words of the caption from the image alone.
+"""Pre-training of a vision tower from scratch: it classifies the words of the caption from the image alone.
 
 This stands in for the vision pre-training that a real model's tower brings along (SuperClass, arXiv 2411.03313: the
-caption's tokens are the labels, weighted by how rare they are). The classifier is the lm head itself, so what the tower
-learns to say of a place is already in the decoder's words: attention has only to carry it over.
+caption's tokens are the labels, weighted by how rare they are). The classifier is the lm head itself, so the features
+are in the decoder's own space of words from the start.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from mmrpt.types import PixelBatch
 SHARPNESS = 20.0  # of the softmax over cosines in [-1, 1]
 
 
-def rarity(policy: Policy, captions: Iterable[str]) -> Tensor:
-    """(V,) float32 log(captions / (1 + captions that hold the token)), at least 0: what "the" and "card" count is 0."""
+def label_weights(policy: Policy, captions: Iterable[str]) -> Tensor:
+    """(V,) float32 weight of each token as a label: log(captions / (1 + captions that hold it)), at least 0.
+
+    Words of nearly every caption weigh nothing.
+    """
     held: Counter[int] = Counter()
     total = 0
     for caption in captions:
@@ -39,11 +42,12 @@ def label_ids(policy: Policy, caption: str) -> list[int]:
     return sorted(set(policy.encode_text(" " + caption)))
 
 
-def sight_loss(policy: Policy, pixels: PixelBatch, captions: Sequence[str], weights: Tensor) -> Tensor:
+def vision_loss(policy: Policy, pixels: PixelBatch, captions: Sequence[str], weights: Tensor) -> Tensor:
     """Cross-entropy between an image's classes and its caption's words, mean over images: a scalar, >= 0.
 
-    Differentiable in the vision tower and the head. `weights` (V,) of `rarity`; a caption whose words all weigh 0 adds
-    nothing. Classes are a softmax over the cosine between each word's row of the head and the image's mean feature.
+    Differentiable in the vision tower and the head. `weights` (V,) of `label_weights`; a caption whose words all
+    weigh 0 adds nothing. Classes are a softmax over the cosine between each word's row of the head and the image's
+    mean feature.
     """
     features = policy.image_features(pixels.pixel_values, pixels.grid_thw)
     per_image = pixels.tokens_per_image(policy.merge_size).tolist()

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from mmrpt.sight import SHARPNESS, label_ids, rarity, sight_loss
+from mmrpt.world.vision_pretraining import SHARPNESS, label_ids, label_weights, vision_loss
 
 
 def test_rarity_is_the_log_of_how_seldom_a_token_stands_in_a_caption(policy):
     captions = ["the card is red.", "the card is blue.", "the paper is red. red red.", "the card is soft."]
-    found = rarity(policy, captions)
+    found = label_weights(policy, captions)
     for word, captions_with_it in (("the", 4), ("card", 3), ("red", 2), ("soft", 1), ("green", 0)):
         for token in policy.encode_text(f" {word}"):
             held = sum(token in policy.encode_text(" " + caption) for caption in captions)
@@ -23,9 +23,9 @@ def test_rarity_is_the_log_of_how_seldom_a_token_stands_in_a_caption(policy):
 
 def test_the_loss_is_the_weighted_cross_entropy_of_the_captions_words(policy, pairs):
     captions = [pairs[i].caption for i in range(3)]
-    weights = rarity(policy, [pairs[i].caption for i in range(len(pairs))])
+    weights = label_weights(policy, [pairs[i].caption for i in range(len(pairs))])
     pixels = policy.pixels([pairs.image(pairs[i].id) for i in range(3)])
-    loss = sight_loss(policy, pixels, captions, weights)
+    loss = vision_loss(policy, pixels, captions, weights)
     expected = []
     with torch.no_grad():
         for i, caption in enumerate(captions):
@@ -39,8 +39,8 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_captions_words(policy, pa
 
 
 def test_only_the_tower_and_the_head_are_trained(policy, pairs):
-    weights = rarity(policy, [pairs[i].caption for i in range(len(pairs))])
-    sight_loss(policy, policy.pixels([pairs.image(pairs[0].id)]), [pairs[0].caption], weights).backward()
+    weights = label_weights(policy, [pairs[i].caption for i in range(len(pairs))])
+    vision_loss(policy, policy.pixels([pairs.image(pairs[0].id)]), [pairs[0].caption], weights).backward()
     trained = {name for name, p in policy.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained and all("visual." in name or "embed_tokens" in name for name in trained)
     assert any("patch_embed" in name for name in trained) and any("embed_tokens" in name for name in trained)
@@ -48,13 +48,13 @@ def test_only_the_tower_and_the_head_are_trained(policy, pairs):
 
 def test_a_caption_of_common_words_alone_adds_nothing(policy, pairs):
     pixels = policy.pixels([pairs.image(pairs[0].id)])
-    assert sight_loss(policy, pixels, ["paper."], torch.zeros(policy.head_weight.shape[0])).item() == 0.0
+    assert vision_loss(policy, pixels, ["paper."], torch.zeros(policy.head_weight.shape[0])).item() == 0.0
 
 
 def test_a_few_steps_teach_the_tower_to_tell_colours(policy, pairs):
     source = range(len(pairs))
     captions, images = [pairs[i].caption for i in source], [pairs.image(pairs[i].id) for i in source]
-    weights, pixels = rarity(policy, captions), policy.pixels(images)
+    weights, pixels = label_weights(policy, captions), policy.pixels(images)
     colours = [
         policy.encode_text(" " + pairs[i].caption[pairs[i].words[0].start : pairs[i].words[0].end]) for i in source
     ]
@@ -69,7 +69,7 @@ def test_a_few_steps_teach_the_tower_to_tell_colours(policy, pairs):
 
     before = told()
     for _ in range(40):
-        sight_loss(policy, pixels, captions, weights).backward()
+        vision_loss(policy, pixels, captions, weights).backward()
         optimiser.step()
         optimiser.zero_grad()
     assert before < 0.6 and told() > 0.9

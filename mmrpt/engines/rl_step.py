@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mmrpt.captions import items_at
 from mmrpt.data.images import seed_of
 from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
@@ -16,7 +17,6 @@ from mmrpt.policy import Policy
 from mmrpt.rollout.collect import Round, collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.settings import Settings
-from mmrpt.supervised import items_at
 from mmrpt.types import Batch, MaskedSample, PairSource
 
 # Statistics that need no log-prob of a token without gradient.
@@ -83,10 +83,10 @@ def train_on_groups(
 
     Every `rl.statistics_every` steps the metrics cover all response tokens; in between, those alone that need no
     log-prob of a token without gradient. With `captions`, their supervised loss times `rl.caption_weight` is part of
-    the step.
+    the step, and all of it where there is no group.
     """
     groups = list(groups)
-    n = len(groups[0].responses)
+    n = settings.rollout.group_size
     weights = _perception_weights(groups, settings)
     normalizer = _normalizer(groups, settings.rl.aggregation)
     per_micro = max(1, settings.rl.micro_batch // n)
@@ -136,7 +136,7 @@ def _add_statistics(totals: dict[str, float], statistics: Mapping[str, torch.Ten
 
 
 def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWeights | None:
-    if not settings.perception.enabled:
+    if not groups or not settings.perception.enabled:
         return None
     return shape_and_filter(
         stack_rows(groups, "perception"),

@@ -8,20 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmrpt.captions import caption_batch, epoch_order, items_at, restored_response
 from mmrpt.masking import random_masks
 from mmrpt.objective import supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.rewards.exact import is_exact
 from mmrpt.settings import OptimiserSettings, PromptSettings
-from mmrpt.supervised import (
-    epoch_order,
-    items_at,
-    lesson_of,
-    restored_response,
-    sentence_example,
-    supervised_batch,
-)
 from mmrpt.types import Example, Word
+from mmrpt.world.warm_start import lesson_of, sentence_example
 from tests.trainer.conftest import ColourPairs, make_policy
 
 PROMPTS = PromptSettings()
@@ -52,7 +46,7 @@ def test_orders_differ_between_epochs_seeds_and_phases():
 
 def rows_of(policy, pairs, items, fraction, seed=0):
     """(user turn, response text, response ids) of each row."""
-    batch = supervised_batch(policy, pairs, items, PROMPTS, restore_fraction=fraction, seed=seed)
+    batch = caption_batch(policy, pairs, items, PROMPTS, restore_fraction=fraction, seed=seed)
     rows = []
     for ids, mask, attention in zip(batch.input_ids, batch.response_mask, batch.attention_mask, strict=True):
         response = ids[mask].tolist()
@@ -99,7 +93,7 @@ def test_a_sentence_keeps_its_words_and_prefers_to_need_the_image():
 
 
 def test_single_sentences_are_rows_of_their_own(policy, pairs):
-    batch = supervised_batch(policy, pairs, [0, 1], PROMPTS, restore_fraction=0.0, seed=0, sentences=1)
+    batch = caption_batch(policy, pairs, [0, 1], PROMPTS, restore_fraction=0.0, seed=0, cut=sentence_example)
     said = [policy.tokenizer.decode(i[m][:-1]) for i, m in zip(batch.input_ids, batch.response_mask, strict=True)]
     assert said == ["a red card.", "the card is green."]
 
@@ -155,7 +149,7 @@ def test_the_loss_falls(kind):
     optimiser = Optimiser(policy.model, OptimiserSettings(kind=kind, lr=5e-3, warmup_steps=2))
     losses = []
     for step in range(40):
-        batch = supervised_batch(
+        batch = caption_batch(
             policy, pairs, items_at(step * 8, 8, len(pairs), 0), PROMPTS, restore_fraction=0.2, seed=step
         )
         loss = supervised_loss(policy, batch)

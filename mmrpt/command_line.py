@@ -1,0 +1,177 @@
+"""What the command lines share: options, the folder of a run, and errors that a user can mend as one message each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmrpt.settings import (
+    Settings,
+    SettingsError,
+    flatten,
+    given_settings,
+    load_settings,
+    save_settings,
+    settings_help,
+    to_yaml,
+)
+
+if TYPE_CHECKING:
+    from mmrpt.engines.run import Run
+
+CONFIG_FILE = "config.yaml"
+ERROR_FILE = "error.txt"
+
+
+def option_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of every command line; `--help` lists all settings."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of settings; what it leaves out keeps its default")
+    parser.add_argument("--resume", action="store_true", help="go on with the run of that name where it was cut off")
+    parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example rl.steps=50 name=mine")
+    return parser
+
+
+def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int:
+    """Opens the run that the options name and does `work` on it: 0 when it ended, 2 at an error that a user can mend.
+
+    One process at a time works in a run's folder. The traceback of an error after the start goes to error.txt there.
+    """
+    try:
+        settings = load_settings(options.config, options.overrides)
+        if options.show:
+            print(to_yaml(settings), end="")
+            return 0
+        given = flatten(given_settings(options.config, options.overrides))
+        settings = resolve_run(settings, resume=options.resume, given=given)
+    except (OSError, ValueError) as error:
+        return _tell(error)
+    # Only now: torch takes seconds to load, and a misspelt setting is told before.
+    from torch import OutOfMemoryError
+    from transformers.utils import logging as transformers_logging
+
+    from mmrpt.engines.run import open_run
+    from mmrpt.run_folder import RunError, RunFolder
+
+    transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
+    folder = RunFolder(settings.run_dir)
+    try:
+        folder.lock()
+        try:
+            run = open_run(settings)
+        except (OSError, ValueError) as error:
+            if not options.resume:  # the mended command must find its name free
+                _give_back(settings.run_dir)
+            return _tell(error)
+        run.stop.install()
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        print(f"report: {work(run)}")
+        return 0
+    except RunError as error:
+        return _tell(error)
+    except (OSError, ValueError, OutOfMemoryError) as error:
+        (folder / ERROR_FILE).write_text(traceback.format_exc())
+        return _tell(error, f" (traceback in {folder / ERROR_FILE}; go on with --resume)")
+    finally:
+        folder.unlock()
+
+
+def _tell(error: BaseException, where: str = "") -> int:
+    print(f"error: {error}{where}", file=sys.stderr)
+    return 2
+
+
+def resolve_run(settings: Settings, *, resume: bool, given: Collection[str]) -> Settings:
+    """Which folder the run uses, and with which settings it goes on. `given` are the dotted names that were set.
+
+    A new run never writes into a folder that exists: an unnamed one takes the next free number, a named one is refused.
+    A resumed run uses the settings saved with it; overrides that say otherwise are refused, because the weights would
+    no longer be those of one run.
+    """
+    named = "name" in given
+    if resume:
+        return _stored_settings(settings, named, given)
+    folder = settings.run_dir
+    if folder.exists() and any(folder.iterdir()):
+        if named:
+            raise SettingsError(f"{folder} exists already: add --resume to go on with it, or choose another name=...")
+        settings = _next_free(settings)
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    save_settings(settings, settings.run_dir / CONFIG_FILE)
+    return settings
+
+
+def _stored_settings(settings: Settings, named: bool, given: Collection[str]) -> Settings:
+    folder = settings.run_dir if named else _newest(settings)
+    saved = folder / CONFIG_FILE
+    if not saved.is_file():
+        raise SettingsError(f"there is no run to resume at {folder}: start one without --resume, or give name=...")
+    try:
+        stored = load_settings(saved)
+    except SettingsError as error:
+        raise SettingsError(
+            f"the settings saved in {saved} are not of this version: resume the run with the version that began it, "
+            f"or start a new one under another name. {error}"
+        ) from error
+    stored = replace(stored, output=settings.output, name=folder.name)
+    if different := _differ(settings, stored, given):
+        raise SettingsError(
+            f"the settings differ from those saved in {saved}: {', '.join(different)}. Resume without them, or start "
+            "a new run under another name."
+        )
+    return stored
+
+
+def _give_back(folder: Path) -> None:
+    """Removes the folder of a run that has not begun; what such a run does not write stays, and the folder with it."""
+    for name in (CONFIG_FILE, ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / "checkpoints").rmdir()
+        folder.rmdir()
+
+
+def _differ(new: Settings, stored: Settings, given: Collection[str]) -> list[str]:
+    """Dotted names of settings that were given and are not what the run has."""
+    ours, theirs = flatten(asdict(new)), flatten(asdict(stored))
+    return [name for name in ours if name in given and ours[name] != theirs[name]]
+
+
+def _numbered(settings: Settings) -> list[tuple[int, Path]]:
+    """(number, folder) of the runs of this name, the unnumbered one as 1."""
+    root = Path(settings.output)
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        tail = path.name.removeprefix(f"{settings.name}-")
+        if path.name == settings.name or (tail != path.name and tail.isdigit()):
+            found.append((1 if path.name == settings.name else int(tail), path))
+    return sorted(found)
+
+
+def _newest(settings: Settings) -> Path:
+    found = _numbered(settings)
+    return found[-1][1] if found else settings.run_dir
+
+
+def _next_free(settings: Settings) -> Settings:
+    """The settings under the next free number, whose folder is made: two starts in one instant take two."""
+    base, number = settings.name, _numbered(settings)[-1][0] + 1
+    while True:
+        settings = replace(settings, name=f"{base}-{number}")
+        try:
+            settings.run_dir.mkdir(parents=True)
+            return settings
+        except FileExistsError:
+            number += 1

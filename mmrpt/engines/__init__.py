@@ -1,0 +1,1 @@
+"""What runs the method: our own loop in one process (`native`)."""

@@ -1,0 +1,183 @@
+"""The whole method in one process, in the order of the pipeline. Each phase leaves its result on disk; a phase whose
+result is there is read back instead of run again, and one that was cut off goes on from its last checkpoint.
+
+    pairs -> warm start -> dependency scores -> masked samples -> RL -> control -> evaluation -> report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mmrpt.captions import caption_batch, items_at
+from mmrpt.data.images import seed_of
+from mmrpt.data.jsonl import write_jsonl
+from mmrpt.engines.masking_stage import mask, score
+from mmrpt.engines.phase import Phase
+from mmrpt.engines.rl_step import fill_buffer, train_on_groups
+from mmrpt.engines.run import Run
+from mmrpt.evaluate import evaluate_policy, held_out_samples
+from mmrpt.gallery import write_gallery
+from mmrpt.metrics import roc_auc
+from mmrpt.objective import supervised_loss
+from mmrpt.rollout.group import GroupBuffer
+from mmrpt.run_folder import write_json
+from mmrpt.samplelog import log_step
+from mmrpt.settings import OptimiserSettings
+from mmrpt.types import Batch, MaskedSample
+from mmrpt.world.warm_start import VisionPretraining, lesson_at
+
+
+def train(run: Run) -> Path:
+    """Runs every phase that is not done yet and returns the path of the report."""
+    for name, phase in (("vision_pretraining", pretrain_vision), ("warmup", warm_up)):
+        with run.folder.timed(name):
+            phase(run)
+    with run.folder.timed("scoring"):
+        samples = mask(run, score(run))
+    with run.folder.timed("rl"):
+        reinforce(run, samples)
+    with run.folder.timed("control"):
+        train_control(run)
+    with run.folder.timed("evaluation"):
+        evaluate(run)
+    return report(run)
+
+
+def pretrain_vision(run: Run) -> None:
+    """The vision tower's own training, where the model starts from scratch."""
+    demo = run.settings.demo
+    optimiser = OptimiserSettings(lr=demo.vision_lr, final_fraction=0.05)
+    task = VisionPretraining(run.policy, run.sources.train, run.settings)
+    descend(run, "vision_pretraining", demo.vision_steps, optimiser, task.loss)
+
+
+def warm_up(run: Run) -> None:
+    """Caption training. Short on purpose: it teaches the answer's form, and leaves room for RL."""
+    settings = run.settings
+
+    def loss(step: int) -> Tensor:
+        lesson = lesson_at(step, settings, run.sources)
+        items = items_at(step * lesson.batch_size, lesson.batch_size, len(lesson.source), *stream(run, lesson.name))
+        seed = seed_of(settings.seed, "warmup", step)
+        fraction = settings.warmup.restore_fraction
+        return supervised_loss(
+            run.policy,
+            caption_batch(
+                run.policy,
+                lesson.source,
+                items,
+                settings.prompts,
+                restore_fraction=fraction,
+                seed=seed,
+                cut=lesson.cut,
+            ),
+        )
+
+    descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, loss)
+
+
+def reinforce(run: Run, samples: list[MaskedSample]) -> None:
+    """Group-relative reinforcement of the warm start on the masked samples."""
+    settings = run.settings
+    phase = Phase(run, "rl", settings.rl.steps, settings.rl.optimiser)
+    buffer = GroupBuffer.from_state(phase.state.get("buffer", []), run.policy.device)
+    done = {"round": phase.state.get("round", 0)}
+    for step in phase.steps(lambda: {"buffer": buffer.state(), **done}):
+        rounds = list(fill_buffer(run.policy, buffer, samples, run.images, settings, done["round"]))
+        done["round"] += len(rounds)
+        groups = buffer.take(settings.rl.groups_per_step)
+        captions = later_captions(run, step) if settings.rl.caption_weight else None
+        metrics, weights = train_on_groups(run.policy, phase.optimiser, groups, run.images, settings, step, captions)
+        log_step(run.folder, run.policy, samples, step, groups, weights, rounds, metrics)
+        phase.note(step, groups=len(groups), skipped=metrics["skipped"])
+        phase.bar.set_postfix(reward=f"{rounds[-1].metrics['reward']:.2f}" if rounds else "-")
+
+
+def train_control(run: Run) -> None:
+    """The warm start trained on with captions for as many optimiser steps: what reinforcement has to beat."""
+    settings = run.settings
+    if settings.control.enabled:
+        descend(
+            run,
+            "control",
+            settings.rl.steps,
+            settings.rl.optimiser,
+            lambda step: supervised_loss(run.policy, later_captions(run, step)),
+        )
+
+
+def descend(run: Run, name: str, steps: int, optimiser: OptimiserSettings, loss_of: Callable[[int], Tensor]) -> None:
+    """A phase of gradient descent on `loss_of(step)`."""
+    frozen = run.settings.demo.vision_frozen_steps if name == "warmup" else 0
+    phase = Phase(run, name, steps, optimiser, vision_frozen_steps=frozen)
+    for step in phase.steps():
+        loss = loss_of(step)
+        loss.backward()
+        metrics = phase.optimiser.step(step, steps)
+        run.folder.metrics(name, step, loss=loss.item(), **metrics)
+        phase.note(step, skipped=metrics["skipped"])
+        phase.bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def later_captions(run: Run, step: int) -> Batch:
+    """Captions past those of the warm-up: what the control trains on, and RL too where it mixes them."""
+    settings, source, size = run.settings, run.sources.train, run.settings.warmup.batch_size
+    first = (settings.warmup.steps + step) * size
+    return caption_batch(
+        run.policy,
+        source,
+        items_at(first, size, len(source), *stream(run, "captions")),
+        settings.prompts,
+        restore_fraction=settings.warmup.restore_fraction,
+        seed=seed_of(settings.seed, "control", step),
+    )
+
+
+def stream(run: Run, lesson: str) -> tuple[object, ...]:
+    """What the order of a lesson's items depends on."""
+    return run.settings.seed, "supervised", lesson
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Accuracy of every model on every held-out set and condition, and the AUC of the dependency scores."""
+    path, settings = run.folder / "evaluation.json", run.settings
+    if path.exists():
+        return json.loads(path.read_text())
+    sets = {
+        name: (
+            source,
+            held_out_samples(source, settings.evaluation.samples, mask=settings.prompts.mask, seed=settings.seed),
+        )
+        for name, source in run.sources.held_out.items()
+    }
+    models = {"warm": "warmup", "reinforced": "rl"} | ({"caption": "control"} if settings.control.enabled else {})
+    rows: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    with tqdm(total=3 * len(sets) * len(models), desc="evaluate", unit="set") as bar:
+        for name, phase in models.items():
+            run.load(phase)
+            new_rows, new_answers = evaluate_policy(run.policy, name, sets, settings, bar.update)
+            rows, answers = rows + new_rows, answers + new_answers
+    write_jsonl(run.folder / "answers.jsonl", answers)
+    write_gallery(run.folder.path, run.sources, settings)
+    scores = [s for s in score(run) if s.needs_image is not None]
+    auc = roc_auc([s.needs_image for s in scores], [s.score for s in scores]) if scores else None
+    result = {"rows": rows, "dependency_auc": auc, "seconds": {}}
+    write_json(path, result)
+    return result
+
+
+def report(run: Run) -> Path:
+    """Plots and report.md from the files of the run."""
+    from mmrpt.report import write_report  # matplotlib is slow to import, and a run may be cut off before it
+
+    run.folder.close()
+    path = run.folder / "evaluation.json"
+    write_json(path, {**json.loads(path.read_text()), "seconds": run.folder.seconds()})
+    return write_report(run.folder.path)

@@ -1,0 +1,171 @@
+"""The folder of a run: phases, logs, wall times and the lock; each file readable by a person at any time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from mmrpt.data.jsonl import JsonlWriter, read_jsonl, write_jsonl
+
+# The phases that train, in order; each leaves checkpoints/<phase>.
+PHASES = ("vision_pretraining", "warmup", "rl", "control")
+STEP_FILES = ("metrics.jsonl", "samples.jsonl", "perception.jsonl")
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and how to mend it."""
+
+
+class RunFolder:
+    """Files of one run, in which one process at a time works (`lock`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._writers: dict[str, JsonlWriter] = {}
+        self._lock: IO[str] | None = None
+        self._started = time.perf_counter()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def lock(self) -> None:
+        """Holds the folder until the process ends. Raises RunError while another process holds it."""
+        file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open as long as the lock is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise RunError(
+                f"{self.path} is in use by another process (id {holder}): wait until it has ended, or stop it."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ---------------------------------------------------------------- logs
+
+    def write(self, file: str, row: dict[str, Any]) -> None:
+        """Appends a row to a JSON-lines file."""
+        if file not in self._writers:
+            self._writers[file] = JsonlWriter(self.path / file)
+        self._writers[file].write(row)
+
+    def metrics(self, phase: str, step: int, **values: Any) -> None:
+        """A row of metrics.jsonl. `seconds` are those of this process's work on the run."""
+        seconds = round(time.perf_counter() - self._started, 3)
+        self.write("metrics.jsonl", {"phase": phase, "step": step, "seconds": seconds, **values})
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Forgets rows of `phase` at or past `step`, and all rows of later phases."""
+        later = PHASES[PHASES.index(phase) + 1 :]
+
+        def stays(row: dict[str, Any]) -> bool:
+            of = row.get("phase", "rl")
+            return of not in later and not (of == phase and row["step"] >= step)
+
+        for name in STEP_FILES:
+            path = self.path / name
+            if not path.exists():
+                continue
+            rows = read_jsonl(path)
+            kept = [row for row in rows if stays(row)]
+            if len(kept) < len(rows):
+                self.close(name)
+                write_jsonl(path, kept)
+
+    def close(self, *names: str) -> None:
+        for name in names or tuple(self._writers):
+            writer = self._writers.pop(name, None)
+            if writer is not None:
+                writer.close()
+
+    # ---------------------------------------------------------------- wall times, environment
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds a phase's wall time to seconds.json, over every process that worked on it."""
+        seconds = self.seconds()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
+            write_json(self.path / "seconds.json", seconds)
+
+    def seconds(self) -> dict[str, float]:
+        path = self.path / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def record_environment(self) -> None:
+        """environment.json: where the run began, and under "resumed" each other environment that went on with it."""
+        path, now = self.path / "environment.json", environment()
+        if path.exists():
+            begun = json.loads(path.read_text())
+            resumed = begun.pop("resumed", [])
+            last = resumed[-1] if resumed else begun
+            if any(last.get(name) != value for name, value in now.items() if name != "date"):
+                resumed.append(now)
+            now = {**begun, **({"resumed": resumed} if resumed else {})}
+        write_json(path, now)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, then renames."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit, for the report."""
+    import transformers
+
+    import mmrpt
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "mmrpt": mmrpt.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
