@@ -136,6 +136,14 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Writes under a temporary name, then renames; returns the path."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_bytes(content)
+    os.replace(part, path)
+    return path
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and commit, for the report."""
     import transformers

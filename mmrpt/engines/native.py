@@ -22,12 +22,12 @@ from mmrpt.engines.phase import Phase
 from mmrpt.engines.rl_step import fill_buffer, train_on_groups
 from mmrpt.engines.run import Run
 from mmrpt.evaluate import evaluate_policy, held_out_samples
-from mmrpt.gallery import write_gallery
-from mmrpt.metrics import roc_auc
 from mmrpt.objective import supervised_loss
+from mmrpt.report.images import write_images
+from mmrpt.report.statistics import roc_auc
+from mmrpt.report.step_log import log_step
 from mmrpt.rollout.group import GroupBuffer
 from mmrpt.run_folder import write_json
-from mmrpt.samplelog import log_step
 from mmrpt.settings import OptimiserSettings
 from mmrpt.types import Batch, MaskedSample
 from mmrpt.world.warm_start import VisionPretraining, lesson_at
@@ -94,7 +94,16 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
         groups = buffer.take(settings.rl.groups_per_step)
         captions = later_captions(run, step) if settings.rl.caption_weight else None
         metrics, weights = train_on_groups(run.policy, phase.optimiser, groups, run.images, settings, step, captions)
-        log_step(run.folder, run.policy, samples, step, groups, weights, rounds, metrics)
+        log_step(
+            run.folder,
+            step,
+            groups,
+            weights=weights,
+            rounds=rounds,
+            metrics=metrics,
+            samples=samples,
+            policy=run.policy,
+        )
         phase.note(step, groups=len(groups), skipped=metrics["skipped"])
         phase.bar.set_postfix(reward=f"{rounds[-1].metrics['reward']:.2f}" if rounds else "-")
 
@@ -156,28 +165,27 @@ def evaluate(run: Run) -> dict[str, Any]:
         )
         for name, source in run.sources.held_out.items()
     }
-    models = {"warm": "warmup", "reinforced": "rl"} | ({"caption": "control"} if settings.control.enabled else {})
+    models = ["warmup", "rl", *(["control"] if settings.control.enabled else [])]
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     with tqdm(total=3 * len(sets) * len(models), desc="evaluate", unit="set") as bar:
-        for name, phase in models.items():
+        for phase in models:
             run.load(phase)
-            new_rows, new_answers = evaluate_policy(run.policy, name, sets, settings, bar.update)
+            new_rows, new_answers = evaluate_policy(run.policy, phase, sets, settings, bar.update)
             rows, answers = rows + new_rows, answers + new_answers
     write_jsonl(run.folder / "answers.jsonl", answers)
-    write_gallery(run.folder.path, run.sources, settings)
+    views = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
+    write_images(run.folder.path, run.sources.train, run.sources.held_out, **views)
     scores = [s for s in score(run) if s.needs_image is not None]
     auc = roc_auc([s.needs_image for s in scores], [s.score for s in scores]) if scores else None
-    result = {"rows": rows, "dependency_auc": auc, "seconds": {}}
+    result = {"rows": rows, "dependency_auc": auc}
     write_json(path, result)
     return result
 
 
 def report(run: Run) -> Path:
     """Plots and report.md from the files of the run."""
-    from mmrpt.report import write_report  # matplotlib is slow to import, and a run may be cut off before it
+    from mmrpt.report.page import write_report  # matplotlib is slow to import, and a run may be cut off before it
 
     run.folder.close()
-    path = run.folder / "evaluation.json"
-    write_json(path, {**json.loads(path.read_text()), "seconds": run.folder.seconds()})
     return write_report(run.folder.path)

@@ -13,15 +13,15 @@ from PIL import Image
 
 # Right answers of 200 by (model, set, condition): made up, so that tests can assert on what is drawn and written.
 CORRECT = {
-    ("warm", "new_scenes"): (80, 50, 30),
-    ("warm", "new_combinations"): (70, 48, 28),
-    ("warm", "new_style"): (60, 46, 32),
-    ("reinforced", "new_scenes"): (124, 52, 24),
-    ("reinforced", "new_combinations"): (110, 50, 22),
-    ("reinforced", "new_style"): (90, 48, 26),
-    ("caption", "new_scenes"): (96, 51, 29),
-    ("caption", "new_combinations"): (84, 49, 27),
-    ("caption", "new_style"): (75, 47, 30),
+    ("warmup", "new_scenes"): (80, 50, 30),
+    ("warmup", "new_combinations"): (70, 48, 28),
+    ("warmup", "new_style"): (60, 46, 32),
+    ("rl", "new_scenes"): (124, 52, 24),
+    ("rl", "new_combinations"): (110, 50, 22),
+    ("rl", "new_style"): (90, 48, 26),
+    ("control", "new_scenes"): (96, 51, 29),
+    ("control", "new_combinations"): (84, 49, 27),
+    ("control", "new_style"): (75, 47, 30),
 }
 QUESTIONS = 200
 THRESHOLD = 0.3
@@ -150,14 +150,13 @@ def make_run(folder: Path, seed: int = 0) -> Path:
     write_lines(folder / "samples.jsonl", sample_rows(rng))
     write_lines(folder / "perception.jsonl", perception_rows(rng))
     write_lines(folder / "answers.jsonl", answer_rows())
-    seconds = {"warmup": 60.0, "scoring": 12.0, "reinforcement": 150.0, "control": 40.0, "evaluation": 20.5}
+    seconds = {"warmup": 60.0, "scoring": 12.0, "rl": 150.0, "control": 40.0, "evaluation": 20.5}
     (folder / "seconds.json").write_text(json.dumps(seconds))
-    evaluation = {"rows": evaluation_rows(), "dependency_auc": 0.9125, "seconds": seconds}
+    evaluation = {"rows": evaluation_rows(), "dependency_auc": 0.9125}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    masking = {"threshold": THRESHOLD, "method": "otsu", "sentences": 180, "dependent": 117}
+    masking = {"threshold": THRESHOLD, "method": "otsu", "sentences": 180, "dependent": 117, "samples": 60}
+    masking["samples_needing_image"] = 1.0
     (folder / "masking.json").write_text(json.dumps(masking))
-    for phase in ("warmup", "rl", "control"):
-        (folder / "checkpoints" / phase).mkdir(parents=True)
     for name in ("new_scenes", "new_combinations", "new_style"):
         Image.new("RGB", (56, 56), "red").save(folder / f"images/{name}_3.png")
     for index in range(4):

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import report_seeds
 from tests.trainer.run_folder import evaluation_rows, settings
 
-SHIFTS = (-6, 0, 9)  # right answers of the reinforced model per set and condition, beside those of CORRECT
+SHIFTS = (-6, 0, 9)  # right answers of the RL model per set and condition, beside those of CORRECT
 
 
 @pytest.fixture
@@ -24,10 +24,9 @@ def runs(tmp_path: Path) -> list[Path]:
         folder.mkdir()
         rows = evaluation_rows()
         for row in rows:
-            row["accuracy"] += shift / 200 * (row["model"] == "reinforced")
-        seconds = {"warmup": 60.0 + seed, "reinforcement": 240.0}
-        record = {"rows": rows, "dependency_auc": 0.84 + 0.01 * seed, "seconds": seconds}
-        (folder / "evaluation.json").write_text(json.dumps(record))
+            row["accuracy"] += shift / 200 * (row["model"] == "rl")
+        (folder / "seconds.json").write_text(json.dumps({"warmup": 60.0 + seed, "rl": 240.0}))
+        (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "dependency_auc": 0.84 + 0.01 * seed}))
         (folder / "config.yaml").write_text(yaml.safe_dump(settings() | {"seed": seed, "name": folder.name}))
         (folder / "environment.json").write_text(json.dumps({"commit": "abc1234", "torch": "2.13.0"}))
         folders.append(folder)
@@ -38,22 +37,23 @@ def test_mean_and_spread_of_every_number(runs: list[Path], tmp_path: Path) -> No
     report_seeds.main(["--out", str(tmp_path / "out" / "main_job"), *map(str, runs)])
     record = json.loads((tmp_path / "out" / "main_job.json").read_text())
     numbers = record["numbers"]
-    # CORRECT: reinforced 324 of 600 with the image, warm 210, caption 255; blanked 150, warm 144.
+    # CORRECT: rl 324 of 600 with the image, warmup 210, control 255; blanked 150 and 144; swapped 72 and 90.
     for name, base in (
-        ("accuracy/reinforced/all sets/image", 324),
-        ("change/reinforced - warm/all sets/image", 324 - 210),
-        ("change/reinforced - caption/all sets/image", 324 - 255),
-        ("change/reinforced - warm/all sets/blanked", 150 - 144),
+        ("accuracy/rl/all sets/image", 324),
+        ("change/rl - warmup/all sets/image", 324 - 210),
+        ("change/rl - control/all sets/image", 324 - 255),
+        ("change/rl - warmup/all sets/blanked", 150 - 144),
+        ("accuracy/rl/all sets/gap", 324 - 72),
     ):
-        values = [(base + 3 * shift) / 600 for shift in SHIFTS]
+        values = [(base + 3 * shift * (not name.endswith("gap"))) / 600 for shift in SHIFTS]
         assert numbers[name]["mean"] == pytest.approx(statistics.fmean(values)), name
-        assert numbers[name]["std"] == pytest.approx(statistics.stdev(values)), name
+        assert numbers[name]["std"] == pytest.approx(statistics.stdev(values), abs=1e-12), name
         assert (numbers[name]["low"], numbers[name]["high"]) == pytest.approx((min(values), max(values))), name
         assert numbers[name]["count"] == 3
-    assert numbers["accuracy/warm/new_style/swapped"] == pytest.approx(
+    assert numbers["accuracy/warmup/new_style/swapped"] == pytest.approx(
         {"mean": 0.16, "std": 0.0, "low": 0.16, "high": 0.16, "count": 3}
     )
-    assert numbers["accuracy/warm/new_style/image/colour"]["mean"] == pytest.approx(0.30)
+    assert numbers["accuracy/warmup/new_style/image/colour"]["mean"] == pytest.approx(0.30)
     assert numbers["seconds/whole run"]["mean"] == pytest.approx(301.0)
     assert [run["numbers"]["dependency_auc"] for run in record["runs"]] == pytest.approx([0.84, 0.85, 0.86])
     assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
@@ -67,7 +67,7 @@ def test_page_and_picture(runs: list[Path], tmp_path: Path) -> None:
     assert "| dependency AUC | 0.850 ± 0.010 (0.840 to 0.860) | >= 0.850 | 2 of 3 |" in text
     # 6/600 and 3 * shift / 600: -2.0, +1.0, +5.5 points; two of three stay under three.
     assert "| change over the warm start, blanked (points) | +1.5 ± 3.8 (-2.0 to +5.5) | < +3.0 | 2 of 3 |" in text
-    assert "| time of the whole run | 5 min 01 s ± 1.0 s (5 min 00 s to 5 min 02 s) | < 6 min 00 s | 3 of 3 |" in text
+    assert "| 5 min 01 s ± 1.0 s (5 min 00 s to 5 min 02 s) | < 6 min 00 s | 3 of 3 |" in text
     assert "![accuracy over seeds](main_job.png)" in text
     assert "differ in more than" not in text
     with Image.open(tmp_path / "main_job.png") as picture:
@@ -77,16 +77,16 @@ def test_page_and_picture(runs: list[Path], tmp_path: Path) -> None:
 
 def test_one_run_has_no_spread_and_the_json_no_nan(runs: list[Path], tmp_path: Path) -> None:
     evaluation = json.loads((runs[0] / "evaluation.json").read_text())
-    del evaluation["dependency_auc"], evaluation["seconds"]
-    evaluation["rows"] = [row for row in evaluation["rows"] if row["model"] == "warm"]
+    del evaluation["dependency_auc"]
+    evaluation["rows"] = [row for row in evaluation["rows"] if row["model"] == "warmup"]
     (runs[0] / "evaluation.json").write_text(json.dumps(evaluation))
     report_seeds.main(["--out", str(tmp_path / "one"), str(runs[0])])
     text = (tmp_path / "one.json").read_text()
     record = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
-    assert record["numbers"]["dependency_auc"] == {"mean": None, "std": None, "low": None, "high": None, "count": 0}
-    assert record["numbers"]["accuracy/warm/all sets/image"]["std"] is None
+    assert "dependency_auc" not in record["numbers"]
+    assert record["numbers"]["accuracy/warmup/all sets/image"]["std"] is None
     page = (tmp_path / "one.md").read_text()
-    assert "| all sets | warm start | 35.0 (1 run) | 24.0 (1 run) | 15.0 (1 run) |" in page
+    assert "| all sets | warm start | 35.0 % (1 run) | 24.0 % (1 run) | 15.0 % (1 run) | +20.0 (1 run) |" in page
     assert "| dependency AUC | – | >= 0.850 | – |" in page
     assert "nan" not in page
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from mmrpt.data.jsonl import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import open_run
+from mmrpt.report.step_log import log_step
 from mmrpt.rewards.combine import REWARDS
 from mmrpt.run_folder import PHASES
-from mmrpt.samplelog import log_step
 from mmrpt.settings import load_settings
 from mmrpt.sources import Sources
 from mmrpt.train import main
@@ -55,7 +55,7 @@ def patch_outside_world(patch: pytest.MonkeyPatch) -> None:
     for name in REWARDS:
         patch.setitem(REWARDS, name, column)
     patch.setattr("mmrpt.engines.run.open_sources", open_sources)
-    patch.setattr("mmrpt.report.write_report", lambda folder: folder / "report.md")
+    patch.setattr("mmrpt.report.page.write_report", lambda folder: folder / "report.md")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +226,7 @@ DEATHS = {
         "in the control": ("mmrpt.engines.native.supervised_loss", 5 + 4, False),
         "between two models' evaluation": ("mmrpt.engines.native.evaluate_policy", 2, False),
         "in an evaluation": ("mmrpt.evaluate.answer_samples", 5, False),
-        "among the pictures": ("mmrpt.engines.native.write_gallery", 1, False),
+        "among the pictures": ("mmrpt.engines.native.write_images", 1, False),
     },
 }
 
@@ -303,8 +303,8 @@ def child(arguments: list[str]) -> None:
     """What the killed process runs: it does not live past the third step of reinforcement."""
     calls = count(1)
 
-    def last_words(*args) -> None:
-        log_step(*args)
+    def last_words(*args, **options) -> None:
+        log_step(*args, **options)
         if next(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmrpt import samplelog
 from mmrpt.data.jsonl import read_jsonl
 from mmrpt.engines.rl_step import response_mask_of
 from mmrpt.perception import shape_and_filter
+from mmrpt.report import step_log
 from mmrpt.rollout.collect import collect_round
 from mmrpt.rollout.group import stack_rows
 from mmrpt.run_folder import RunFolder
-from mmrpt.samplelog import log_step
 from tests.trainer.conftest import masked_colour
 
 
@@ -33,10 +32,12 @@ def step(policy, pairs, small_settings, rewards_with_signal):
     return samples, groups, weights, rounds
 
 
-def write(folder, policy, step, weights, metrics=None):
+def write(folder, policy, step, weights):
     samples, groups, _, rounds = step
     log = RunFolder(folder)
-    log_step(log, policy, samples, 7, groups, weights, rounds, {"loss": 0.25} if metrics is None else metrics)
+    step_log.log_step(
+        log, 7, groups, weights=weights, rounds=rounds, metrics={"loss": 0.25}, samples=samples, policy=policy
+    )
     log.close()
     return {
         p.stem: read_jsonl(p)
@@ -68,7 +69,7 @@ def test_perception_rows_hold_every_trajectory_and_a_bounded_number_of_tokens(po
     assert row["step"] == 7
     assert row["token_scores"] == pytest.approx(every, rel=1e-3)
     assert row["trajectory_scores"] == pytest.approx(means, rel=1e-3)
-    monkeypatch.setattr(samplelog, "PERCEPTION_TOKENS_PER_STEP", 5)
+    monkeypatch.setattr(step_log, "PERCEPTION_TOKENS_PER_STEP", 5)
     (row,) = write(tmp_path / "b", policy, step, weights)["perception"]
     assert 5 <= len(row["token_scores"]) < 10 and set(row["token_scores"]) <= {float(f"{v:.4g}") for v in every}
     assert len(row["trajectory_scores"]) == len(means)
@@ -77,9 +78,9 @@ def test_perception_rows_hold_every_trajectory_and_a_bounded_number_of_tokens(po
 def test_samples_show_the_best_and_the_worst_of_a_group_as_they_were(policy, step, tmp_path):
     samples, groups, weights, _ = step
     rows = write(tmp_path, policy, step, weights)["samples"]
-    assert len(rows) == 2 * samplelog.COMPLETIONS_PER_STEP
+    assert len(rows) == 2 * step_log.GROUPS_SHOWN_PER_STEP
     by_id = {s.id: s for s in samples}
-    for number, group in enumerate(groups[: samplelog.COMPLETIONS_PER_STEP]):
+    for number, group in enumerate(groups[: step_log.GROUPS_SHOWN_PER_STEP]):
         best, worst = rows[2 * number : 2 * number + 2]
         assert best["reward"] == float(group.rewards.max()) > worst["reward"] == float(group.rewards.min())
         assert best["advantage"] > 0 > worst["advantage"]
@@ -126,43 +127,3 @@ def test_equal_groups_are_told_apart_by_identity(policy, step, tmp_path):
     kept = [row["kept"] for row in rows]
     assert all(weights.perception_mask[:3, : len(k)].tolist().count(k) for k in kept[:2])
     assert all(weights.perception_mask[3:, : len(k)].tolist().count(k) for k in kept[2:])
-
-
-def test_rewinding_forgets_a_phases_later_steps_and_later_phases(tmp_path):
-    log = RunFolder(tmp_path)
-    for phase in ("warmup", "rl", "control"):
-        for number in range(4):
-            log.metrics(phase, number, loss=1.0)
-    for number in range(4):
-        log.write("samples.jsonl", {"step": number})
-        log.write("perception.jsonl", {"step": number})
-    log.rewind("rl", 2)
-    rows = [(r["phase"], r["step"]) for r in read_jsonl(tmp_path / "metrics.jsonl")]
-    assert rows == [("warmup", n) for n in range(4)] + [("rl", 0), ("rl", 1)]
-    for name in ("samples.jsonl", "perception.jsonl"):
-        assert [r["step"] for r in read_jsonl(tmp_path / name)] == [0, 1]
-    log.metrics("rl", 2, loss=0.5)  # and goes on at the end of what is left
-    assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["loss"] == 0.5
-    log.rewind("warmup", 0)
-    assert all(read_jsonl(tmp_path / name) == [] for name in ("metrics.jsonl", "samples.jsonl", "perception.jsonl"))
-
-
-def test_a_torn_row_is_forgotten_when_writing_goes_on(tmp_path):
-    log = RunFolder(tmp_path)
-    log.metrics("rl", 0, loss=1.0)
-    log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"phase": "rl", "st')
-    log = RunFolder(tmp_path)
-    log.rewind("rl", 1)
-    log.metrics("rl", 1, loss=2.0)
-    log.close()
-    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1]
-
-
-def test_the_environment_names_what_a_number_depends_on():
-    from mmrpt.run_folder import environment
-
-    found = environment()
-    assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
-    assert {"date", "mmrpt", "python", "transformers", "machine", "cores", "device", "commit"} <= found.keys()

@@ -1,0 +1,191 @@
+"""Write report.md of a run: state, headline numbers, examples, plots, settings, what is missing.
+
+Works on a run at any point: what is not there yet is named in the last section.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmrpt.report.examples import held_out_examples, training_examples
+from mmrpt.report.markdown import code, duration, escape, figure, interval_of, percent, points, table
+from mmrpt.report.numbers import (
+    ALL_SETS,
+    COLUMNS,
+    COMPARISONS,
+    CONDITIONS,
+    CONTROL,
+    MAY_DIFFER,
+    MODELS,
+    PROMISES,
+    SETS,
+    Estimate,
+    in_order,
+    numbers_of,
+)
+from mmrpt.report.plots import PLOTS, draw_all
+from mmrpt.report.read import Run, changed_settings, number, read_run
+from mmrpt.run_folder import write_bytes
+from mmrpt.settings import Settings, flatten, to_yaml
+
+Numbers = Mapping[str, Estimate]
+
+PHASE_NAMES = {
+    "vision_pretraining": "vision pre-training",
+    "warmup": "warm-up on captions",
+    "scoring": "dependency scores and masking",
+    "rl": "RL",
+    "control": "control",
+    "evaluation": "evaluation",
+}
+STEPS_OF = {"vision_pretraining": "demo.vision_steps", "control": "rl.steps"}  # where they are not <phase>.steps
+ABOUT = (
+    "Masked multimodal reinforcement pre-training: words are hidden in sentences whose attention leans on the image, "
+    "and the model is rewarded for restoring them."
+)
+HOW_MEASURED = (
+    "Differences are in points; 95 % intervals are Wilson's for an accuracy and, for a difference, Agresti and Min's "
+    "over the questions that both answered. Only the gap between the image and its two controls shows seeing: "
+    f"*blanked* is the same question over a grey picture, *another's image* over a wrong one. Control: {CONTROL}."
+)
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Draw the plots, then write report.md (under a temporary name first) and return its path.
+
+    Raises FileNotFoundError when run_dir is not a folder; a missing or torn file in it is reported, never raised.
+    """
+    run = read_run(run_dir)
+    text = render(run, draw_all(run), flatten(yaml.safe_load(to_yaml(Settings()))))
+    return write_bytes(run.folder / "report.md", text.encode())
+
+
+def render(run: Run, drawn: Iterable[str], defaults: Mapping[str, Any]) -> str:
+    """The report as Markdown; `drawn` names the plots in plots/, `defaults` are flat settings to compare with."""
+    numbers = numbers_of(run)
+    changed = changed_settings(run.settings, defaults)
+    settings = table(["setting", "this run", "default"], [[code(part) for part in row] for row in changed])
+    undrawn = (f"no data for the plot {code(name)}" for name in PLOTS if name not in drawn)
+    sections = {
+        f"# Run {code(run.settings.get('name') or run.folder.resolve().name)}": [ABOUT, *_summary(run, numbers)],
+        "## Promises": [] if any(name not in MAY_DIFFER for name, *_ in changed) else [_promises(numbers)],
+        "## Held-out accuracy": _accuracies(run, numbers),
+        "## Held-out questions": held_out_examples(run),
+        "## Training examples": training_examples(run),
+        "## Plots": [f"![{name.replace('_', ' ')}](plots/{name}.png)\n\n{PLOTS[name][1]}" for name in drawn],
+        "## Settings that differ from the default": [settings if changed else "Every setting is at its default."],
+        "## Environment": [table(["", ""], [[code(key), escape(value)] for key, value in run.environment.items()])],
+        "## What is missing": ["\n".join(f"- {problem}" for problem in (*run.problems, *undrawn))],
+    }
+    filled = {title: [part for part in parts if part] for title, parts in sections.items()}
+    return "\n\n".join(part for title, parts in filled.items() if parts for part in (title, *parts)) + "\n"
+
+
+def accuracy_table(sets: Iterable[str], subjects: Mapping[str, str], cell: Callable[[str], str]) -> str:
+    """Held-out sets by subjects in rows, conditions in columns. `subjects`: "accuracy/<model>" or "change/<comparison>"
+    with its label; `cell` gives the text of a number of `numbers_of` by its name, "" where there is none.
+    """
+    rows = []
+    for name in sets:
+        for subject, label in subjects.items():
+            cells = [cell(f"{subject}/{name}/{column}") for column in COLUMNS]
+            if any(cells):
+                rows.append([SETS.get(name, name), label, *(text or "–" for text in cells)])
+    return table(["held-out set", "", *COLUMNS.values()], rows, right=range(2, 2 + len(COLUMNS))) if rows else ""
+
+
+def format_of(name: str) -> Callable[[float], str]:
+    """How a number of an accuracy table is written: rates in per cent, differences in signed points."""
+    return percent if name.startswith("accuracy/") and not name.endswith("/gap") else points
+
+
+def _summary(run: Run, numbers: Numbers) -> list[str]:
+    """How far the run came, its headline numbers with their intervals, its phases, what masking decided."""
+    subjects = _models(run) | {f"change/{name}": f"**{label}**" for name, label in COMPARISONS.items()}
+    headline = accuracy_table([ALL_SETS], subjects, lambda name: _cell(numbers, name))
+    return [
+        "The run is finished." if run.evaluation else "**The run is not finished**: `--resume` goes on with it.",
+        *([headline, HOW_MEASURED] if headline else []),
+        _phases(run),
+        _masking(run, numbers),
+    ]
+
+
+def _models(run: Run) -> dict[str, str]:
+    return {f"accuracy/{name}": MODELS.get(name, escape(name)) for name in in_order(MODELS, run.evaluation, "model")}
+
+
+def _cell(numbers: Numbers, name: str) -> str:
+    if name not in numbers:
+        return ""
+    show = format_of(name)
+    return show(numbers[name].value) + interval_of(numbers[name].interval, show).replace(" %", "")
+
+
+def _phases(run: Run) -> str:
+    """Steps and time of each phase that has begun."""
+    rows = []
+    for phase, label in PHASE_NAMES.items():
+        steps, planned = run.metrics.get(phase), run.settings.get(STEPS_OF.get(phase, f"{phase}.steps"))
+        left_out = planned == 0 or (phase == "control" and run.settings.get("control.enabled") is False)
+        if steps or (phase in run.seconds and not left_out):
+            done = steps[-1]["step"] + 1 if steps else 0 if planned else ""  # 0 also where no step had a signal
+            said = f"{done} of {planned}" if planned else str(done)
+            rows.append([label, said, duration(run.seconds.get(phase, math.nan))])
+    rows.append(["**all**", "", f"**{duration(sum(run.seconds.values()))}**"])
+    return table(["phase", "steps", "time"], rows, right=(1, 2)) if len(rows) > 1 else ""
+
+
+def _masking(run: Run, numbers: Numbers) -> str:
+    """What masking decided, and how that stands to the truth, where the pairs bring one."""
+    if not run.masking:
+        return ""
+    sentences, dependent, samples, share = (
+        number(run.masking, key) for key in ("sentences", "dependent", "samples", "samples_needing_image")
+    )
+    auc = numbers.get("dependency_auc")
+    told = f"{auc.value:.3f}{interval_of(auc.interval, '{:.3f}'.format)}" if auc else "not known"
+    warning = f" **{escape(run.masking['warning'])}**" if run.masking.get("warning") else ""
+    return (
+        f"Masking: {dependent:,.0f} of {sentences:,.0f} sentences reach the threshold "
+        f"{figure(number(run.masking, 'threshold'))} ({code(run.masking.get('method'))}).{warning} AUC of their scores "
+        f"for sentences that need the image: {told}. Of the {samples:,.0f} hidden spans, only the image tells: "
+        f"{'not known' if math.isnan(share) else percent(share)}."
+    )
+
+
+def _promises(numbers: Numbers) -> str:
+    rows = []
+    for promise in PROMISES:
+        if found := numbers.get(promise.number):
+            verdict = "kept" if promise.kept(found.value) else "not kept"
+            if found.interval and found.interval.low < promise.bound <= found.interval.high:
+                verdict += " (interval reaches across)"
+            measured = promise.show(found.value) + interval_of(found.interval, promise.show)
+        else:
+            measured, verdict = "–", "not measured"
+        rows.append([promise.name, measured, promise.wanted, verdict])
+    return table(["promise of the default run", "measured", "wanted", ""], rows, right=(1,))
+
+
+def _accuracies(run: Run, numbers: Numbers) -> list[str]:
+    """Set by set, where there are several, and kind by kind."""
+    sets, models = in_order(SETS, run.evaluation, "set"), _models(run)
+    parts = [accuracy_table(sets, models, lambda name: _cell(numbers, name))] if len(sets) > 1 else []
+    rows: dict[str, list[str]] = {}
+    for kind in sorted({kind for row in run.evaluation for kind in row.get("by_kind") or {}}):
+        for model in models:
+            cells = [numbers.get(f"{model}/{ALL_SETS}/{condition}/{kind}") for condition in CONDITIONS]
+            count = max((cell.count for cell in cells if cell), default=0)
+            shown = " / ".join(f"{100 * cell.value:.0f}" if cell else "–" for cell in cells)
+            rows.setdefault(kind, [escape(kind), f"{count:,}"]).append(shown)
+    if rows:
+        header = ["hidden word", "questions", *models.values()]
+        parts.append(f"By the kind of the hidden word, over all sets, % {' / '.join(CONDITIONS.values())}:")
+        parts.append(table(header, rows.values(), right=range(1, len(header))))
+    return parts
