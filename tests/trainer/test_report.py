@@ -113,12 +113,14 @@ def test_state_phases_and_masking(run: Path) -> None:
     assert "Of the 60 hidden spans, only the image tells: 100.0 %." in text
 
 
-def test_without_single_answers_a_difference_has_no_interval(run: Path) -> None:
-    rows = (run / "answers.jsonl").read_text().splitlines()
-    (run / "answers.jsonl").write_text("\n".join(rows[1:]))
+def test_without_all_single_answers_a_difference_has_no_interval(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    write_lines(run / "answers.jsonl", rows[1:])
     text = written(run)
     assert row_of(text, "all sets", "**RL − warm start**")[0] == "+19.0"
     assert row_of(text, "all sets", "**RL − control**")[0].startswith("+11.5 ("), "its answers are all there"
+    write_lines(run / "answers.jsonl", [row for row in rows if row["sample_id"] != "new_scenes/0#0"])
+    assert row_of(written(run), "all sets", "**RL − control**")[0] == "+11.5", "answers of another evaluation"
 
 
 def test_promises_are_those_of_the_default_run_alone(run: Path) -> None:
