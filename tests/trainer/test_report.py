@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mmrpt.report import page
@@ -111,6 +112,15 @@ def test_state_phases_and_masking(run: Path) -> None:
     assert "117 of 180 sentences reach the threshold 0.3 (`otsu`)." in text
     assert "AUC of their scores for sentences that need the image: 0.912 (" in text
     assert "Of the 60 hidden spans, only the image tells: 100.0 %." in text
+
+
+def test_phases_that_were_not_asked_for_have_no_row(run: Path) -> None:
+    tree = settings() | {"control": {"enabled": False}, "demo": {"vision_steps": 0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    write_lines(run / "metrics.jsonl", [{"phase": "warmup", "step": 0, "loss": 1.0}])
+    (run / "seconds.json").write_text(json.dumps({"vision_pretraining": 0.0, "warmup": 9.0, "rl": 5.0, "control": 0.0}))
+    text = written(run)
+    assert "| warm-up on captions | 1 of 60 | 9.0 s |\n| RL | 0 of 80 | 5.0 s |\n| **all** |" in text
 
 
 def test_without_all_single_answers_a_difference_has_no_interval(run: Path) -> None:
