@@ -212,9 +212,9 @@ class Policy:
         return bias
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) float32 logits of hidden states (R, H), for sampling: the product that the losses make, which is never
-        rounded to half precision, with `sampling_bias`. No gradient."""
-        return gemm.logits(hidden, self.head_weight.detach()).add_(self.sampling_bias())
+        """(R, V) float32 of hidden states (R, H), for sampling: the product that the losses make, which is never rounded
+        to half precision. Without `sampling_bias` and without a gradient."""
+        return gemm.logits(hidden, self.head_weight.detach())
 
     def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """(sum of image tokens, H): the vision tower's output, one pass over the distinct images."""

@@ -95,13 +95,14 @@ def _decode(
     top_p: float,
     generator: torch.Generator | None,
 ) -> Generation:
+    bias = policy.sampling_bias()
     prompts, n, _ = state.hidden.shape
-    own = torch.eye(n, dtype=torch.bool, device=state.hidden.device).expand(prompts, 1, n, n)
-    alive = torch.ones(prompts * n, dtype=torch.bool, device=state.hidden.device)
+    own = torch.eye(n, dtype=torch.bool, device=bias.device).expand(prompts, 1, n, n)
+    alive = torch.ones(prompts * n, dtype=torch.bool, device=bias.device)
     tokens, logps, hiddens, masks = [], [], [], []
     for _ in range(max_new_tokens):
         hidden = state.hidden.flatten(0, 1)
-        token, logp = _draw(policy, hidden, temperature, top_p, generator)
+        token, logp = _draw(policy, hidden, bias, temperature, top_p, generator)
         token = torch.where(alive, token, policy.pad_token_id)
         tokens.append(token)
         logps.append(logp * alive)
@@ -124,7 +125,7 @@ def _decode(
 
 
 def _draw(
-    policy: Policy, hidden: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+    policy: Policy, hidden: Tensor, bias: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """(token (R,) int64, its log-probability (R,) float32 under the tempered distribution before top-p).
 
@@ -132,7 +133,7 @@ def _draw(
     the loss's by a few hundredths before any step was taken.
     """
     rows = max(1, DRAWN_LOGITS // policy.head_weight.shape[0])
-    parts = [_draw_rows(policy.logits(part), temperature, top_p, generator) for part in hidden.split(rows)]
+    parts = [_draw_rows(policy.logits(part).add_(bias), temperature, top_p, generator) for part in hidden.split(rows)]
     tokens, logps = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(logps)
 
