@@ -212,8 +212,8 @@ class Policy:
         return bias
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) float32 of hidden states (R, H), for sampling: the product that the losses make, which is never rounded
-        to half precision. Without `sampling_bias` and without a gradient."""
+        """(R, V) float32 of hidden states (R, H), for sampling: the product that the losses make, never rounded to half
+        precision. Without `sampling_bias` and without a gradient."""
         return gemm.logits(hidden, self.head_weight.detach())
 
     def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
