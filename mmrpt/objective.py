@@ -13,6 +13,7 @@ from mmrpt.policy import Policy
 from mmrpt.settings import RLSettings
 from mmrpt.types import Batch, PixelBatch
 from mmrpt_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels.lm_head import gemm
 
 # rl.loss: the operator's surrogate and the level of its ratio.
 SURROGATES = {"clip": ("clip", "token"), "gspo": ("clip", "sequence"), "cispo": ("cispo", "token")}
@@ -120,6 +121,13 @@ def response_logps(
     )
     logps[mask] = found.logps.float()
     return logps
+
+
+@torch.no_grad()
+def sampling_logits(policy: Policy, hidden: Tensor, bias: Tensor) -> Tensor:
+    """(R, V) float32 of hidden states (R, H): the product that the losses make, never rounded to half precision, and
+    the policy's `sampling_bias`."""
+    return gemm.logits(hidden, policy.head_weight).add_(bias)
 
 
 def importance_weights(trainer_logps: Tensor, sampler_logps: Tensor, largest: float) -> Tensor:

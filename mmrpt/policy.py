@@ -34,7 +34,6 @@ from mmrpt.types import Batch, PixelBatch
 from mmrpt_kernels.integrations.caches import cache_keyword
 from mmrpt_kernels.integrations.packed_rows import PackedRows
 from mmrpt_kernels.integrations.transformers import enable_visual_mass
-from mmrpt_kernels.lm_head import gemm
 
 # What the text model is called with, besides its cache; its **kwargs would take a name that it lost in silence.
 TEXT_ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask", "use_cache")
@@ -210,11 +209,6 @@ class Policy:
         bias = torch.zeros(self.head_weight.shape[0], device=self.device)
         bias[self.suppressed_ids] = -1e4
         return bias
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) float32 of hidden states (R, H), for sampling: the product that the losses make, never rounded to half
-        precision. Without `sampling_bias` and without a gradient."""
-        return gemm.logits(hidden, self.head_weight.detach())
 
     def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """(sum of image tokens, H): the vision tower's output, one pass over the distinct images."""

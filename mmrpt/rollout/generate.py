@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from mmrpt.objective import sampling_logits
 from mmrpt.policy import Policy
 from mmrpt.types import PixelBatch
 
@@ -133,7 +134,9 @@ def _draw(
     the loss's by a few hundredths before any step was taken.
     """
     rows = max(1, DRAWN_LOGITS // policy.head_weight.shape[0])
-    parts = [_draw_rows(policy.logits(part).add_(bias), temperature, top_p, generator) for part in hidden.split(rows)]
+    parts = [
+        _draw_rows(sampling_logits(policy, part, bias), temperature, top_p, generator) for part in hidden.split(rows)
+    ]
     tokens, logps = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(logps)
 
