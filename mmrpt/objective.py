@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mmrpt.batching import response_slices
 from mmrpt.policy import Policy
 from mmrpt.settings import RLSettings
-from mmrpt.types import Batch
-from mmrpt_kernels import PolicyLoss, linear_policy_loss, linear_token_loss
+from mmrpt.types import Batch, PixelBatch
+from mmrpt_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels.lm_head import gemm
+
+# rl.loss: the operator's surrogate and the level of its ratio.
+SURROGATES = {"clip": ("clip", "token"), "gspo": ("clip", "sequence"), "cispo": ("cispo", "token")}
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class PolicyTargets:
     old_logps: Tensor
     perception_mask: Tensor | None  # bool
     trajectory_weights: Tensor | None  # (R,)
+    ref_logps: Tensor | None = None
+    sampler_weights: Tensor | None = None
 
 
 def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
@@ -50,25 +58,78 @@ def policy_loss(
     statistics: of all response tokens, also those without a gradient.
     """
     hidden, ids, mask = response_slices(policy.hidden(batch), batch)
-    width = mask.shape[1]
-    kept = targets.perception_mask
+    surrogate, ratio_level = SURROGATES[settings.loss]
+
+    def cut(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[:, : mask.shape[1]]
+
     return linear_policy_loss(
         hidden,
         policy.head_weight,
         ids,
         targets.advantages,
         response_mask=mask,
-        perception_mask=None if kept is None else kept[:, :width],
+        perception_mask=cut(targets.perception_mask),
         trajectory_weights=targets.trajectory_weights,
-        old_logps=targets.old_logps[:, :width],
+        old_logps=cut(targets.old_logps),
+        ref_logps=cut(targets.ref_logps),
+        kl_coef=settings.kl_coef,
+        sampler_weights=cut(targets.sampler_weights),
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
         entropy_coef=settings.entropy_coef,
-        entropy_scope="kept",
-        aggregation="sum" if settings.aggregation == "token_mean" else settings.aggregation,
+        # VPPO penalises the whole response. An exact entropy of tokens without a gradient would cost their product.
+        entropy_scope="response" if settings.entropy_kind == "sampled" else "kept",
+        entropy_kind=settings.entropy_kind,
+        ratio_level=ratio_level,
+        surrogate=surrogate,
+        aggregation="sequence_mean" if settings.aggregation == "sequence_mean" else "sum",
         normalizer=normalizer,
         bias=policy.sampling_bias(),
         temperature=temperature,
         return_statistics=statistics,
     )
+
+
+def loss_normalizer(settings: RLSettings, *, tokens: int, responses: int, max_new_tokens: int) -> float:
+    """What a step's summed loss is divided by. Dr.GRPO's is the same at any length of the responses (arXiv 2503.20783,
+    which divides by the generation budget): it takes the place of the token mean."""
+    if settings.advantage == "dr_grpo":
+        return float(responses * max_new_tokens)
+    return float({"token_mean": tokens, "sequence_mean": responses, "sum": 1}[settings.aggregation])
+
+
+@torch.no_grad()
+def response_logps(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sequence[int]]],
+    pixels: PixelBatch,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(N, T) float32 log-probs of all responses as a training step computes them, 0 past a row's end.
+
+    `groups[i]` are the responses to prompt i, whose image is the i-th of `pixels`.
+    """
+    batch = policy.group_batch(prompts, groups, pixels, range(len(prompts)))
+    hidden, targets, mask = response_slices(policy.hidden(batch), batch)
+    logps = torch.zeros(mask.shape, device=hidden.device)
+    found = linear_logprobs(
+        hidden[mask], policy.head_weight, targets[mask], bias=policy.sampling_bias(), temperature=temperature
+    )
+    logps[mask] = found.logps.float()
+    return logps
+
+
+@torch.no_grad()
+def sampling_logits(policy: Policy, hidden: Tensor, bias: Tensor) -> Tensor:
+    """(R, V) float32 of hidden states (R, H): the product that the losses make, never rounded to half precision, and
+    the policy's `sampling_bias`."""
+    return gemm.logits(hidden, policy.head_weight).add_(bias)
+
+
+def importance_weights(trainer_logps: Tensor, sampler_logps: Tensor, largest: float) -> Tensor:
+    """Truncated importance weights min(pi_trainer / pi_sampler, `largest`) of the tokens that were sampled."""
+    return (trainer_logps - sampler_logps).exp().clamp(max=largest)

@@ -5,6 +5,7 @@ pairs -> `Example` -> sentences with scores -> `MaskedSample` -> `Rollout` -> te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -102,6 +103,11 @@ class PixelBatch:
 
     def tokens_per_image(self, merge_size: int) -> torch.Tensor:
         return self.grid_thw.prod(-1) // merge_size**2
+
+    def select(self, images: Sequence[int]) -> PixelBatch:
+        """The images of these indices, in their order."""
+        parts = self.pixel_values.split(self.grid_thw.prod(-1).tolist())
+        return PixelBatch(torch.cat([parts[i] for i in images]), self.grid_thw[list(images)])
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,25 @@ def seed_of(*parts: object) -> int:
     return zlib.crc32("/".join(str(part) for part in parts).encode())
 
 
-def blacken_patches(image: Image.Image, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> Image.Image:
-    """A copy with each `patch_size` x `patch_size` patch black with `probability` (VPPO's perturbation).
+def black_patches(height: int, width: int, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> np.ndarray:
+    """(height, width) bool: `patch_size` x `patch_size` patches, each true with `probability` (VPPO's perturbation).
 
-    Patches at the right and lower edge may be cut. The draw depends on `seed` alone; at least one patch is blackened,
-    so that the copy always differs.
+    Patches at the right and lower edge may be cut. The draw depends on `seed` alone; at least one patch is true, so
+    that a perturbed image always differs.
     """
-    pixels = np.asarray(image.convert("RGB")).copy()
-    rows, columns = -(-pixels.shape[0] // patch_size), -(-pixels.shape[1] // patch_size)
+    rows, columns = -(-height // patch_size), -(-width // patch_size)
     rng = np.random.default_rng(seed)
     black = rng.random((rows, columns)) < probability
     if not black.any():
         black.flat[rng.integers(black.size)] = True
-    mask = black.repeat(patch_size, 0).repeat(patch_size, 1)[: pixels.shape[0], : pixels.shape[1]]
-    pixels[mask] = 0
+    return black.repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
+
+
+def blacken_patches(image: Image.Image, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> Image.Image:
+    """A copy of a picture with `black_patches`. What a model sees is perturbed after its processor has resized it
+    (`mmrpt.perception.blacken_pixels`): patches that are shrunk with a photo only make it darker."""
+    pixels = np.asarray(image.convert("RGB")).copy()
+    pixels[black_patches(*pixels.shape[:2], seed=seed, patch_size=patch_size, probability=probability)] = 0
     return Image.fromarray(pixels)
 
 

@@ -86,10 +86,11 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
     """Group-relative reinforcement of the warm start on the masked samples."""
     settings = run.settings
     phase = Phase(run, "rl", settings.rl.steps, settings.rl.optimiser)
+    reference = run.frozen("warmup") if settings.rl.kl_coef and not phase.done else None
     buffer = GroupBuffer.from_state(phase.state.get("buffer", []), run.policy.device)
     done = {"round": phase.state.get("round", 0)}
     for step in phase.steps(lambda: {"buffer": buffer.state(), **done}):
-        rounds = list(fill_buffer(run.policy, buffer, samples, run.images, settings, done["round"]))
+        rounds = list(fill_buffer(run.policy, buffer, samples, run.images, settings, done["round"], reference))
         done["round"] += len(rounds)
         groups = buffer.take(settings.rl.groups_per_step)
         captions = later_captions(run, step) if settings.rl.caption_weight else None

@@ -10,13 +10,13 @@ from PIL import Image
 
 from mmrpt.captions import items_at
 from mmrpt.data.images import seed_of
-from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
+from mmrpt.objective import PolicyTargets, importance_weights, loss_normalizer, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.policy import Policy
 from mmrpt.rollout.collect import Round, collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
-from mmrpt.settings import Settings
+from mmrpt.settings import RLSettings, Settings
 from mmrpt.types import Batch, MaskedSample, PairSource
 
 # Statistics that need no log-prob of a token without gradient.
@@ -48,6 +48,7 @@ def fill_buffer(
     images: ImageCache,
     settings: Settings,
     first_round: int,
+    reference: Policy | None = None,
 ) -> Iterator[Round]:
     """Samples rounds until the buffer holds a step's groups or `rl.max_rounds` are spent; yields each round.
 
@@ -65,6 +66,7 @@ def fill_buffer(
             images.many([s.example_id for s in chosen]),
             settings,
             seed=seed_of(settings.seed, "round", number),
+            reference=reference,
         )
         buffer.add(outcome.groups)
         yield outcome
@@ -88,7 +90,12 @@ def train_on_groups(
     groups = list(groups)
     n = settings.rollout.group_size
     weights = _perception_weights(groups, settings)
-    normalizer = _normalizer(groups, settings.rl.aggregation)
+    normalizer = loss_normalizer(
+        settings.rl,
+        tokens=sum(g.response_tokens for g in groups),
+        responses=n * len(groups),
+        max_new_tokens=settings.rollout.max_new_tokens,
+    )
     per_micro = max(1, settings.rl.micro_batch // n)
     whole = step % settings.rl.statistics_every == 0
     totals: dict[str, float] = {}
@@ -96,7 +103,7 @@ def train_on_groups(
     for start in range(0, len(groups), per_micro):
         part = groups[start : start + per_micro]
         rows = slice(start * n, (start + len(part)) * n)
-        targets = _targets(part, weights, rows)
+        targets = _targets(part, weights, rows, settings.rl)
         result = policy_loss(
             policy,
             _batch(policy, part, images.many([g.example_id for g in part])),
@@ -112,7 +119,7 @@ def train_on_groups(
         statistics = result.statistics
         if whole:
             # Both are 0 past a row's end. A gap before any step was taken is a fault of the sampler or of the forward.
-            gap = (result.logps - targets.old_logps[:, : result.logps.shape[1]]).abs().sum() / tokens
+            gap = (result.logps - stack_rows(part, "logps")[:, : result.logps.shape[1]]).abs().sum() / tokens
             statistics = {**statistics, "rollout_logp_gap": gap}
         else:
             statistics = {name: statistics[name] for name in OF_ANY_STEP}
@@ -143,6 +150,7 @@ def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWe
         response_mask_of(groups),
         keep_ratio=settings.perception.keep_ratio,
         min_weight=settings.perception.min_weight,
+        max_weight=settings.perception.max_weight,
     )
 
 
@@ -153,22 +161,21 @@ def response_mask_of(groups: list[Group]) -> torch.Tensor:
     return mask.to(groups[0].perception.device)
 
 
-def _normalizer(groups: list[Group], aggregation: str) -> float:
-    if aggregation == "token_mean":
-        return float(sum(g.response_tokens for g in groups))
-    return float(sum(len(g.responses) for g in groups)) if aggregation == "sequence_mean" else 1.0
-
-
 def _batch(policy: Policy, groups: list[Group], images: Mapping[str, Image.Image]) -> Batch:
     pixels = policy.pixels([images[g.example_id] for g in groups])
     return policy.group_batch([g.prompt for g in groups], [g.responses for g in groups], pixels, range(len(groups)))
 
 
-def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice) -> PolicyTargets:
-    old = stack_rows(groups, "logps")
+def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice, rl: RLSettings) -> PolicyTargets:
+    old, sampler_weights = stack_rows(groups, "logps"), None
+    if rl.max_importance is not None:  # the trainer's own ratio is clipped; the sampler's difference is weighed apart
+        sampled, old = old, stack_rows(groups, "trainer_logps")
+        sampler_weights = importance_weights(old, sampled, rl.max_importance)
     return PolicyTargets(
         advantages=torch.cat([g.advantages for g in groups]),
         old_logps=old,
         perception_mask=None if weights is None else weights.perception_mask[rows],
         trajectory_weights=None if weights is None else weights.trajectory_weights[rows],
+        ref_logps=stack_rows(groups, "ref_logps") if rl.kl_coef else None,
+        sampler_weights=sampler_weights,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,13 @@ class Run:
             load_checkpoint(self.folder.checkpoints / phase, self.policy)
         else:
             self.policy.model.load_state_dict(start_policy(self.settings, self.sources).model.state_dict())
+
+    def frozen(self, phase: str) -> Policy:
+        """Another policy, with the weights that `phase` ended with, which is not to be trained."""
+        other = replace(self, policy=start_policy(self.settings, self.sources))
+        other.load(phase)
+        other.policy.model.eval().requires_grad_(False)
+        return other.policy
 
 
 def open_run(settings: Settings) -> Run:

@@ -28,11 +28,11 @@ from trl import GRPOTrainer
 
 from mmrpt.data.images import blacken_patches, seed_of
 from mmrpt.data.jsonl import read_jsonl
-from mmrpt.perception import shape_and_filter
+from mmrpt.perception import blacken_pixels, shape_and_filter
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.settings import PerceptionSettings, PromptSettings
-from mmrpt.types import MaskedSample, PairSource
+from mmrpt.types import MaskedSample, PairSource, PixelBatch
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.integrations.guards import UnsupportedError, check_parameters, check_version
 from mmrpt_kernels.integrations.trl import VERSIONS, Head, HeadCall, replaced_head, unshard_head
@@ -148,9 +148,8 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         advantages = out["advantages"][:, None]
         counted = response & (advantages != 0)
         options = self.perception
-        weights = shape_and_filter(
-            scores, counted, keep_ratio=options.keep_ratio, min_weight=options.min_weight
-        )  # every rank must call: the statistics are of all ranks' trajectories
+        shares = {"keep_ratio": options.keep_ratio, "min_weight": options.min_weight, "max_weight": options.max_weight}
+        weights = shape_and_filter(scores, counted, **shares)  # every rank must call: of all ranks' trajectories
         self._log_mean("perception/score", scores[response])
         self._log_mean("perception/kept", weights.perception_mask[counted].float())
         self._log_sampler_gap(out, logps, response)
@@ -209,27 +208,27 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         )
 
     def _perturbed_pixels(self, out: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> Tensor:
-        """`pixel_values` of the images with black patches. The same image gets the same patches within a step."""
+        """`pixel_values` of the images with black patches. The same image gets the same patches within a step.
+
+        Families whose images come as rows of patches with a grid are perturbed after the resize, as the model sees
+        them; the pictures of others before it.
+        """
         images = [image for row in inputs for image in _images_of(row)]
-        options = self.perception
-        black = [
-            blacken_patches(
-                image,
-                seed=seed_of(self.args.seed, self.state.global_step, zlib.crc32(image.tobytes())),
-                patch_size=options.patch_size,
-                probability=options.probability,
-            )
-            for image in images
-        ]
-        pixels = self.processing_class.image_processor(images=black, return_tensors="pt")["pixel_values"]
-        expected = out["pixel_values"]
-        if pixels.shape != expected.shape:
+        seeds = [seed_of(self.args.seed, self.state.global_step, zlib.crc32(image.tobytes())) for image in images]
+        patches = {"patch_size": self.perception.patch_size, "probability": self.perception.probability}
+        processor, clean = self.processing_class.image_processor, out["pixel_values"]
+        grid = out.get("image_grid_thw")
+        if grid is not None:
+            return blacken_pixels(PixelBatch(clean, grid), processor, seeds, **patches).pixel_values
+        black = [blacken_patches(image, seed=seed, **patches) for image, seed in zip(images, seeds, strict=True)]
+        pixels = processor(images=black, return_tensors="pt")["pixel_values"]
+        if pixels.shape != clean.shape:
             raise ValueError(
-                f"perturbed pixel_values have shape {tuple(pixels.shape)}, the batch's {tuple(expected.shape)}: this "
+                f"perturbed pixel_values have shape {tuple(pixels.shape)}, the batch's {tuple(clean.shape)}: this "
                 "model family processes images together with their text, which perception scoring does not know; "
                 "train with perception=PerceptionSettings(enabled=False)."
             )
-        return pixels.to(expected.device, expected.dtype)
+        return pixels.to(clean.device, clean.dtype)
 
     def _log_mean(self, name: str, values: Tensor) -> None:
         """Log the mean over all ranks' values."""

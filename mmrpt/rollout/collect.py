@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmrpt.advantage import group_advantages
-from mmrpt.data.images import blacken_patches, seed_of
-from mmrpt.perception import token_perception
+from mmrpt.data.images import seed_of
+from mmrpt.objective import response_logps
+from mmrpt.perception import blacken_pixels, token_perception
 from mmrpt.policy import Policy
 from mmrpt.rewards import combine_rewards
-from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import Generation, generate
 from mmrpt.rollout.group import Group
 from mmrpt.rollout.prompts import restore_prompts
-from mmrpt.settings import Settings
-from mmrpt.types import MaskedSample, Rollout
+from mmrpt.settings import PerceptionSettings, Settings
+from mmrpt.types import MaskedSample, PixelBatch, Rollout
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,29 @@ class Round:
     metrics: dict[str, float]
 
 
-def collect_round(
-    policy: Policy, samples: Sequence[MaskedSample], images: Mapping[str, Image.Image], settings: Settings, seed: int
-) -> Round:
-    """Samples a group for each masked caption, rewards it and, where rewards differ, scores its tokens' perception.
+@dataclass(frozen=True)
+class _Kept:
+    """The P groups of n responses that have a signal, before their tokens are scored."""
 
-    Depends on the policy's weights, its arguments and `seed` alone.
+    samples: list[MaskedSample]
+    prompts: list[list[int]]
+    responses: list[list[list[int]]]
+    pixels: PixelBatch
+    logps: Tensor  # (P * n, T), as sampled
+    hidden: Tensor  # (P * n, T, H)
+
+
+def collect_round(
+    policy: Policy,
+    samples: Sequence[MaskedSample],
+    images: Mapping[str, Image.Image],
+    settings: Settings,
+    seed: int,
+    reference: Policy | None = None,
+) -> Round:
+    """Samples a group for each masked caption, rewards it and, where it has a signal, scores its tokens.
+
+    Depends on the weights of `policy` and of `reference` (for `rl.kl_coef`), the arguments and `seed` alone.
     """
     pixels = policy.pixels([images[s.example_id] for s in samples])
     prompts = restore_prompts(policy, samples, pixels, settings.prompts)
@@ -53,40 +71,41 @@ def collect_round(
         generator=torch.Generator(policy.device).manual_seed(seed),
     )
     rollouts = _rollouts(policy, samples, generation, n)
-    texts = [r.completion for r in rollouts]
-    answers = [s.answer for s in samples for _ in range(n)]
-    totals, terms = combine_rewards(asdict(settings.reward), texts, answer=answers)
+    columns = {"id": [r.sample_id for r in rollouts], "answer": [s.answer for s in samples for _ in range(n)]}
+    totals, terms = combine_rewards(asdict(settings.reward), [r.completion for r in rollouts], **columns)
     rewards = torch.tensor(totals, device=generation.logps.device).view(len(samples), n)
-    advantages, signal = group_advantages(rewards, kind=settings.rl.advantage)
+    accuracy = rewards.new_tensor(terms["exact"]).view(len(samples), n).mean(-1)
+    limits = {"min_accuracy": settings.rl.min_accuracy, "max_accuracy": settings.rl.max_accuracy}
+    advantages, signal = group_advantages(rewards, accuracy, **limits, kind=settings.rl.advantage)
     metrics = {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(-1).mean().item(),
-        "accuracy": sum(map(is_exact, texts, answers)) / len(texts),
-        "format": sum(terms["format"]) / len(texts),
+        "accuracy": accuracy.mean().item(),
+        "format": sum(terms["format"]) / len(rollouts),
         "groups_kept": signal.float().mean().item(),
+        "groups_too_hard": (accuracy < limits["min_accuracy"]).float().mean().item(),
+        "groups_too_easy": (accuracy > limits["max_accuracy"]).float().mean().item(),
         "response_length": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
         "finished": generation.finished.float().mean().item(),
     }
-    kept = signal.nonzero()[:, 0].tolist()
-    perception = _perception(policy, samples, prompts, images, generation, kept, settings, seed)
-    groups = []
-    for position, i in enumerate(kept):
-        rows = slice(i * n, (i + 1) * n)
-        responses = [list(r.token_ids) for r in rollouts[rows]]
-        width = max(map(len, responses))
-        groups.append(
-            Group(
-                samples[i].id,
-                samples[i].example_id,
-                prompts[i],
-                responses,
-                generation.logps[rows, :width].clone(),
-                perception[position * n : (position + 1) * n, :width].clone(),
-                rewards[i].clone(),
-                advantages[i].clone(),
-            )
-        )
-    return Round(groups, rollouts, totals, metrics)
+    chosen = signal.nonzero()[:, 0].tolist()
+    if not chosen:
+        return Round([], rollouts, totals, metrics)
+    rows = [i * n + j for i in chosen for j in range(n)]
+    kept = _Kept(
+        [samples[i] for i in chosen],
+        [prompts[i] for i in chosen],
+        [[list(generation.token_ids[i * n + j]) for j in range(n)] for i in chosen],
+        pixels.select(chosen),
+        generation.logps[rows],
+        generation.hidden[rows],
+    )
+    return Round(
+        _groups(kept, _token_fields(policy, reference, kept, settings, seed), rewards[chosen], advantages[chosen]),
+        rollouts,
+        totals,
+        metrics,
+    )
 
 
 def _rollouts(policy: Policy, samples: Sequence[MaskedSample], generation: Generation, n: int) -> list[Rollout]:
@@ -101,40 +120,62 @@ def _rollouts(policy: Policy, samples: Sequence[MaskedSample], generation: Gener
     ]
 
 
-def _perception(
-    policy: Policy,
-    samples: Sequence[MaskedSample],
-    prompts: Sequence[Sequence[int]],
-    images: Mapping[str, Image.Image],
-    generation: Generation,
-    kept: Sequence[int],
-    settings: Settings,
-    seed: int,
-) -> torch.Tensor:
-    """(len(kept) * n, T) token perception of the groups with signal; zeros when perception is switched off."""
-    n, options = settings.rollout.group_size, settings.perception
-    rows = [i * n + j for i in kept for j in range(n)]
-    if not rows or not options.enabled:
-        return torch.zeros(len(rows), generation.logps.shape[1], device=generation.logps.device)
-    perturbed = policy.pixels(
-        [
-            blacken_patches(
-                images[samples[i].example_id],
-                seed=seed_of(seed, samples[i].id),
-                patch_size=options.patch_size,
-                probability=options.probability,
+def _groups(kept: _Kept, fields: Mapping[str, Tensor], rewards: Tensor, advantages: Tensor) -> list[Group]:
+    """One `Group` for each kept prompt, its per-token fields cut to its longest response."""
+    groups = []
+    for i, (sample, prompt, responses) in enumerate(zip(kept.samples, kept.prompts, kept.responses, strict=True)):
+        rows, width = slice(i * len(responses), (i + 1) * len(responses)), max(map(len, responses))
+        own = {name: values[rows, :width].clone() for name, values in fields.items()}
+        scored = {"rewards": rewards[i].clone(), "advantages": advantages[i].clone()}
+        groups.append(Group(sample.id, sample.example_id, prompt, responses, **own, **scored))
+    return groups
+
+
+def _token_fields(
+    policy: Policy, reference: Policy | None, kept: _Kept, settings: Settings, seed: int
+) -> dict[str, Tensor]:
+    """The per-token fields of `Group`, (P * n, T) each: those that the settings ask for."""
+    fields = {"logps": kept.logps, "perception": torch.zeros_like(kept.logps)}
+    temperature = settings.rollout.temperature
+    if settings.perception.enabled:
+        fields["perception"] = _perception(policy, kept, settings.perception, temperature, seed)
+    prompts_at_once = max(1, settings.rl.micro_batch // len(kept.responses[0]))
+    if settings.rl.kl_coef:
+        if reference is None:
+            raise ValueError(
+                f"rl.kl_coef is {settings.rl.kl_coef}, but no reference policy was given: expected the warm start, "
+                "which the divergence is measured to."
             )
-            for i in kept
-        ]
+        fields["ref_logps"] = _logps(reference, kept, temperature, prompts_at_once)
+    if settings.rl.max_importance is not None:
+        fields["trainer_logps"] = _logps(policy, kept, temperature, prompts_at_once)
+    return {name: _padded(values, kept.logps.shape[1]) for name, values in fields.items()}
+
+
+def _perception(policy: Policy, kept: _Kept, options: PerceptionSettings, temperature: float, seed: int) -> Tensor:
+    """Token perception of the responses; each sample's patches have a seed of their own."""
+    perturbed = blacken_pixels(
+        kept.pixels,
+        policy.image_processor,
+        [seed_of(seed, sample.id) for sample in kept.samples],
+        patch_size=options.patch_size,
+        probability=options.probability,
     )
-    scores = token_perception(
-        policy,
-        [prompts[i] for i in kept],
-        [generation.token_ids[i * n : (i + 1) * n] for i in kept],
-        perturbed,
-        range(len(kept)),
-        generation.hidden[rows],
-        kind=options.kind,
-        temperature=settings.rollout.temperature,
-    )
-    return torch.nn.functional.pad(scores, (0, generation.logps.shape[1] - scores.shape[1]))
+    index = range(len(kept.prompts))
+    view = (policy, kept.prompts, kept.responses, perturbed, index, kept.hidden)
+    return token_perception(*view, kind=options.kind, temperature=temperature)
+
+
+def _logps(policy: Policy, kept: _Kept, temperature: float, prompts_at_once: int) -> Tensor:
+    """Log-probs of the responses by a forward pass of a training step, a micro-batch at a time."""
+    parts = []
+    for first in range(0, len(kept.prompts), prompts_at_once):
+        part = range(first, min(first + prompts_at_once, len(kept.prompts)))
+        prompts, responses = [kept.prompts[i] for i in part], [kept.responses[i] for i in part]
+        parts.append(response_logps(policy, prompts, responses, kept.pixels.select(part), temperature=temperature))
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([_padded(part, width) for part in parts])
+
+
+def _padded(values: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from mmrpt.objective import sampling_logits
 from mmrpt.policy import Policy
 from mmrpt.types import PixelBatch
+
+DRAWN_LOGITS = 1 << 26  # float32 logits that one draw holds at once: 256 MiB, and as much again for each step of it
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def _decode(
     tokens, logps, hiddens, masks = [], [], [], []
     for _ in range(max_new_tokens):
         hidden = state.hidden.flatten(0, 1)
-        token, logp = _draw(policy.head_weight, hidden, bias, temperature, top_p, generator)
+        token, logp = _draw(policy, hidden, bias, temperature, top_p, generator)
         token = torch.where(alive, token, policy.pad_token_id)
         tokens.append(token)
         logps.append(logp * alive)
@@ -123,10 +126,24 @@ def _decode(
 
 
 def _draw(
-    weight: Tensor, hidden: Tensor, bias: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+    policy: Policy, hidden: Tensor, bias: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """(token (R,) int64, its log-probability (R,) float32 under the tempered distribution before top-p)."""
-    logits = torch.nn.functional.linear(hidden, weight).float() + bias
+    """(token (R,) int64, its log-probability (R,) float32 under the tempered distribution before top-p).
+
+    From logits in float32 as training makes them: of a half-precision head's rounded ones, log-probs would differ from
+    the loss's by a few hundredths before any step was taken.
+    """
+    rows = max(1, DRAWN_LOGITS // policy.head_weight.shape[0])
+    parts = [
+        _draw_rows(sampling_logits(policy, part, bias), temperature, top_p, generator) for part in hidden.split(rows)
+    ]
+    tokens, logps = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logps)
+
+
+def _draw_rows(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.log_softmax(logits, -1).gather(-1, token[:, None])[:, 0]

@@ -13,7 +13,7 @@ from torch import Tensor
 class Group:
     """One prompt with its n rollouts, scored under the policy that sampled them. T is the group's longest response.
 
-    Only groups whose rewards differ are kept, so the advantages are never all zero.
+    Only groups with a signal are kept (`group_advantages`), so the advantages are never all zero.
     """
 
     sample_id: str
@@ -24,6 +24,10 @@ class Group:
     perception: Tensor  # (n, T) float32, 0 past a row's end
     rewards: Tensor  # (n,) float32
     advantages: Tensor  # (n,) float32
+    ref_logps: Tensor | None = None  # (n, T) float32 of the reference model, where rl.kl_coef asks for it
+    trainer_logps: Tensor | None = (
+        None  # (n, T) float32 of a training forward pass, where rl.max_importance asks for it
+    )
 
     @property
     def response_tokens(self) -> int:

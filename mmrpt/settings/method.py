@@ -210,7 +210,7 @@ class PerceptionSettings:
 
     enabled: bool = Field(True, description="weight and filter tokens by their dependence on the image")
     kind: Literal["kl", "k3", "js"] = Field("kl", description="divergence between the views with and without patches")
-    patch_size: int = Field(14, ge=1, description="side of a blackened square in pixels")
+    patch_size: int = Field(14, ge=1, description="side of a blackened square in pixels of the resized image")
     probability: float = Field(0.5, gt=0, le=1, description="probability that a square is blackened")
     keep_ratio: float = Field(0.4, gt=0, le=1, description="share of tokens that keep their gradient; 1: all")
     min_weight: float = Field(0.9, ge=0, le=1, description="advantage factor of the response least about the image")
@@ -230,7 +230,7 @@ class RLSettings:
     """Group-relative RL with the perception-filtered clipped loss."""
 
     steps: int = Field(170, ge=0, description="optimiser steps of RL, and of the control")
-    groups_per_step: int = Field(12, ge=1, description="groups of answers, with unequal rewards, in an optimiser step")
+    groups_per_step: int = Field(12, ge=1, description="groups of answers in an optimiser step")
     max_rounds: int = Field(4, ge=1, description="most sampling rounds before a step goes on with fewer groups")
     micro_batch: int = Field(128, ge=1, description="responses in a forward pass; bounds the memory alone")
     advantage: Literal["grpo", "dr_grpo"] = Field(
@@ -241,21 +241,26 @@ class RLSettings:
     loss: Literal["clip", "gspo", "cispo"] = Field(
         "clip", description="clipped ratio per token (clip) or response (gspo), or clipped weight (cispo)"
     )
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratios below 1 minus this are clipped")
+    clip_low: float = Field(0.2, gt=0, le=1, description="ratios below 1 minus this are clipped; 1: none")
     clip_high: float = Field(0.28, gt=0, description="ratios above 1 plus this are clipped")
     dual_clip: float | None = Field(
         3.0, gt=1, description="loss of a negative advantage is at most this many times its size; null: no bound"
     )
-    entropy_coef: float = Field(0.0, description="weight of the entropy bonus of the tokens that keep their gradient")
-    entropy_kind: Literal["exact", "sampled"] = Field(
-        "exact", description="entropy over the vocabulary, or its estimate from the sampled token"
+    entropy_coef: float = Field(
+        0.0,
+        description="above 0 rewards entropy, below 0 penalises it (VPPO: -0.06 with entropy_kind=sampled); 0: none",
     )
-    kl_coef: float = Field(0.0, ge=0, description="weight of the divergence from the warm start; 0: none")
+    entropy_kind: Literal["exact", "sampled"] = Field(
+        "exact", description="of tokens with a gradient, over the vocabulary, or -log-prob of all tokens (sampled)"
+    )
+    kl_coef: float = Field(
+        0.0, ge=0, description="weight of the divergence from the warm start, kept as a copy; 0: none"
+    )
     max_importance: float | None = Field(
         None, ge=1, description="cap of the weights that correct for the sampler's probabilities; null: no correction"
     )
     aggregation: Literal["token_mean", "sequence_mean", "sum"] = Field(
-        "token_mean", description="mean over tokens, mean over responses of their token sums, or sum"
+        "token_mean", description="mean over tokens, mean over responses of their token means, or sum"
     )
     # InstructGPT's pre-training mix (arXiv 2203.02155).
     caption_weight: float = Field(
@@ -272,6 +277,15 @@ class RLSettings:
         require(
             self.min_accuracy < self.max_accuracy,
             f"rl.min_accuracy is {self.min_accuracy}: expected below rl.max_accuracy, {self.max_accuracy}.",
+        )
+        require(
+            self.advantage != "dr_grpo" or self.aggregation == "token_mean",
+            f"rl.aggregation is {self.aggregation}, but rl.advantage=dr_grpo divides by responses times "
+            "rollout.max_new_tokens: leave rl.aggregation at token_mean.",
+        )
+        require(
+            self.loss != "cispo" or self.dual_clip is None,
+            f"rl.dual_clip is {self.dual_clip}, which rl.loss=cispo has no place for: set rl.dual_clip=null.",
         )
 
 

@@ -31,6 +31,22 @@ def test_grpo_divides_by_the_deviation_and_dr_grpo_does_not():
     assert dr.tolist() == [[-0.5, -0.5, 0.5, 0.5]]
 
 
+def test_a_group_needs_right_and_wrong_answers():
+    """All wrong with one malformed answer; half right; all right with one malformed answer; rewards all equal."""
+    rewards = torch.tensor([[0.0, 0.1, 0.1, 0.1], [1.0, 0.0, 1.0, 0.0], [1.1, 1.1, 1.1, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    accuracy = torch.tensor([0.0, 0.5, 1.0, 0.5])
+    advantages, signal = group_advantages(rewards, accuracy)
+    assert signal.tolist() == [False, True, False, False]
+    assert (advantages[~signal] == 0).all() and (advantages[1] != 0).all()
+    assert group_advantages(rewards)[1].tolist() == [True, True, True, False]
+    assert group_advantages(rewards, accuracy, min_accuracy=0, max_accuracy=1)[1].tolist() == [True, True, True, False]
+    for limits, kept in (((0.5, 0.5), True), ((0.51, 0.99), False), ((0.01, 0.49), False)):
+        _, signal = group_advantages(rewards[1:2], accuracy[1:2], min_accuracy=limits[0], max_accuracy=limits[1])
+        assert signal.tolist() == [kept], limits
+    with pytest.raises(ValueError, match=r"accuracy has shape \(3,\)"):
+        group_advantages(rewards, accuracy[:3])
+
+
 @pytest.mark.parametrize("rewards", [torch.ones(3, 1), torch.ones(4), torch.tensor([[1.0, float("nan")]])])
 def test_bad_rewards_are_refused(rewards):
     with pytest.raises(ValueError, match="expected|NaN"):

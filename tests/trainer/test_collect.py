@@ -10,9 +10,9 @@ import torch
 
 from mmrpt.advantage import group_advantages
 from mmrpt.data.images import blacken_patches, seed_of
-from mmrpt.rewards.exact import is_exact
+from mmrpt.rewards.combine import REWARDS
 from mmrpt.rollout.collect import collect_round
-from tests.trainer.conftest import masked_colour, response_logits
+from tests.trainer.conftest import make_looking_policy, masked_colour, response_logits
 
 
 @pytest.fixture
@@ -110,13 +110,15 @@ def test_metrics_are_means_over_all_that_was_sampled(policy, asked, settings, re
     outcome = collect_round(policy, samples, images, settings, seed=3)
     rewards = np.array(outcome.rewards).reshape(6, 3)
     lengths = [len(r.token_ids) for r in outcome.rollouts]
-    truths = [s.answer for s in samples for _ in range(3)]
+    right = np.array([rewards_with_signal(r.completion) for r in outcome.rollouts]).reshape(6, 3)
     expected = {
         "reward": rewards.mean(),
         "reward_std": rewards.std(1, ddof=1).mean(),
-        "accuracy": np.mean([is_exact(r.completion, t) for r, t in zip(outcome.rollouts, truths, strict=True)]),
-        "format": np.mean([rewards_with_signal(r.completion) for r in outcome.rollouts]),
+        "accuracy": right.mean(),
+        "format": right.mean(),
         "groups_kept": len(outcome.groups) / 6,
+        "groups_too_hard": (right.sum(1) == 0).mean(),
+        "groups_too_easy": (right.sum(1) == 3).mean(),
         "response_length": np.mean(lengths),
         "finished": np.mean([r.finished for r in outcome.rollouts]),
     }
@@ -128,6 +130,49 @@ def test_without_signal_there_is_no_group_and_no_second_pass(policy, asked, sett
     monkeypatch.setattr("mmrpt.rollout.collect.token_perception", None)  # calling it would fail
     outcome = collect_round(policy, samples, images, settings, seed=1)
     assert outcome.groups == [] and outcome.metrics["groups_kept"] == 0 and len(outcome.rollouts) == 18
+
+
+@pytest.mark.parametrize(("right", "too_hard", "too_easy"), [(0.0, 1.0, 0.0), (1.0, 0.0, 1.0)])
+def test_groups_all_wrong_or_all_right_are_dropped_whatever_else_they_earn(
+    policy, asked, settings, rewards_with_signal, monkeypatch, right, too_hard, too_easy
+):
+    """The form of the answers differs, so rewards do: it must not become the whole of a step's gradient."""
+    samples, images = asked
+    monkeypatch.setitem(REWARDS, "exact", lambda completions, **_: [right] * len(completions))
+    outcome = collect_round(policy, samples, images, settings, seed=1)
+    assert outcome.metrics["reward_std"] > 0 and outcome.groups == []
+    assert outcome.metrics["groups_too_hard"] == too_hard and outcome.metrics["groups_too_easy"] == too_easy
+
+
+def test_a_reward_that_is_not_finite_names_its_sample(policy, asked, settings, rewards_with_signal, monkeypatch):
+    samples, images = asked
+    bad = [1.0] * 7 + [float("nan")] + [0.0] * 10
+    monkeypatch.setitem(REWARDS, "semantic", lambda completions, **_: bad)
+    with pytest.raises(ValueError, match=f"reward term 'semantic' is nan for sample {samples[2].id}, which begins"):
+        collect_round(policy, samples, images, settings, seed=1)
+
+
+def test_reference_and_trainer_log_probs_are_those_of_full_forward_passes(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    reference = make_looking_policy(seed=1)
+    rl = replace(settings.rl, kl_coef=0.1, max_importance=2.0, micro_batch=5)
+    options = replace(settings, rl=rl, rollout=replace(settings.rollout, temperature=0.8))
+    outcome = collect_round(policy, samples, images, options, seed=1, reference=reference)
+    assert len(outcome.groups) > 1
+    for group in outcome.groups:
+        for model, found in ((policy, group.trainer_logps), (reference, group.ref_logps)):
+            with torch.no_grad():
+                rows = response_logits(model, batch_of(model, group, images[group.example_id]))
+            assert found.shape == group.logps.shape
+            for j, response in enumerate(group.responses):
+                wanted = (rows[j] / 0.8).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+                np.testing.assert_allclose(found[j, : len(response)], wanted, rtol=1e-3, atol=1e-4)
+                assert (found[j, len(response) :] == 0).all()
+        assert (group.ref_logps - group.logps).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"rl.kl_coef is 0.1, but no reference policy"):
+        collect_round(policy, samples, images, options, seed=1)
+    plain = collect_round(policy, samples, images, settings, seed=1)
+    assert all(group.ref_logps is None and group.trainer_logps is None for group in plain.groups)
 
 
 def test_perception_can_be_switched_off(policy, asked, settings, rewards_with_signal, monkeypatch):

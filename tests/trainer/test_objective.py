@@ -10,6 +10,7 @@ import torch
 from mmrpt.engines.rl_step import ImageCache, fill_buffer, response_mask_of, train_on_groups
 from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser, learning_rate
+from mmrpt.rollout.collect import collect_round
 from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.settings import OptimiserSettings, PerceptionSettings, RLSettings, RolloutSettings, Settings
 from tests.trainer.conftest import masked_colour, response_logits
@@ -178,6 +179,116 @@ def test_a_step_is_the_papers_loss(policy, pairs, aggregation, perception, tempe
     assert metrics["clip_fraction_low"] + metrics["clip_fraction_high"] > 0.1  # the clip was at work
 
 
+def per_token(groups, name):
+    """The groups' rows of a per-token field, each cut to its response's length."""
+    return [row[: len(r)] for g in groups for row, r in zip(getattr(g, name), g.responses, strict=True)]
+
+
+def clipped(ratio, advantage, low, high):
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def gspo(rows, groups):
+    """Mean over responses of min(s A, clip(s) A), s the exponential of the response's mean log-ratio."""
+    terms = []
+    for logps, old, advantage in zip(rows, per_token(groups, "logps"), advantages_of(groups), strict=True):
+        terms.append(clipped((logps - old).mean().exp(), advantage, 0.05, 0.1))
+    return -sum(terms) / len(terms)
+
+
+def cispo(rows, groups):
+    """Token mean of constant(clip(r)) A log pi."""
+    total = 0.0
+    for logps, old, advantage in zip(rows, per_token(groups, "logps"), advantages_of(groups), strict=True):
+        total = total - ((logps - old).exp().clamp(0.8, 1.28).detach() * advantage * logps).sum()
+    return total / sum(map(len, rows))
+
+
+def dr_grpo(rows, groups):
+    """The sum over tokens, divided by the responses times the generation budget."""
+    total = 0.0
+    for logps, old, advantage in zip(rows, per_token(groups, "logps"), advantages_of(groups), strict=True):
+        total = total - clipped((logps - old).exp(), advantage, 0.2, 0.28).sum()
+    return total / (len(rows) * BUDGET)
+
+
+def entropy_penalty(rows, groups):
+    """DAPO's loss + 0.06 * token mean of -log pi (VPPO's published code)."""
+    surrogate = dr_grpo(rows, groups) * len(rows) * BUDGET / sum(map(len, rows))
+    return surrogate + 0.06 * -torch.cat(rows).mean()
+
+
+def reference_kl(rows, groups):
+    """DAPO's loss + 0.2 * token mean of k3 to the reference (DeepSeekMath, eq. 4)."""
+    surrogate = dr_grpo(rows, groups) * len(rows) * BUDGET / sum(map(len, rows))
+    gap = torch.cat(per_token(groups, "ref_logps")) - torch.cat(rows)
+    return surrogate + 0.2 * (gap.exp() - gap - 1).mean()
+
+
+def truncated_importance(rows, groups):
+    """The ratio to the trainer's own log-probs, times min(trainer / sampler, 1.2)."""
+    fields = (per_token(groups, name) for name in ("logps", "trainer_logps"))
+    total = 0.0
+    for logps, sampled, old, advantage in zip(rows, *fields, advantages_of(groups), strict=True):
+        total = (
+            total - ((old - sampled).exp().clamp(max=1.2) * clipped((logps - old).exp(), advantage, 0.2, 0.28)).sum()
+        )
+    return total / sum(map(len, rows))
+
+
+def advantages_of(groups):
+    return torch.cat([g.advantages for g in groups])
+
+
+BUDGET = 11  # rollout.max_new_tokens
+METHODS = {
+    gspo: {"loss": "gspo", "aggregation": "sequence_mean", "clip_low": 0.05, "clip_high": 0.1},
+    cispo: {"loss": "cispo"},
+    dr_grpo: {"advantage": "dr_grpo"},
+    entropy_penalty: {"entropy_coef": -0.06, "entropy_kind": "sampled"},
+    reference_kl: {"kl_coef": 0.2},
+    truncated_importance: {"max_importance": 1.2},
+}
+
+
+@pytest.mark.parametrize("micro_batch", [4, 100])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_settings_select_the_losses_of_the_papers(policy, pairs, method, micro_batch):
+    generator = torch.Generator().manual_seed(5)
+    groups = [
+        replace(
+            group,
+            **{
+                name: group.logps + 0.3 * torch.randn(group.logps.shape, generator=generator)
+                for name in ("ref_logps", "trainer_logps")
+            },
+        )
+        for group in make_groups(policy, pairs)
+    ]
+    settings = step_settings(micro_batch=micro_batch, perception=False, dual_clip=None, **METHODS[method])
+    settings = replace(settings, rollout=replace(settings.rollout, max_new_tokens=BUDGET))
+    recorder = Recorder(policy)
+    metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs), settings, step=0)
+    wanted = method(logps_by_row(policy, pairs, groups), groups)
+    wanted.backward()
+    assert metrics["loss"] == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
+    check_same_gradients(recorder.gradients, gradients(policy), 2e-5)
+
+
+def test_a_half_precision_policy_starts_with_a_small_gap_to_its_sampler(
+    policy, pairs, rewards_with_signal, small_settings
+):
+    """What is left is the rounding of the decoder's cached steps against its forward pass."""
+    policy.model.to(torch.bfloat16)
+    settings = small_settings("rollout.group_size=4", "rollout.max_new_tokens=6")
+    samples = [masked_colour(pairs, i) for i in range(12)]
+    images = ImageCache(pairs)
+    groups = collect_round(policy, samples, images.many([s.example_id for s in samples]), settings, seed=3).groups
+    assert len(groups) > 2
+    metrics, _ = train_on_groups(policy, Recorder(policy), groups, images, settings, step=0)
+    assert metrics["rollout_logp_gap"] < 0.004
+
+
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sum"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
 def test_micro_batches_change_nothing(policy, pairs, aggregation, micro_batch):
@@ -245,16 +356,19 @@ def test_only_kept_tokens_of_the_response_pull_on_hidden_states(policy, pairs, m
     assert torch.equal(pulled, expected) and expected.any()
 
 
-def test_an_entropy_term_reaches_the_kept_tokens_alone(policy, pairs, monkeypatch):
+def test_an_exact_entropy_reaches_kept_tokens_and_a_sampled_one_the_whole_response(policy, pairs, monkeypatch):
     groups = make_groups(policy, pairs, seed=4)
     batch = batch_of(policy, pairs, groups)
     mask = response_mask_of(groups)
     kept = mask & (torch.arange(mask.shape[1]) == 0)
     targets = PolicyTargets(torch.zeros(len(mask)), stack_rows(groups, "logps"), kept, None)
-    states = policy.hidden(batch).detach().requires_grad_()
-    monkeypatch.setattr(policy, "hidden", lambda _: states)
-    policy_loss(policy, batch, targets, RLSettings(entropy_coef=0.1), normalizer=1.0, temperature=1.0).loss.backward()
-    assert int((states.grad.abs().amax(-1) > 0).sum()) == int(kept.sum())
+    for kind, wanted in (("exact", kept), ("sampled", mask)):
+        states = policy.hidden(batch).detach().requires_grad_()
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "hidden", lambda _, states=states: states)
+            rl = RLSettings(entropy_coef=0.1, entropy_kind=kind)
+            policy_loss(policy, batch, targets, rl, normalizer=1.0, temperature=1.0).loss.backward()
+        assert int((states.grad.abs().amax(-1) > 0).sum()) == int(wanted.sum()), kind
 
 
 # ------------------------------------------------------------------------------------------------ the optimiser
@@ -362,7 +476,8 @@ def test_the_buffer_is_filled_no_further_than_a_step_needs(policy, pairs, reward
 
 
 def test_a_buffer_survives_its_state(policy, pairs, tmp_path):
-    groups = make_groups(policy, pairs)
+    first, *others = make_groups(policy, pairs)
+    groups = [replace(first, ref_logps=first.logps - 1, trainer_logps=first.logps + 1), *others]
     torch.save(GroupBuffer(list(groups)).state(), tmp_path / "buffer.pt")
     restored = GroupBuffer.from_state(torch.load(tmp_path / "buffer.pt", weights_only=True))
     assert len(restored) == len(groups)

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from mmrpt.batching import response_slices
-from mmrpt.data.images import blacken_patches, blank, seed_of
-from mmrpt.perception import shape_and_filter, token_perception
+from mmrpt.data.images import black_patches, blacken_patches, blank, seed_of
+from mmrpt.families import make_image_processor
+from mmrpt.perception import blacken_pixels, shape_and_filter, token_perception
 from mmrpt.rollout.generate import generate
+from mmrpt.types import PixelBatch
 from tests.trainer.conftest import COLOURS, response_logits
 
 
@@ -129,6 +131,9 @@ def test_each_trajectory_keeps_its_share_rounded_up(keep_ratio):
         assert not left.numel() or scores[row][kept].min() >= left.max()
     assert float(weights.trajectory_weights.mean()) == pytest.approx(1.0, abs=1e-6)
     assert float(weights.trajectory_weights.min()) == pytest.approx(0.9, abs=1e-6)
+    fixed = shape_and_filter(scores, mask, keep_ratio=keep_ratio, min_weight=0.9, max_weight=1.5)
+    assert float(fixed.trajectory_weights.min()) == pytest.approx(0.9, abs=1e-6)
+    assert float(fixed.trajectory_weights.max()) == pytest.approx(1.5, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ the perturbation
@@ -183,6 +188,68 @@ def test_at_least_one_patch_is_black():
     for seed in range(50):
         black = (np.asarray(blacken_patches(noise(42, 42), seed=seed, probability=1e-9)) == 0).all(-1)
         assert black.sum() == 14 * 14, f"seed {seed}"
+
+
+def processed(processor, images):
+    out = processor(images=images, return_tensors="pt")
+    return PixelBatch(out["pixel_values"], out["image_grid_thw"])
+
+
+def as_picture(rows, grid, side=14, merge=2):
+    """(frames, channels, height, width) of one image's rows of patches, patch by patch in the processor's order."""
+    _, height, width = grid.tolist()
+    picture = torch.empty(2, 3, height * side, width * side)
+    order = [
+        (block_row * merge + row, block_column * merge + column)
+        for block_row in range(height // merge)
+        for block_column in range(width // merge)
+        for row in range(merge)
+        for column in range(merge)
+    ]
+    for values, (row, column) in zip(rows, order, strict=True):
+        patch = values.view(3, 2, side, side).transpose(0, 1)
+        picture[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = patch
+    return picture
+
+
+def test_a_photo_is_perturbed_after_the_processor_has_shrunk_it():
+    """Whole patches as the tower sees them are black, exactly, or as they were; VPPO blackens after the resize."""
+    processor = make_image_processor(14, 280 * 280)
+    clean = processed(processor, [noise(1000, 700)])
+    (frames, rows, columns), count = clean.grid_thw[0].tolist(), len(clean.pixel_values)
+    assert rows * columns * 14**2 <= 280 * 280 and count == frames * rows * columns
+    black = processed(processor, [Image.new("RGB", (28, 28))]).pixel_values[0]
+    found = blacken_pixels(clean, processor, [seed_of("photo")])
+    is_black = (found.pixel_values == black).all(-1)
+    assert torch.equal(found.pixel_values[~is_black], clean.pixel_values[~is_black])
+    assert abs(is_black.float().mean() - 0.5) < 4 * 0.5 / count**0.5
+    drawn = black_patches(rows * 14, columns * 14, seed=seed_of("photo"))
+    picture = as_picture(found.pixel_values, found.grid_thw[0])
+    dark = as_picture(black.expand(count, -1), found.grid_thw[0])
+    assert np.array_equal((picture == dark).all(0).all(0), drawn)
+    # Blackening before the resize leaves hardly a patch black.
+    before = processed(processor, [blacken_patches(noise(1000, 700), seed=seed_of("photo"))])
+    assert (before.pixel_values == black).all(-1).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("patch_size", [14, 10, 28, 200])
+def test_patches_of_any_size_are_pixels_of_the_resized_image(patch_size):
+    processor = make_image_processor(14, 280 * 280)
+    clean = processed(processor, [noise(112, 112), noise(1000, 700)])
+    found = blacken_pixels(clean, processor, [3, 4], patch_size=patch_size, probability=0.4)
+    small, photo = found.select([0]).pixel_values, found.select([1])
+    picture = blacken_patches(noise(112, 112), seed=3, patch_size=patch_size, probability=0.4)
+    assert torch.equal(small, processed(processor, [picture]).pixel_values)
+    values = as_picture(photo.pixel_values, photo.grid_thw[0])
+    untouched = as_picture(clean.select([1]).pixel_values, photo.grid_thw[0])
+    drawn = black_patches(*values.shape[2:], seed=4, patch_size=patch_size, probability=0.4)
+    assert np.array_equal((values != untouched).any(0).any(0), drawn) and drawn.any()
+
+
+def test_pixels_of_another_processor_are_refused():
+    clean = processed(make_image_processor(14, 280 * 280), [noise(112, 112)])
+    with pytest.raises(ValueError, match="pixel_values have shape .* give the processor that made them"):
+        blacken_pixels(clean, make_image_processor(16, 320 * 320), [0])
 
 
 def test_blanked_images_are_one_grey_of_the_same_size():

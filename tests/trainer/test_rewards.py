@@ -102,6 +102,24 @@ def test_combination_weighs_and_keeps_terms():
         combine_rewards({"beauty": 1.0}, ["x"], answer=["y"])
 
 
+def test_a_reward_that_is_no_number_names_its_sample(monkeypatch):
+    texts, columns = [said("red"), said("blue"), "no form at all"], {"answer": ["red"] * 3, "id": ["a#0", "a#1", "b#0"]}
+    for bad in (float("nan"), float("inf"), None, "1"):
+        monkeypatch.setitem(REWARDS, "semantic", lambda completions, bad=bad, **_: [0.5, 1, bad])
+        for weights in ({"exact": 1.0, "semantic": 0.2}, {"exact": 1.0, "semantic": 0.0}):
+            with pytest.raises(ValueError, match=r"reward term 'semantic' is .* for sample b#0, .*'no form at all'"):
+                combine_rewards(weights, texts, **columns)
+    with pytest.raises(ValueError, match="for completion 2, which begins"):
+        combine_rewards({"semantic": 1.0}, texts, answer=["red"] * 3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_reward_of_the_wrong_length_names_itself(monkeypatch, count):
+    monkeypatch.setitem(REWARDS, "prefix", lambda completions, **_: [0.0] * count)
+    with pytest.raises(ValueError, match=f"reward term 'prefix' gave {count} values for 2 completions"):
+        combine_rewards({"exact": 1.0, "prefix": 0.1}, [said("red")] * 2, answer=["red"] * 2)
+
+
 def test_right_answer_always_beats_any_wrong_one_under_the_default_weights():
     weights = {"format": 0.1, "exact": 1.0, "prefix": 0.1, "semantic": 0.2}
     texts = [said("top left"), said("top"), said("top left top left"), said("bottom left"), "top left", ""]

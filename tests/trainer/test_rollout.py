@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from mmrpt.batching import response_slices
 from mmrpt.rollout.generate import _draw_top_p, _inverse_cdf, generate
+from mmrpt_kernels import linear_logprobs
 
 
 def prompts_and_pixels(policy, pairs, count=3):
@@ -46,6 +49,37 @@ def test_sampled_logps_and_states_are_those_of_a_full_forward_pass(policy, pairs
     wanted = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(out.logps[:, :width][mask], wanted[mask], rtol=1e-4, atol=1e-5)
     assert (out.logps <= 0).all()
+
+
+def test_a_half_precision_model_samples_from_the_distribution_that_it_trains(looking_policy, pairs):
+    """Logits of a bfloat16 head that are rounded to bfloat16 are off by hundredths before any step was taken."""
+    policy = looking_policy
+    policy.model.to(torch.bfloat16)
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+    out = generate(
+        policy, prompts, pixels, range(3), group_size=8, max_new_tokens=7, generator=torch.Generator().manual_seed(5)
+    )
+    assert out.hidden.dtype == torch.bfloat16 and out.logps.dtype == torch.float32
+    lengths = torch.tensor([len(ids) for ids in out.token_ids])
+    mask = torch.arange(out.logps.shape[1]) < lengths[:, None]
+    ids = torch.tensor([token for row in out.token_ids for token in row])
+    with torch.no_grad():
+        wanted = linear_logprobs(out.hidden[mask], policy.head_weight, ids, bias=policy.sampling_bias()).logps
+    torch.testing.assert_close(out.logps[mask], wanted, rtol=0, atol=1e-4)
+
+
+def test_draws_a_few_rows_at_a_time_are_the_draws_of_all(policy, pairs, monkeypatch):
+    prompts, pixels = prompts_and_pixels(policy, pairs)
+
+    def draw():
+        generator = torch.Generator().manual_seed(2)
+        return generate(policy, prompts, pixels, range(3), group_size=3, max_new_tokens=6, generator=generator)
+
+    whole = draw()
+    monkeypatch.setattr(sys.modules["mmrpt.rollout.generate"], "DRAWN_LOGITS", 4 * policy.head_weight.shape[0])
+    parts = draw()
+    assert parts.token_ids == whole.token_ids
+    torch.testing.assert_close(parts.logps, whole.logps)
 
 
 def test_draws_depend_on_the_generator_alone(policy, pairs):

@@ -193,6 +193,8 @@ def test_all_given_captions_are_scored_and_a_part_of_the_endless_world(overrides
         ("masking.threshold=mean_std:nan", "'mean_std:nan': expected otsu"),
         ("masking.threshold=otsu:1", "'otsu:1': expected otsu"),
         ("rl.min_accuracy=0.99", "expected below rl.max_accuracy"),
+        ("rl.loss=cispo", "set rl.dual_clip=null"),
+        ("rl.advantage=dr_grpo rl.aggregation=sum", "leave rl.aggregation at token_mean"),
         ("rollout.prompts=1", "rl.groups_per_step is 12: expected at most rollout.prompts * rl.max_rounds = 1 * 4"),
         ("rl.stepz=5", "unknown setting 'rl.stepz': did you mean rl.steps?"),
         ("group_size=5", "unknown setting 'group_size': did you mean rollout.group_size?"),

@@ -263,8 +263,12 @@ def test_a_row_without_an_image_is_refused(looking_policy, dataset, tmp_path, im
 def test_a_family_whose_pixels_depend_on_more_is_refused(looking_policy, dataset, tmp_path):
     trainer = make_trainer(looking_policy, dataset, tmp_path)
     out, inputs = scored(trainer, dataset)
+    cut = out | {"pixel_values": out["pixel_values"][:, :-1]}
+    with pytest.raises(ValueError, match="pixel_values have shape .* a row of this image processor for each patch"):
+        trainer._token_perception(cut, inputs)
+    cut.pop("image_grid_thw")  # a family without a grid
     with pytest.raises(ValueError, match="perturbed pixel_values have shape .* the batch's"):
-        trainer._token_perception(out | {"pixel_values": out["pixel_values"][:, :-1]}, inputs)
+        trainer._perturbed_pixels(cut, inputs)
 
 
 def run_of(trainer, **options):
