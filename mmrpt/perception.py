@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from mmrpt.batching import response_slices
-from mmrpt.data.images import black_patches
+from mmrpt.data.images import black_patches, blacken_patches
 from mmrpt.policy import Policy
 from mmrpt.types import PixelBatch
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
 
-__all__ = ["PerceptionWeights", "blacken_pixels", "shape_and_filter", "token_perception"]
+__all__ = ["PerceptionWeights", "blacken_pixels", "perturbed_picture", "shape_and_filter", "token_perception"]
 
 
 @torch.no_grad()
@@ -87,6 +87,16 @@ def blacken_pixels(
     per_pixel = pixels.pixel_values.unflatten(-1, (-1, side * side))  # (patches, channels * temporal, pixels)
     values = torch.where(mask, black.unflatten(-1, (-1, side * side)), per_pixel)
     return PixelBatch(values.flatten(1), pixels.grid_thw)
+
+
+def perturbed_picture(
+    policy: Policy, image: Image.Image, seed: int, *, patch_size: int = 14, probability: float = 0.5
+) -> Image.Image:
+    """`blacken_pixels` for people: a picture in the size that the processor gives it, with black patches."""
+    _, rows, columns = policy.pixels([image]).grid_thw[0].tolist()
+    side = policy.image_processor.patch_size
+    resized = image.resize((columns * side, rows * side))
+    return blacken_patches(resized, seed=seed, patch_size=patch_size, probability=probability)
 
 
 def shape_and_filter(

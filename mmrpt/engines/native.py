@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmrpt.engines.rl_step import fill_buffer, train_on_groups
 from mmrpt.engines.run import Run
 from mmrpt.evaluate import evaluate_policy, held_out_samples
 from mmrpt.objective import supervised_loss
+from mmrpt.perception import perturbed_picture
 from mmrpt.report.images import write_images
 from mmrpt.report.statistics import roc_auc
 from mmrpt.report.step_log import log_step
@@ -175,8 +177,9 @@ def evaluate(run: Run) -> dict[str, Any]:
             new_rows, new_answers = evaluate_policy(run.policy, phase, sets, settings, bar.update)
             rows, answers = rows + new_rows, answers + new_answers
     write_jsonl(run.folder / "answers.jsonl", answers)
-    views = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
-    write_images(run.folder.path, run.sources.train, run.sources.held_out, **views)
+    patches = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
+    perturbed = partial(perturbed_picture, run.policy, **patches)
+    write_images(run.folder.path, run.sources.train, run.sources.held_out, perturbed)
     scores = [s for s in score(run) if s.needs_image is not None]
     auc = roc_auc([s.needs_image for s in scores], [s.score for s in scores]) if scores else None
     result = {"rows": rows, "dependency_auc": auc}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mmrpt.data.images import blacken_patches, blank, seed_of
+from PIL import Image
+
+from mmrpt.data.images import blank, seed_of
 from mmrpt.data.jsonl import read_jsonl
 from mmrpt.report.read import image_name
 from mmrpt.types import PairSource
@@ -15,12 +17,15 @@ MAX_SIDE = 256  # pixels
 
 
 def write_images(
-    folder: Path, train: PairSource, held_out: Mapping[str, PairSource], *, patch_size: int, probability: float
+    folder: Path,
+    train: PairSource,
+    held_out: Mapping[str, PairSource],
+    perturbed: Callable[[Image.Image, int], Image.Image],
 ) -> None:
     """images/<id>.png, <id>_blanked.png and <id>_perturbed.png, at most 256 pixels wide and high.
 
     Training examples come from samples.jsonl (its last steps), held-out ones from answers.jsonl (first of each set).
-    Patches are blackened before a picture is made small, as they are in training.
+    `perturbed(image, seed)` is made before a picture is made small.
     """
     (folder / "images").mkdir(exist_ok=True)
     samples, answers = (
@@ -31,9 +36,8 @@ def write_images(
         wanted.append((source, _ids([row for row in answers if row["set"] == name])[:PICTURES_PER_SOURCE]))
     for source, example_id in [(source, one) for source, ids in wanted for one in ids]:
         image = source.image(example_id)
-        seed = seed_of("gallery", example_id)
-        perturbed = blacken_patches(image, seed=seed, patch_size=patch_size, probability=probability)
-        for suffix, shown in (("", image), ("_blanked", blank(image)), ("_perturbed", perturbed)):
+        patched = perturbed(image, seed_of("gallery", example_id))
+        for suffix, shown in (("", image), ("_blanked", blank(image)), ("_perturbed", patched)):
             small = shown.copy()
             small.thumbnail((MAX_SIDE, MAX_SIDE))
             small.save(folder / "images" / image_name(example_id, suffix))

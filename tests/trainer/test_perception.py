@@ -13,7 +13,7 @@ from PIL import Image
 from mmrpt.batching import response_slices
 from mmrpt.data.images import black_patches, blacken_patches, blank, seed_of
 from mmrpt.families import make_image_processor
-from mmrpt.perception import blacken_pixels, shape_and_filter, token_perception
+from mmrpt.perception import blacken_pixels, perturbed_picture, shape_and_filter, token_perception
 from mmrpt.rollout.generate import generate
 from mmrpt.types import PixelBatch
 from tests.trainer.conftest import COLOURS, response_logits
@@ -244,6 +244,14 @@ def test_patches_of_any_size_are_pixels_of_the_resized_image(patch_size):
     untouched = as_picture(clean.select([1]).pixel_values, photo.grid_thw[0])
     drawn = black_patches(*values.shape[2:], seed=4, patch_size=patch_size, probability=0.4)
     assert np.array_equal((values != untouched).any(0).any(0), drawn) and drawn.any()
+
+
+def test_a_picture_shows_what_the_model_sees(policy):
+    policy.image_processor = make_image_processor(14, 280 * 280)
+    _, rows, columns = policy.pixels([noise(1000, 700)]).grid_thw[0].tolist()
+    shown = np.asarray(perturbed_picture(policy, noise(1000, 700), 4))
+    drawn = black_patches(rows * 14, columns * 14, seed=4)
+    assert shown.shape == (*drawn.shape, 3) and np.array_equal((shown == 0).all(-1), drawn)
 
 
 def test_pixels_of_another_processor_are_refused():

@@ -26,10 +26,10 @@ def test_the_policy_leaves_the_reference_and_an_interrupted_run_finds_it_again(t
     cut = settings_in(tmp_path / "cut", *OVERRIDES)
     log_step, steps = native.log_step, iter(range(100))
 
-    def die_in_the_fifth(*args):
+    def die_in_the_fifth(*args, **options):
         if next(steps) == 4:
             raise KeyboardInterrupt
-        log_step(*args)
+        log_step(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(native, "log_step", die_in_the_fifth)

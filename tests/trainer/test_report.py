@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from mmrpt.data.images import blacken_patches
 from mmrpt.report import page
 from mmrpt.report.__main__ import main
 from mmrpt.report.images import write_images
@@ -294,11 +295,14 @@ def test_pictures_are_small(tmp_path: Path) -> None:
         def image(self, example_id: str) -> Image.Image:
             return super().image(example_id).resize((1200, 600))
 
+    def perturbed(image: Image.Image, seed: int) -> Image.Image:
+        return blacken_patches(image, seed=seed, patch_size=100)
+
     train, held_out = Large(), Large(name="held")
     write_lines(tmp_path / "samples.jsonl", [{"step": n, "example_id": train[n].id} for n in range(8)])
     answers = [{"set": "held_out", "example_id": held_out[n].id} for n in range(8)]
     write_lines(tmp_path / "answers.jsonl", answers)
-    write_images(tmp_path, train, {"held_out": held_out}, patch_size=100, probability=0.5)
+    write_images(tmp_path, train, {"held_out": held_out}, perturbed)
     names = {path.name for path in (tmp_path / "images").iterdir()}
     wanted = [train[n].id for n in range(2, 8)] + [held_out[n].id for n in range(6)]
     suffixes = ("", "_blanked", "_perturbed")
@@ -307,5 +311,5 @@ def test_pictures_are_small(tmp_path: Path) -> None:
         with Image.open(tmp_path / "images" / name) as image:
             assert image.size == (256, 128)
     stem = tmp_path / "images" / wanted[0].replace("/", "_")
-    plain, perturbed = (np.asarray(Image.open(f"{stem}{one}.png")).mean(-1) for one in ("", "_perturbed"))
-    assert 0.2 < (perturbed < 10).mean() < 0.8 and (plain > 10).all()
+    plain, patched = (np.asarray(Image.open(f"{stem}{one}.png")).mean(-1) for one in ("", "_perturbed"))
+    assert 0.2 < (patched < 10).mean() < 0.8 and (plain > 10).all()
