@@ -44,10 +44,10 @@ class HeldPolicy:
 
 
 def trainer(hidden, weight, bias, ids, response_mask, scores, advantages, old_logps, tokens) -> torch.Tensor:
-    from mmrpt.objective import PolicyTargets, policy_loss
+    from mmrpt.objective import policy_loss
     from mmrpt.perception import shape_and_filter
     from mmrpt.settings import Settings
-    from mmrpt.types import Batch
+    from mmrpt.types import Batch, PolicyTargets
 
     settings = Settings()
     batch = Batch(ids, torch.ones_like(ids), response_mask, None, None, None)

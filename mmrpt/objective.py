@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,24 +10,12 @@ from torch import Tensor
 from mmrpt.batching import response_slices
 from mmrpt.policy import Policy
 from mmrpt.settings import RLSettings
-from mmrpt.types import Batch, PixelBatch
+from mmrpt.types import Batch, PixelBatch, PolicyTargets
 from mmrpt_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.lm_head import gemm
 
 # rl.loss: the operator's surrogate and the level of its ratio.
 SURROGATES = {"clip": ("clip", "token"), "gspo": ("clip", "sequence"), "cispo": ("cispo", "token")}
-
-
-@dataclass(frozen=True)
-class PolicyTargets:
-    """What a step knows of its rollouts, all (R, T) unless said: written by the trainer from its group buffer."""
-
-    advantages: Tensor  # (R,)
-    old_logps: Tensor
-    perception_mask: Tensor | None  # bool
-    trajectory_weights: Tensor | None  # (R,)
-    ref_logps: Tensor | None = None
-    sampler_weights: Tensor | None = None
 
 
 def supervised_loss(policy: Policy, batch: Batch) -> Tensor:

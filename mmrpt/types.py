@@ -1,6 +1,7 @@
 """The nouns of the pipeline. Frozen: each field has one writer, named beside it, and nothing is changed afterwards.
 
-pairs -> `Example` -> sentences with scores -> `MaskedSample` -> `Rollout` -> tensors of one optimiser step (`Batch`).
+`Example` -> sentences with scores (`SentenceScore`) -> `MaskedSample` -> sampled responses (`Generation`) -> those of
+one prompt with their rewards (`Group`) -> tensors of a forward pass (`Batch`) and of its loss (`PolicyTargets`).
 """
 
 from __future__ import annotations
@@ -125,3 +126,66 @@ class Batch:
     image_grid_thw: torch.Tensor  # (P, 3) int64
     image_index: torch.Tensor  # (R,) int64 into P
     segments: torch.Tensor | None = None  # (R, T) int64: 0 prompt, 1 to n the responses, -1 padding; None: one a row
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The sampled responses of one round (`mmrpt.rollout.generate`). R = prompts * group_size rows, a prompt's beside
+    each other.
+
+    `token_ids` one tuple a row, the end-of-turn token included where it was reached; `logps` (R, T) float32, the
+    log-probability each token was sampled with, 0 past the end; `hidden` (R, T, H) the last hidden state that each
+    token was sampled from, 0 past the end; `finished` (R,) bool.
+    """
+
+    token_ids: list[tuple[int, ...]]
+    logps: torch.Tensor
+    hidden: torch.Tensor
+    finished: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its n responses, scored under the policy that sampled them (`mmrpt.rollout.collect`). T is the
+    group's longest response.
+
+    Only groups with a signal are kept (`mmrpt.advantage`), so the advantages are never all zero.
+    """
+
+    sample_id: str
+    example_id: str
+    prompt: list[int]
+    responses: list[list[int]]  # n rows of token ids
+    logps: torch.Tensor  # (n, T) float32, as sampled
+    perception: torch.Tensor  # (n, T) float32, 0 past a row's end
+    rewards: torch.Tensor  # (n,) float32
+    advantages: torch.Tensor  # (n,) float32
+    ref_logps: torch.Tensor | None = None  # (n, T) float32 of the reference model, where rl.kl_coef asks for it
+    trainer_logps: torch.Tensor | None = None  # (n, T) float32 of a training forward pass, where rl.max_importance asks
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(r) for r in self.responses)
+
+
+@dataclass(frozen=True)
+class SamplingRound:
+    """What a round of sampling gave (`mmrpt.rollout.collect`): the groups with a signal, and all rollouts with their
+    rewards, a prompt's beside each other. `metrics` are means over all of them."""
+
+    groups: list[Group]
+    rollouts: list[Rollout]
+    rewards: list[float]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PolicyTargets:
+    """What the loss of a micro-batch knows of its R responses, all (R, T) unless said (`mmrpt.engines.rl_step`)."""
+
+    advantages: torch.Tensor  # (R,)
+    old_logps: torch.Tensor
+    perception_mask: torch.Tensor | None  # bool
+    trajectory_weights: torch.Tensor | None  # (R,)
+    ref_logps: torch.Tensor | None = None
+    sampler_weights: torch.Tensor | None = None

@@ -28,7 +28,7 @@ from mmrpt.perception import perturbed_picture
 from mmrpt.report.images import write_images
 from mmrpt.report.statistics import roc_auc
 from mmrpt.report.step_log import log_step
-from mmrpt.rollout.group import GroupBuffer
+from mmrpt.rollout.buffer import GroupBuffer
 from mmrpt.run_folder import write_json
 from mmrpt.settings import OptimiserSettings
 from mmrpt.types import Batch, MaskedSample

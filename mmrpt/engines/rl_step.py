@@ -10,14 +10,14 @@ from PIL import Image
 
 from mmrpt.captions import items_at
 from mmrpt.data.images import seed_of
-from mmrpt.objective import PolicyTargets, importance_weights, loss_normalizer, policy_loss, supervised_loss
+from mmrpt.objective import importance_weights, loss_normalizer, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.policy import Policy
-from mmrpt.rollout.collect import Round, collect_round
-from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
+from mmrpt.rollout.buffer import GroupBuffer, stack_rows
+from mmrpt.rollout.collect import collect_round
 from mmrpt.settings import RLSettings, Settings
-from mmrpt.types import Batch, MaskedSample, PairSource
+from mmrpt.types import Batch, Group, MaskedSample, PairSource, PolicyTargets, SamplingRound
 
 # Statistics that need no log-prob of a token without gradient.
 OF_ANY_STEP = ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high")
@@ -49,7 +49,7 @@ def fill_buffer(
     settings: Settings,
     first_round: int,
     reference: Policy | None = None,
-) -> Iterator[Round]:
+) -> Iterator[SamplingRound]:
     """Samples rounds until the buffer holds a step's groups or `rl.max_rounds` are spent; yields each round.
 
     None where enough groups wait already: a round more than a step uses would make the waiting ones ever older.

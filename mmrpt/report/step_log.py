@@ -7,10 +7,8 @@ from typing import Any
 
 from mmrpt.perception import PerceptionWeights
 from mmrpt.policy import Policy
-from mmrpt.rollout.collect import Round
-from mmrpt.rollout.group import Group
 from mmrpt.run_folder import RunFolder
-from mmrpt.types import MaskedSample
+from mmrpt.types import Group, MaskedSample, SamplingRound
 
 GROUPS_SHOWN_PER_STEP = 2
 PERCEPTION_TOKENS_PER_STEP = 400
@@ -22,7 +20,7 @@ def log_step(
     groups: Sequence[Group],
     *,
     weights: PerceptionWeights | None,
-    rounds: Sequence[Round],
+    rounds: Sequence[SamplingRound],
     metrics: dict[str, Any],
     samples: Sequence[MaskedSample],
     policy: Policy,

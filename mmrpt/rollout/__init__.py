@@ -1,5 +1,5 @@
 """Grouped rollouts: several sampled completions of each prompt, with what the policy thought of each token."""
 
-from mmrpt.rollout.generate import Generation, generate
+from mmrpt.rollout.generate import generate
 
-__all__ = ["Generation", "generate"]
+__all__ = ["generate"]

@@ -15,21 +15,10 @@ from mmrpt.objective import response_logps
 from mmrpt.perception import blacken_pixels, token_perception
 from mmrpt.policy import Policy
 from mmrpt.rewards import combine_rewards
-from mmrpt.rollout.generate import Generation, generate
-from mmrpt.rollout.group import Group
+from mmrpt.rollout.generate import generate
 from mmrpt.rollout.prompts import restore_prompts
 from mmrpt.settings import PerceptionSettings, Settings
-from mmrpt.types import MaskedSample, PixelBatch, Rollout
-
-
-@dataclass(frozen=True)
-class Round:
-    """`groups` have signal; `rollouts` and `rewards` are all that was sampled, in order; `metrics` their means."""
-
-    groups: list[Group]
-    rollouts: list[Rollout]
-    rewards: list[float]
-    metrics: dict[str, float]
+from mmrpt.types import Generation, Group, MaskedSample, PixelBatch, Rollout, SamplingRound
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ def collect_round(
     settings: Settings,
     seed: int,
     reference: Policy | None = None,
-) -> Round:
+) -> SamplingRound:
     """Samples a group for each masked caption, rewards it and, where it has a signal, scores its tokens.
 
     Depends on the weights of `policy` and of `reference` (for `rl.kl_coef`), the arguments and `seed` alone.
@@ -90,7 +79,7 @@ def collect_round(
     }
     chosen = signal.nonzero()[:, 0].tolist()
     if not chosen:
-        return Round([], rollouts, totals, metrics)
+        return SamplingRound([], rollouts, totals, metrics)
     rows = [i * n + j for i in chosen for j in range(n)]
     kept = _Kept(
         [samples[i] for i in chosen],
@@ -100,7 +89,7 @@ def collect_round(
         generation.logps[rows],
         generation.hidden[rows],
     )
-    return Round(
+    return SamplingRound(
         _groups(kept, _token_fields(policy, reference, kept, settings, seed), rewards[chosen], advantages[chosen]),
         rollouts,
         totals,

@@ -15,24 +15,9 @@ from transformers.cache_utils import DynamicCache
 
 from mmrpt.objective import sampling_logits
 from mmrpt.policy import Policy
-from mmrpt.types import PixelBatch
+from mmrpt.types import Generation, PixelBatch
 
 DRAWN_LOGITS = 1 << 26  # float32 logits that one draw holds at once: 256 MiB, and as much again for each step of it
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The sampled responses of one round. R = prompts * group_size rows, a prompt's rollouts beside each other.
-
-    `token_ids` one tuple a row, the end-of-turn token included where it was reached; `logps` (R, T) float32, the
-    log-probability each token was sampled with, 0 past the end; `hidden` (R, T, H) the last hidden state that each
-    token was sampled from, 0 past the end; `finished` (R,) bool.
-    """
-
-    token_ids: list[tuple[int, ...]]
-    logps: Tensor
-    hidden: Tensor
-    finished: Tensor
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mmrpt.engines.rl_step import ImageCache, fill_buffer, response_mask_of, train_on_groups
-from mmrpt.objective import PolicyTargets, policy_loss, supervised_loss
+from mmrpt.objective import policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser, learning_rate
+from mmrpt.rollout.buffer import GroupBuffer, stack_rows
 from mmrpt.rollout.collect import collect_round
-from mmrpt.rollout.group import Group, GroupBuffer, stack_rows
 from mmrpt.settings import OptimiserSettings, PerceptionSettings, RLSettings, RolloutSettings, Settings
+from mmrpt.types import Group, PolicyTargets
 from tests.trainer.conftest import masked_colour, response_logits
 
 

@@ -11,8 +11,8 @@ from mmrpt.data.jsonl import read_jsonl
 from mmrpt.engines.rl_step import response_mask_of
 from mmrpt.perception import shape_and_filter
 from mmrpt.report import step_log
+from mmrpt.rollout.buffer import stack_rows
 from mmrpt.rollout.collect import collect_round
-from mmrpt.rollout.group import stack_rows
 from mmrpt.run_folder import RunFolder
 from tests.trainer.conftest import masked_colour
 

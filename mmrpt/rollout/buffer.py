@@ -1,4 +1,4 @@
-"""A prompt's scored rollouts, and the buffer that gathers groups with signal until a step is full."""
+"""The buffer that gathers groups with signal until a step is full."""
 
 from __future__ import annotations
 
@@ -8,30 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Group:
-    """One prompt with its n rollouts, scored under the policy that sampled them. T is the group's longest response.
-
-    Only groups with a signal are kept (`group_advantages`), so the advantages are never all zero.
-    """
-
-    sample_id: str
-    example_id: str
-    prompt: list[int]
-    responses: list[list[int]]  # n rows of token ids
-    logps: Tensor  # (n, T) float32, as sampled
-    perception: Tensor  # (n, T) float32, 0 past a row's end
-    rewards: Tensor  # (n,) float32
-    advantages: Tensor  # (n,) float32
-    ref_logps: Tensor | None = None  # (n, T) float32 of the reference model, where rl.kl_coef asks for it
-    trainer_logps: Tensor | None = (
-        None  # (n, T) float32 of a training forward pass, where rl.max_importance asks for it
-    )
-
-    @property
-    def response_tokens(self) -> int:
-        return sum(len(r) for r in self.responses)
+from mmrpt.types import Group
 
 
 @dataclass
