@@ -29,7 +29,6 @@ from mmrpt_kernels.testing import assert_close_to_truth
 
 __all__ = ["Finding", "examine", "main"]
 
-Tensors = dict[str, torch.Tensor]
 OPTIONAL = ("triton", "datasets", "accelerate", "trl", "verl", "liger-kernel")
 RUN_BYTES = 500 * 2**20  # what a default run leaves behind, checkpoints included, with room to spare
 
@@ -158,7 +157,7 @@ def check_assets() -> Iterator[Finding]:
 # ---- operators on tiny cases: name -> function(backend, device, dtype) -> named results ----
 
 
-def _head(device: torch.device, dtype: torch.dtype) -> Tensors:
+def _head(device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """hidden, hidden_q (2, 12, 16), weight (97, 16), targets (2, 12); the same numbers in every dtype."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 12, 16, generator=generator)
@@ -172,19 +171,19 @@ def _head(device: torch.device, dtype: torch.dtype) -> Tensors:
     return tensors | {"targets": targets.to(device)}
 
 
-def _gradients(loss: torch.Tensor, tensors: Tensors) -> Tensors:
+def _gradients(loss: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     wanted = [tensors["hidden"], tensors["weight"]]
     return dict(zip(("d_hidden", "d_weight"), torch.autograd.grad(loss, wanted), strict=True))
 
 
-def _logprobs(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _logprobs(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x = _head(device, dtype)
     out = kernels.linear_logprobs(x["hidden"], x["weight"], x["targets"], return_entropy=True, backend=backend)
     loss = (out.logps + 0.1 * out.entropy).sum()
     return {"logps <= 0": out.logps, "entropy >= 0": out.entropy, **_gradients(loss, x)}
 
 
-def _policy_loss(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _policy_loss(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x = _head(device, dtype)
     mask = torch.ones(2, 12, dtype=torch.bool, device=device)
     advantages = torch.tensor([1.0, -0.5], device=device, dtype=dtype)
@@ -194,7 +193,7 @@ def _policy_loss(backend: str, device: torch.device, dtype: torch.dtype) -> Tens
     return {"loss": out.loss, "logps <= 0": out.logps, **_gradients(out.loss, x)}
 
 
-def _token_loss(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _token_loss(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x = _head(device, dtype)
     loss = kernels.linear_token_loss(
         x["hidden"], x["weight"], x["targets"], lambda logps, entropy, rows: 0.1 * entropy - logps, backend=backend
@@ -202,7 +201,7 @@ def _token_loss(backend: str, device: torch.device, dtype: torch.dtype) -> Tenso
     return {"loss": loss, **_gradients(loss, x)}
 
 
-def _divergence(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _divergence(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x = _head(device, dtype)
     out = kernels.linear_token_divergence(x["hidden"], x["hidden_q"], x["weight"], kind="kl", backend=backend)
     return {"divergence >= 0": out.divergence, **_gradients(out.divergence.sum(), x)}
@@ -215,25 +214,25 @@ def _attention_inputs(device: torch.device, dtype: torch.dtype) -> tuple[torch.T
     return q, k, v, torch.arange(12, device=device)[None] < 6
 
 
-def _attention(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _attention(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     out = kernels.attention_with_visual_mass(*_attention_inputs(device, dtype), backend=backend)
     return {"out": out.out, "mass in [0, 1]": out.mass, "lse": out.lse}
 
 
-def _visual_mass(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _visual_mass(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     q, k, v, weights = _attention_inputs(device, dtype)
     lse = kernels.attention_with_visual_mass(q, k, v, weights, backend="reference").lse
     return {"mass in [0, 1]": kernels.visual_mass(q, k, lse, weights, backend=backend)}
 
 
-def _perception(backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _perception(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     scores = torch.rand(3, 10, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     mask = torch.arange(10, device=device) < torch.tensor([[10], [7], [3]], device=device)
     out = kernels.perception_weights(scores, mask, keep_ratio=0.4, scope="local", backend=backend)
     return {"kept": out.perception_mask.to(dtype), "trajectory weights": out.trajectory_weights}
 
 
-CASES: dict[str, Callable[[str, torch.device, torch.dtype], Tensors]] = {
+CASES: dict[str, Callable[[str, torch.device, torch.dtype], dict[str, torch.Tensor]]] = {
     "attention": _attention,
     "visual_mass": _visual_mass,
     "logprobs": _logprobs,
@@ -244,7 +243,7 @@ CASES: dict[str, Callable[[str, torch.device, torch.dtype], Tensors]] = {
 }
 
 
-def _broken_laws(results: Tensors) -> list[str]:
+def _broken_laws(results: dict[str, torch.Tensor]) -> list[str]:
     """The laws that the results' names state and their values break."""
     laws = {"<= 0": lambda x: x <= 0, ">= 0": lambda x: x >= 0, "in [0, 1]": lambda x: (x >= 0) & (x <= 1)}
     return [

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -90,18 +89,9 @@ class Policy:
         check_kept(model, "dtype", dtype)
         return cls(model, AutoTokenizer.from_pretrained(folder), load_image_processor(folder))
 
-    def save(self, folder: str | Path) -> None:
-        """Writes an ordinary Hugging Face folder, first beside its place, then renamed: no half folder stays."""
-        folder = Path(folder)
-        part = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        self.write_files(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-
     def write_files(self, folder: Path) -> None:
-        """The files of a Hugging Face folder, written into an existing directory."""
+        """Writes the files of an ordinary Hugging Face folder, which is made where it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)

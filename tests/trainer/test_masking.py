@@ -33,7 +33,7 @@ def eager(tmp_path_factory):
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 parameter.mul_(0.16 / parameter.std())
     folder = tmp_path_factory.mktemp("eager") / "model"
-    policy.save(folder)
+    policy.write_files(folder)
     return policy, AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
 
 

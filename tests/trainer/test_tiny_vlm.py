@@ -109,7 +109,7 @@ def test_building_with_images_spreads_their_features():
 
 def test_the_saved_folder_opens_with_the_auto_classes(tmp_path):
     policy = make_policy()
-    policy.save(tmp_path / "tiny")
+    policy.write_files(tmp_path / "tiny")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"

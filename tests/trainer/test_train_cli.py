@@ -241,7 +241,7 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path, capsys, held_out):
 def test_a_model_that_cannot_be_opened_is_refused_at_the_start(tmp_path, capsys):
     assert run(tmp_path / "runs", *SMALL_RUN, f"model.path={tmp_path}") == 2
     assert "no config.json" in capsys.readouterr().err
-    make_policy().save(tmp_path / "model")
+    make_policy().write_files(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     assert run(tmp_path / "runs", *SMALL_RUN, f"model.path={tmp_path / 'model'}") == 2
