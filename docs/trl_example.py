@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from trl import GRPOConfig
 
-from mmrpt.captions import caption_batch, items_at
-from mmrpt.data.jsonl import write_jsonl
+from mmrpt.captions import caption_batch
+from mmrpt.corpus import items_at, write_jsonl
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
 from mmrpt.masking.build import truth_masks
 from mmrpt.objective import supervised_loss

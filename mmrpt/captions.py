@@ -9,32 +9,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mmrpt.data.images import seed_of
-from mmrpt.data.sentences import sentence_spans
 from mmrpt.masking.build import random_masks, truth_masks
+from mmrpt.masking.sentences import sentence_spans
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.settings import PromptSettings
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
 
 THINK_WORDS = 3  # words before the span that the wanted thought repeats: enough to name the thing in question
-
-
-def epoch_order(size: int, *seed: object) -> np.ndarray:
-    """The order in which an epoch visits its items: a permutation that depends on the seed's parts alone."""
-    return np.random.default_rng(seed_of(*seed)).permutation(size)
-
-
-def items_at(first: int, count: int, size: int, *seed: object) -> list[int]:
-    """Items `first` to `first + count` of an endless stream over `size` items, each epoch in its own order."""
-    orders: dict[int, np.ndarray] = {}
-    items = []
-    for position in range(first, first + count):
-        epoch, offset = divmod(position, size)
-        if epoch not in orders:
-            orders[epoch] = epoch_order(size, *seed, epoch)
-        items.append(int(orders[epoch][offset]))
-    return items
 
 
 def caption_batch(

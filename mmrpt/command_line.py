@@ -136,7 +136,7 @@ def _stored_settings(settings: Settings, named: bool, given: Collection[str]) ->
 
 def _give_back(folder: Path) -> None:
     """Removes the folder of a run that has not begun; what such a run does not write stays, and the folder with it."""
-    for name in (CONFIG_FILE, ".lock"):
+    for name in (CONFIG_FILE, "corpus.json", "rejected.jsonl", ".lock"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         (folder / "checkpoints").rmdir()

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from mmrpt.data.images import blank, seed_of
+from mmrpt.corpus import seed_of
 from mmrpt.masking.build import random_masks, truth_masks
+from mmrpt.perturbation import blank
 from mmrpt.policy import Policy
 from mmrpt.rewards.exact import is_exact
 from mmrpt.rollout.generate import generate

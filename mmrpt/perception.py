@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrpt.batching import response_slices
-from mmrpt.data.images import black_patches, blacken_patches
+from mmrpt.perturbation import black_patches, blacken_patches
 from mmrpt.policy import Policy
 from mmrpt.types import PixelBatch
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
@@ -62,7 +62,7 @@ def blacken_pixels(
     """Processed images with black patches (VPPO's perturbation), each drawn from its seed.
 
     `patch_size` counts pixels of the resized images, as the model sees them. For an image that the processor does not
-    resize this is the same as processing `mmrpt.data.images.blacken_patches` of it. Raises ValueError where the pixels
+    resize this is the same as processing `mmrpt.perturbation.blacken_patches` of it. Raises ValueError where the pixels
     are not rows of patches that `image_processor` made.
     """
     side, merge = image_processor.patch_size, image_processor.merge_size

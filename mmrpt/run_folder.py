@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from mmrpt.data.jsonl import JsonlWriter, read_jsonl, write_jsonl
+from mmrpt.corpus import JsonlWriter, read_jsonl, write_json, write_jsonl
 
 # The phases that train, in order; each leaves checkpoints/<phase>.
 PHASES = ("vision_pretraining", "warmup", "rl", "control")
@@ -127,21 +127,6 @@ class RunFolder:
                 resumed.append(now)
             now = {**begun, **({"resumed": resumed} if resumed else {})}
         write_json(path, now)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, then renames."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Writes under a temporary name, then renames; returns the path."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_bytes(content)
-    os.replace(part, path)
-    return path
 
 
 def environment() -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from PIL import Image
-
-from mmrpt.data import open_pairs
-from mmrpt.settings import Settings, SettingsError
-from mmrpt.types import Example, PairSource
+from mmrpt.corpus import CorpusError, GoodRows, Limits, RejectedRows, hold_to_corpus, open_corpus, split_held_out
+from mmrpt.settings import DataSettings, Settings, SettingsError
+from mmrpt.types import PairSource
 from mmrpt.world import World
 
 TOKENIZER_CAPTIONS = 1_000
@@ -24,6 +22,12 @@ class Sources:
     one_card: PairSource
     held_out: dict[str, PairSource]
     world: World | None
+    rejected: RejectedRows | None = None  # where the bad rows of a corpus are named
+
+    @property
+    def rows(self) -> PairSource:
+        """The training rows as they are: a bad one raises BadRow, where `train` gives the next good one instead."""
+        return self.train.corpus if isinstance(self.train, GoodRows) else self.train
 
     def texts(self) -> Iterator[str]:
         """What a tokenizer must know: captions and, for the drawn world, every word they can hold."""
@@ -43,35 +47,24 @@ def open_sources(settings: Settings) -> Sources:
         simple = World(replace(settings.demo.world, min_cards=1, max_cards=1))
         first = simple.source("train", settings.demo.size)
         return Sources(world.source("train", settings.demo.size), first, held_out, world)
+    return _open_files(settings, settings.data)
+
+
+def _open_files(settings: Settings, data: DataSettings) -> Sources:
+    limits = Limits(
+        root=data.root,
+        max_megapixels=data.max_megapixels,
+        max_aspect_ratio=data.max_aspect_ratio,
+        max_caption_chars=data.max_caption_chars,
+    )
     try:
-        pairs = open_pairs(settings.data.pairs)
-    except (OSError, ValueError) as error:
+        corpus = open_corpus(data.pairs, limits)
+        parts = split_held_out(corpus, data.held_out)
+        hold_to_corpus(settings.run_dir / "corpus.json", corpus)
+    except CorpusError as error:
         raise SettingsError(f"data.pairs: {error}") from error
-    kept = len(pairs) - settings.data.held_out
-    if kept < 1 or settings.data.held_out < 2:
-        raise SettingsError(
-            f"data.held_out is {settings.data.held_out} of {len(pairs)} pairs: expected at least 2 to evaluate on and "
-            "at least 1 left to train on; change data.held_out or bring more pairs."
-        )
-    train = _Part(pairs, 0, kept)
-    return Sources(train, train, {"held_out": _Part(pairs, kept, len(pairs))}, None)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Pairs [start, stop) of another source."""
-
-    pairs: PairSource
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.pairs[self.start + index]
-
-    def image(self, example_id: str) -> Image.Image:
-        return self.pairs.image(example_id)
+    for note in corpus.notes:
+        print(f"{data.pairs}: {note}")
+    rejected = RejectedRows(settings.run_dir / "rejected.jsonl", data.max_rejected)
+    train, held_out = (GoodRows(part, rejected) for part in parts)
+    return Sources(train, train, {"held_out": held_out}, None, rejected)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from PIL import Image
+if TYPE_CHECKING:  # reading a corpus needs no torch
+    import torch
+    from PIL import Image
 
 
 @dataclass(frozen=True)

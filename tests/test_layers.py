@@ -4,7 +4,8 @@ mmrpt_kernels: never imports mmrpt. In an operator api -> {reference, portable, 
 common; lm_head, which operators share, imports none of them. A module with a backend's word in its name belongs to that
 backend: those of two backends never import each other, and of the others x.py alone may import x_<backend>.py. The one
 sideways arrow between operators is policy_loss -> logprobs.
-mmrpt: command line -> engines -> rooms -> types, settings; only a few modules import mmrpt_kernels.
+mmrpt: command line -> engines -> rooms -> types, settings; only a few modules import mmrpt_kernels. corpus imports
+types alone, and no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ KERNEL_USERS = ("objective", "perception", "policy", "masking", "integrations", 
 # Who may import whom in mmrpt: a lower rank never imports a higher one.
 COMMAND_LINE = ("train", "mask", "command_line")
 ENGINES = ("engines",)
+HEAVY = ("torch", "transformers")  # slow to import; reading a corpus needs neither
 
 
 def imports_of(path: Path, package: str) -> list[tuple[str, int]]:
@@ -152,6 +154,8 @@ def trainer_violations(root: Path) -> list[str]:
         if within(target, "mmrpt_kernels") and room not in KERNEL_USERS:
             wrong.append(f"{where}: {source} imports mmrpt_kernels; only {', '.join(KERNEL_USERS)} do")
         target_room = room_of(target)
+        if room == "corpus" and (target.split(".")[0] in HEAVY or target_room not in (None, "corpus", "types")):
+            wrong.append(f"{where}: {source} imports {target}; corpus reads files, with types alone below it")
         if room is None or target_room is None or target_room not in known or room == target_room:
             continue
         if rank(target_room) > rank(room) and room != "integrations":
@@ -189,6 +193,8 @@ BREACHES = {
     "mmrpt/settings/demo.py": "from mmrpt.rollout import sample",
     "mmrpt/rewards/exact.py": "from mmrpt import engines",
     "mmrpt/engines/native.py": "from mmrpt.train import main",
+    "mmrpt/corpus/images.py": "def f():\n    import torch.nn",
+    "mmrpt/corpus/open.py": "from mmrpt.masking import sentences",
 }
 LAWFUL = {
     "mmrpt_kernels/policy_loss/fused.py": "from mmrpt_kernels.logprobs import fused\nfrom . import surrogate",
@@ -205,6 +211,8 @@ LAWFUL = {
     "mmrpt/types.py": "",
     "mmrpt/settings/demo.py": "import pydantic",
     "mmrpt/rollout/__init__.py": "",
+    "mmrpt/masking/__init__.py": "",
+    "mmrpt/corpus/rows.py": "from mmrpt.corpus.files import parse_object\nfrom mmrpt.types import Example",
 }
 
 

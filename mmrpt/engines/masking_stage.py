@@ -8,11 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmrpt.data.jsonl import read_jsonl, write_jsonl
+from mmrpt.corpus import GoodRows, read_jsonl, write_json, write_jsonl
 from mmrpt.engines.run import Run
 from mmrpt.masking import build_masked_samples, choose_threshold, score_sentences, subtract_position_baseline
-from mmrpt.run_folder import write_json
-from mmrpt.types import MaskedSample, SentenceScore
+from mmrpt.types import Example, MaskedSample, SentenceScore
 
 TOKENS_PER_CAPTION = 256  # that scoring reckons with
 
@@ -22,13 +21,12 @@ def score(run: Run) -> list[SentenceScore]:
     path, options = run.folder / "scores.jsonl", run.settings.masking
     if path.exists():
         return [_score_from_json(row) for row in read_jsonl(path)]
-    source = run.sources.train
-    count = run.settings.captions_to_score(len(source))
+    captioned = _captioned(run)
     size = max(1, options.batch_tokens // TOKENS_PER_CAPTION)
     scores: list[SentenceScore] = []
     run.load("warmup")
-    for start in tqdm(range(0, count, size), desc="score captions", unit="batch"):
-        examples = [source[i] for i in range(start, min(start + size, count))]
+    for start in tqdm(range(0, len(captioned), size), desc="score captions", unit="batch"):
+        examples = captioned[start : start + size]
         scores += score_sentences(
             run.policy,
             examples,
@@ -39,9 +37,17 @@ def score(run: Run) -> list[SentenceScore]:
         )
     if options.baseline == "position":
         scores = subtract_position_baseline(scores)
-    captions = {source[i].id: source[i].caption for i in range(count)}
+    captions = {example.id: example.caption for example in captioned}
     write_jsonl(path, ({**asdict(s), "text": captions[s.example_id][s.start : s.end]} for s in scores))
     return scores
+
+
+def _captioned(run: Run) -> list[Example]:
+    """The examples that are scored and masked; a bad row is left out, not replaced by the next one."""
+    source = run.sources.train
+    read = source.good if isinstance(source, GoodRows) else source.__getitem__
+    examples = (read(i) for i in range(run.settings.captions_to_score(len(source))))
+    return [example for example in examples if example is not None]
 
 
 def mask(run: Run, scores: list[SentenceScore]) -> list[MaskedSample]:
@@ -55,8 +61,7 @@ def mask(run: Run, scores: list[SentenceScore]) -> list[MaskedSample]:
         by_example.setdefault(score.example_id, []).append(score)
     samples: list[MaskedSample] = []
     used: Counter[str] | None = Counter() if options.balance_word_classes else None
-    for index in range(run.settings.captions_to_score(len(run.sources.train))):
-        example = run.sources.train[index]
+    for example in _captioned(run):
         samples += build_masked_samples(
             example,
             by_example.get(example.id, []),

@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from mmrpt.captions import caption_batch, items_at
-from mmrpt.data.images import seed_of
-from mmrpt.data.jsonl import write_jsonl
+from mmrpt.captions import caption_batch
+from mmrpt.corpus import items_at, seed_of, write_json, write_jsonl
 from mmrpt.engines.masking_stage import mask, score
 from mmrpt.engines.phase import Phase
 from mmrpt.engines.rl_step import fill_buffer, train_on_groups
@@ -29,7 +28,6 @@ from mmrpt.report.images import write_images
 from mmrpt.report.statistics import roc_auc
 from mmrpt.report.step_log import log_step
 from mmrpt.rollout.buffer import GroupBuffer
-from mmrpt.run_folder import write_json
 from mmrpt.settings import OptimiserSettings
 from mmrpt.types import Batch, MaskedSample
 from mmrpt.world.warm_start import VisionPretraining, lesson_at

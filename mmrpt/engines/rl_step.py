@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmrpt.captions import items_at
-from mmrpt.data.images import seed_of
+from mmrpt.corpus import ImageCache, items_at, seed_of
 from mmrpt.objective import importance_weights, loss_normalizer, policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
@@ -17,28 +16,10 @@ from mmrpt.policy import Policy
 from mmrpt.rollout.buffer import GroupBuffer, stack_rows
 from mmrpt.rollout.collect import collect_round
 from mmrpt.settings import RLSettings, Settings
-from mmrpt.types import Batch, Group, MaskedSample, PairSource, PolicyTargets, SamplingRound
+from mmrpt.types import Batch, Group, MaskedSample, PolicyTargets, SamplingRound
 
 # Statistics that need no log-prob of a token without gradient.
 OF_ANY_STEP = ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high")
-
-
-class ImageCache:
-    """The images of the examples asked for last, so that rounds and epochs do not decode them again."""
-
-    def __init__(self, source: PairSource, capacity: int = 4096) -> None:
-        self._source, self._capacity = source, capacity
-        self._images: dict[str, Image.Image] = {}
-
-    def __call__(self, example_id: str) -> Image.Image:
-        if example_id not in self._images:
-            if len(self._images) >= self._capacity:
-                self._images.pop(next(iter(self._images)))
-            self._images[example_id] = self._source.image(example_id)
-        return self._images[example_id]
-
-    def many(self, example_ids: Sequence[str]) -> dict[str, Image.Image]:
-        return {example_id: self(example_id) for example_id in example_ids}
 
 
 def fill_buffer(

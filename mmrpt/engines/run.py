@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmrpt.checkpoint import load_checkpoint
-from mmrpt.engines.rl_step import ImageCache
+from mmrpt.corpus import ImageCache
 from mmrpt.policy import Policy
 from mmrpt.run_folder import RunFolder
 from mmrpt.settings import Settings, SettingsError
@@ -91,7 +91,7 @@ def open_run(settings: Settings) -> Run:
     policy = start_policy(settings, sources)
     folder = RunFolder(settings.run_dir)
     folder.record_environment()
-    return Run(settings, policy, sources, ImageCache(sources.train), folder)
+    return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder)
 
 
 def start_policy(settings: Settings, sources: Sources) -> Policy:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 from trl import GRPOTrainer
 
-from mmrpt.data.images import blacken_patches, seed_of
-from mmrpt.data.jsonl import read_jsonl
+from mmrpt.corpus import read_jsonl, seed_of
 from mmrpt.perception import blacken_pixels, shape_and_filter
+from mmrpt.perturbation import blacken_patches
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.settings import PerceptionSettings, PromptSettings

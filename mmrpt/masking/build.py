@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmrpt.data.words import visual_phrases
 from mmrpt.masking.spans import FUNCTION_WORDS, Span, choose_spans
+from mmrpt.masking.words import visual_phrases
 from mmrpt.types import Example, MaskedSample, SentenceScore, Word
 
 

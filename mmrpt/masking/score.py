@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmrpt.data.sentences import sentence_spans
+from mmrpt.masking.sentences import sentence_spans
 from mmrpt.policy import Policy
 from mmrpt.types import Example, SentenceScore
 from mmrpt_kernels.integrations.transformers import record_visual_mass

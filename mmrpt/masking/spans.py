@@ -1,7 +1,7 @@
 """Which words of a vision-dependent sentence are hidden: content words, ranked by their tokens' mass on the image.
 
-Colours, numbers, sides and relations are told from a list (`mmrpt.data.words`) and hidden whole; everything else, names
-of things above all, is of class "other".
+Colours, numbers, sides and relations are told from a list (`mmrpt.masking.words`) and hidden whole; everything else,
+names of things above all, is of class "other".
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmrpt.data.words import visual_phrases
+from mmrpt.masking.words import visual_phrases
 from mmrpt.types import SentenceScore
 
 # Words that carry no visual content by themselves. A plain list instead of a tagger: no model, no download, any speed.

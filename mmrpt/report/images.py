@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmrpt.data.images import blank, seed_of
-from mmrpt.data.jsonl import read_jsonl
+from mmrpt.corpus import read_jsonl, seed_of
+from mmrpt.perturbation import blank
 from mmrpt.report.read import image_name
 from mmrpt.types import PairSource
 

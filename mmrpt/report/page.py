@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mmrpt.corpus import write_bytes
 from mmrpt.report.examples import held_out_examples, training_examples
 from mmrpt.report.markdown import code, duration, escape, figure, interval_of, percent, points, table
 from mmrpt.report.numbers import (
@@ -30,7 +31,6 @@ from mmrpt.report.numbers import (
 )
 from mmrpt.report.plots import PLOTS, draw_all
 from mmrpt.report.read import Run, changed_settings, number, read_run
-from mmrpt.run_folder import write_bytes
 from mmrpt.settings import Settings, flatten, to_yaml
 
 Numbers = Mapping[str, Estimate]

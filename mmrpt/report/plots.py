@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from mmrpt.corpus import write_bytes
 from mmrpt.report.numbers import CONDITIONS, CONTROL, MODELS, SETS, in_order, numbers_of
 from mmrpt.report.read import Floats, Run, number, score_name
 from mmrpt.report.statistics import moving_average
-from mmrpt.run_folder import write_bytes
 
 # Okabe and Ito (2008): distinct under every common colour blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"

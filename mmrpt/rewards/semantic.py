@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmrpt.data.words import COLOURS, NUMBERS, RELATIONS, SIDES, SYNONYMS
+from mmrpt.masking.words import COLOURS, NUMBERS, RELATIONS, SIDES, SYNONYMS
 from mmrpt.rewards.text import completion_text, extract_answer, words_of
 
 ARTICLES = frozenset({"a", "an", "the"})

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrpt.advantage import group_advantages
-from mmrpt.data.images import seed_of
+from mmrpt.corpus import seed_of
 from mmrpt.objective import response_logps
 from mmrpt.perception import blacken_pixels, token_perception
 from mmrpt.policy import Policy

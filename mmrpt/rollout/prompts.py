@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmrpt.data.sentences import sentence_at
+from mmrpt.masking.sentences import sentence_at
 from mmrpt.policy import Policy
 from mmrpt.settings import PromptSettings
 from mmrpt.types import MaskedSample, PixelBatch

@@ -24,7 +24,7 @@ class DataSettings:
     root: str | None = Field(
         None, description="folder that image paths start from and must lie inside; null: the folder of the pairs' file"
     )
-    held_out: int = Field(200, ge=0, description="pairs kept for evaluation, the last of the file")
+    held_out: int = Field(200, ge=0, description="pairs kept for evaluation, drawn by image")
     max_megapixels: float = Field(50.0, gt=0, description="images of more million pixels are rejected")
     max_aspect_ratio: float = Field(100.0, ge=1, description="images with a larger ratio of their sides are rejected")
     max_caption_chars: int = Field(8000, ge=1, description="captions of more characters are rejected")

@@ -12,9 +12,8 @@ from functools import cached_property, partial
 import numpy as np
 from torch import Tensor
 
-from mmrpt.captions import items_at
-from mmrpt.data.images import seed_of
-from mmrpt.data.sentences import sentence_spans
+from mmrpt.corpus import items_at, seed_of
+from mmrpt.masking.sentences import sentence_spans
 from mmrpt.policy import Policy
 from mmrpt.settings import Settings
 from mmrpt.sources import Sources

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrpt.captions import caption_batch, epoch_order, items_at, restored_response
+from mmrpt.captions import caption_batch, restored_response
+from mmrpt.corpus import epoch_order, items_at
 from mmrpt.masking import random_masks
 from mmrpt.objective import supervised_loss
 from mmrpt.optimiser import Optimiser

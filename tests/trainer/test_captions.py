@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mmrpt.data import sentence_spans
+from mmrpt.masking.sentences import sentence_spans
 from mmrpt.types import Example, Word
 from mmrpt.world import Scene, World, WorldConfig
 from mmrpt.world.concepts import COLOUR_NAMES, all_concepts

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmrpt.advantage import group_advantages
-from mmrpt.data.images import blacken_patches, seed_of
+from mmrpt.corpus import seed_of
+from mmrpt.perturbation import blacken_patches
 from mmrpt.rewards.combine import REWARDS
 from mmrpt.rollout.collect import collect_round
 from tests.trainer.conftest import make_looking_policy, masked_colour, response_logits

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
-from mmrpt.data.sentences import sentence_spans
-from mmrpt.data.words import PHRASES
 from mmrpt.masking import build_masked_samples, choose_spans, choose_threshold, random_masks, score_sentences
 from mmrpt.masking.build import truth_masks, word_offsets
 from mmrpt.masking.score import layer_indices
+from mmrpt.masking.sentences import sentence_spans
 from mmrpt.masking.spans import FUNCTION_WORDS, GROWTH
+from mmrpt.masking.words import PHRASES
 from mmrpt.types import Example, SentenceScore, Word
 from tests.trainer.conftest import ColourPairs, forward_inputs, make_policy
 

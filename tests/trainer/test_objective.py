@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmrpt.engines.rl_step import ImageCache, fill_buffer, response_mask_of, train_on_groups
+from mmrpt.corpus import ImageCache
+from mmrpt.engines.rl_step import fill_buffer, response_mask_of, train_on_groups
 from mmrpt.objective import policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser, learning_rate
 from mmrpt.rollout.buffer import GroupBuffer, stack_rows
@@ -171,7 +172,7 @@ def test_a_step_is_the_papers_loss(policy, pairs, aggregation, perception, tempe
         aggregation, perception=perception, temperature=temperature, dual_clip=1.5, entropy_coef=0.0
     )
     recorder = Recorder(policy)
-    metrics, weights = train_on_groups(policy, recorder, groups, ImageCache(pairs), settings, step=0)
+    metrics, weights = train_on_groups(policy, recorder, groups, ImageCache(pairs, 1 << 20), settings, step=0)
     assert (weights is not None) == perception
     wanted = plain_loss(policy, pairs, groups, weights, settings.rl, temperature)
     wanted.backward()
@@ -269,7 +270,7 @@ def test_settings_select_the_losses_of_the_papers(policy, pairs, method, micro_b
     settings = step_settings(micro_batch=micro_batch, perception=False, dual_clip=None, **METHODS[method])
     settings = replace(settings, rollout=replace(settings.rollout, max_new_tokens=BUDGET))
     recorder = Recorder(policy)
-    metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs), settings, step=0)
+    metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs, 1 << 20), settings, step=0)
     wanted = method(logps_by_row(policy, pairs, groups), groups)
     wanted.backward()
     assert metrics["loss"] == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
@@ -283,7 +284,7 @@ def test_a_half_precision_policy_starts_with_a_small_gap_to_its_sampler(
     policy.model.to(torch.bfloat16)
     settings = small_settings("rollout.group_size=4", "rollout.max_new_tokens=6")
     samples = [masked_colour(pairs, i) for i in range(12)]
-    images = ImageCache(pairs)
+    images = ImageCache(pairs, 1 << 20)
     groups = collect_round(policy, samples, images.many([s.example_id for s in samples]), settings, seed=3).groups
     assert len(groups) > 2
     metrics, _ = train_on_groups(policy, Recorder(policy), groups, images, settings, step=0)
@@ -298,7 +299,7 @@ def test_micro_batches_change_nothing(policy, pairs, aggregation, micro_batch):
     for size in (micro_batch, 100):
         recorder = Recorder(policy)
         settings = step_settings(aggregation, micro_batch=size)
-        metrics, weights = train_on_groups(policy, recorder, groups, ImageCache(pairs), settings, step=0)
+        metrics, weights = train_on_groups(policy, recorder, groups, ImageCache(pairs, 1 << 20), settings, step=0)
         results.append((recorder.gradients, metrics, weights))
     (small, small_metrics, small_weights), (large, large_metrics, large_weights) = results
     check_same_gradients(small, large)
@@ -310,7 +311,9 @@ def test_micro_batches_change_nothing(policy, pairs, aggregation, micro_batch):
 def test_statistics_of_a_step_do_not_depend_on_its_micro_batches(policy, pairs):
     groups = make_groups(policy, pairs, seed=2)
     rows = [
-        train_on_groups(policy, Recorder(policy), groups, ImageCache(pairs), step_settings(micro_batch=size), 0)[0]
+        train_on_groups(
+            policy, Recorder(policy), groups, ImageCache(pairs, 1 << 20), step_settings(micro_batch=size), 0
+        )[0]
         for size in (2, 100)
     ]
     now = logps_by_row(policy, pairs, groups)
@@ -328,7 +331,7 @@ def test_between_full_statistics_a_step_learns_the_same_and_logs_what_it_knows(p
     found = {}
     for step in (5, 6):
         recorder = Recorder(policy)
-        metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs), step_settings(), step)
+        metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs, 1 << 20), step_settings(), step)
         found[step] = recorder.gradients, metrics
     check_same_gradients(found[6][0], found[5][0])
     missing = found[5][1].keys() - found[6][1].keys()
@@ -467,7 +470,7 @@ def test_the_buffer_is_filled_no_further_than_a_step_needs(policy, pairs, reward
     buffer, number, sizes = GroupBuffer(), 0, []
     for _ in range(6):
         held = len(buffer)
-        rounds = list(fill_buffer(policy, buffer, samples, ImageCache(pairs), settings, number))
+        rounds = list(fill_buffer(policy, buffer, samples, ImageCache(pairs, 1 << 20), settings, number))
         number += len(rounds)
         assert len(rounds) <= 3 and (held < 2 or not rounds)
         assert len(buffer) >= 2 or len(rounds) == 3
@@ -487,17 +490,3 @@ def test_a_buffer_survives_its_state(policy, pairs, tmp_path):
             other = getattr(a, name)
             assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
     assert len(restored) == 0
-
-
-def test_the_image_cache_forgets_the_oldest_and_decodes_once(pairs):
-    asked = []
-
-    class Counting:
-        def image(self, example_id):
-            asked.append(example_id)
-            return pairs.image(example_id)
-
-    cache = ImageCache(Counting(), capacity=2)
-    for example in ("colour/000", "colour/001", "colour/000", "colour/002", "colour/001", "colour/000"):
-        assert cache(example).tobytes() == pairs.image(example).tobytes()
-    assert asked == ["colour/000", "colour/001", "colour/002", "colour/000"]

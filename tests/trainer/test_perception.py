@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from mmrpt.batching import response_slices
-from mmrpt.data.images import black_patches, blacken_patches, blank, seed_of
+from mmrpt.corpus import seed_of
 from mmrpt.families import make_image_processor
 from mmrpt.perception import blacken_pixels, perturbed_picture, shape_and_filter, token_perception
+from mmrpt.perturbation import black_patches, blacken_patches, blank
 from mmrpt.rollout.generate import generate
 from mmrpt.types import PixelBatch
 from tests.trainer.conftest import COLOURS, response_logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmrpt.data.jsonl import read_jsonl
+from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import open_run
 from tests.trainer.test_resume import finish, outside_world, settings_in  # noqa: F401  outside_world is a fixture

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmrpt.data.images import blacken_patches
+from mmrpt.perturbation import blacken_patches
 from mmrpt.report import page
 from mmrpt.report.__main__ import main
 from mmrpt.report.images import write_images

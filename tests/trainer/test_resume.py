@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmrpt.data.jsonl import read_jsonl
+from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import open_run
 from mmrpt.report.step_log import log_step
@@ -124,7 +124,7 @@ class Mortal:
         "pathlib.Path.write_text",
         "pathlib.Path.unlink",
         "pathlib.Path.mkdir",
-        "mmrpt.data.jsonl.JsonlWriter.write",
+        "mmrpt.corpus.files.JsonlWriter.write",
         "mmrpt.policy.Policy.write_files",
     )
 
@@ -169,7 +169,7 @@ class Mortal:
         elif function.__name__ == "write_text":
             args[0].write_bytes(args[1].encode()[: len(args[1]) // 2])
         elif function.__name__ == "write":
-            line = json.dumps(args[1], ensure_ascii=False)
+            line = json.dumps(args[1], ensure_ascii=False).encode()
             args[0]._file.write(line[: len(line) // 2])
             args[0]._file.flush()
         elif function.__name__ == "write_files":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmrpt.data.jsonl import read_jsonl
+from mmrpt.corpus import read_jsonl
 from mmrpt.run_folder import RunFolder, environment
 
 

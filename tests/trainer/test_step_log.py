@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmrpt.data.jsonl import read_jsonl
+from mmrpt.corpus import read_jsonl
 from mmrpt.engines.rl_step import response_mask_of
 from mmrpt.perception import shape_and_filter
 from mmrpt.report import step_log

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from mmrpt.corpus import read_jsonl
 from mmrpt.engines.run import open_run
-from mmrpt.settings import load_settings
+from mmrpt.settings import SettingsError, load_settings
+from mmrpt.sources import open_sources
 from mmrpt.train import main
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_policy
 
@@ -191,37 +193,31 @@ def write_rows(folder, rows):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def break_pairs(folder, how):
-    rows = write_pairs(folder)
-    if how == "missing image":
-        (folder / "3.png").unlink()
-    elif how == "broken image":
-        (folder / "3.png").write_bytes(b"no picture")
-    elif how == "empty caption":
-        rows[3]["caption"] = "  "
-        write_rows(folder, rows)
-    elif how == "no caption":
-        del rows[3]["caption"]
-        write_rows(folder, rows)
-    elif how == "broken line":
-        (folder / "pairs.jsonl").write_text('{"image": "0.png"')
+BAD_ROWS = {
+    "image_missing": {"image": "gone.png", "caption": "a red card."},
+    "image_format": {"image": "notes.png", "caption": "a red card."},
+    "caption_empty": {"image": "0.png", "caption": "  "},
+    "caption_missing": {"image": "0.png"},
+}
+
+
+def add_bad_rows(folder, rows):
+    (folder / "notes.png").write_bytes(b"no picture")
+    write_rows(folder, [*rows[:3], *BAD_ROWS.values(), *rows[3:]])
 
 
 @pytest.mark.parametrize(
-    ("how", "file", "message"),
+    ("file", "message"),
     [
-        ("missing image", "pairs.jsonl", "pairs.jsonl:4: image '3.png' is missing"),
-        ("broken image", "pairs.jsonl", "pairs.jsonl:4: image '3.png' cannot be read"),
-        ("empty caption", "pairs.jsonl", "pairs.jsonl:4: the caption is empty"),
-        ("no caption", "pairs.jsonl", "pairs.jsonl:4: missing caption or text"),
-        ("broken line", "pairs.jsonl", "pairs.jsonl:1"),
-        ("no file", "other.jsonl", "there is no such file or folder"),
-        ("a folder without pairs", "", "Expected one of"),
-        ("a picture", "0.png", "this is no format of pairs"),
+        ("broken.jsonl", "broken.jsonl:1: broken JSON"),
+        ("other.jsonl", "there is no such file or folder"),
+        ("", "Expected one of"),
+        ("0.png", "this is no format of pairs"),
     ],
 )
-def test_pairs_that_cannot_be_used_are_refused_at_the_start(tmp_path, capsys, how, file, message):
-    break_pairs(tmp_path / "pairs", how)
+def test_pairs_that_cannot_be_used_are_refused_at_the_start(tmp_path, capsys, file, message):
+    write_pairs(tmp_path / "pairs")
+    (tmp_path / "pairs" / "broken.jsonl").write_text('{"image": "0.png"')
     path = tmp_path / "pairs" / file
     assert run(tmp_path / "runs", *SMALL_RUN, f"data.pairs={path}", "data.held_out=2") == 2
     error = capsys.readouterr().err
@@ -229,12 +225,35 @@ def test_pairs_that_cannot_be_used_are_refused_at_the_start(tmp_path, capsys, ho
     assert not (tmp_path / "runs" / "demo").exists(), "the mended command would find a run of that name"
 
 
+def test_the_limits_of_pairs_are_settings(tmp_path):
+    rows = write_pairs(tmp_path / "pairs")
+    add_bad_rows(tmp_path / "pairs", [*rows, {"image": "../above.png", "caption": "a card above."}])
+    ColourPairs(1).image("colour/000").save(tmp_path / "above.png")
+
+    def captions(*limits):
+        pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
+        run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+        run_dir.mkdir()
+        sources = open_sources(load_settings(None, [f"output={run_dir}", pairs, "data.held_out=2", *limits]))
+        found = {s[i].caption for s in (sources.train, *sources.held_out.values()) for i in range(len(s))}
+        assert len(sources.rows) == len(sources.train) and sources.rejected.counts
+        return found, sorted(row["kind"] for row in read_jsonl(run_dir / "demo" / "rejected.jsonl"))
+
+    good = {row["caption"] for row in rows}
+    assert captions() == (good, sorted([*BAD_ROWS, "outside_root"]))
+    assert captions(f"data.root={tmp_path}") == (good | {"a card above."}, sorted(BAD_ROWS))
+    longest = max(map(len, good))
+    assert captions(f"data.max_caption_chars={longest - 1}")[0] == {c for c in good if len(c) < longest}
+    with pytest.raises(SettingsError, match="(?s)data.pairs: .*image_too_large.*data.max_megapixels"):
+        captions("data.max_megapixels=0.0001")
+
+
 @pytest.mark.parametrize("held_out", [0, 1, 8, 9])
 def test_a_share_that_leaves_nothing_is_refused(tmp_path, capsys, held_out):
     write_pairs(tmp_path / "pairs")
     pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
     assert run(tmp_path / "runs", *SMALL_RUN, pairs, f"data.held_out={held_out}", "name=it") == 2
-    assert f"data.held_out is {held_out} of 8 pairs" in capsys.readouterr().err
+    assert f"data.held_out is {held_out} of 8 rows" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "it").exists()
 
 
@@ -281,7 +300,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(tmp_path, capsys):
 
 def test_real_pairs_run_from_start_to_report(tmp_path, capsys, rewards_with_signal):
     """Through every phase and the report's plots; nothing of the drawn world is needed."""
-    write_pairs(tmp_path / "pairs", 12)
+    add_bad_rows(tmp_path / "pairs", write_pairs(tmp_path / "pairs", 12))
     pairs = f"data.pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"
     short = ["demo.vision_steps=1", "rl.steps=1", "rl.max_rounds=1", "warmup.steps=2", "evaluation.samples=2"]
     assert run(tmp_path / "runs", *SMALL_RUN, *short, pairs, "data.held_out=4", "name=real") == 0
@@ -290,4 +309,14 @@ def test_real_pairs_run_from_start_to_report(tmp_path, capsys, rewards_with_sign
     assert "held_out" in (folder / "evaluation.json").read_text() and (folder / "report.md").stat().st_size > 500
     masked = [json.loads(line) for line in (folder / "masked.jsonl").read_text().splitlines()]
     assert masked and all(row["needs_image"] is None for row in masked)
-    assert {row["example_id"] for row in masked} <= {f"pairs/{i:06d}" for i in range(8)}  # none of the held-out ones
+    settings = load_settings(folder / "config.yaml")
+    held_out = open_sources(settings).held_out["held_out"]
+    held = {held_out[i].id for i in range(len(held_out))}
+    masked_ids = [row["example_id"] for row in masked]
+    assert len(held) >= 3 and not held & set(masked_ids)  # a row whose image is bad may be among the four
+    assert len(masked_ids) == len({row["id"] for row in masked})  # no caption stands in for a bad row
+    assert sorted(row["kind"] for row in read_jsonl(folder / "rejected.jsonl")) == sorted(BAD_ROWS)
+    write_pairs(tmp_path / "others", 11)
+    (tmp_path / "others" / "pairs.jsonl").rename(tmp_path / "pairs" / "pairs.jsonl")
+    assert run(tmp_path / "runs", "--resume", "name=real") == 2
+    assert "has other rows than the run began with" in capsys.readouterr().err

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from mmrpt.data.images import blacken_patches, seed_of  # noqa: E402
-from mmrpt.data.jsonl import write_jsonl  # noqa: E402
+from mmrpt.corpus import (
+    seed_of,
+    write_jsonl,  # noqa: E402
+)
 from mmrpt.integrations import trl as method  # noqa: E402
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of  # noqa: E402
+from mmrpt.perturbation import blacken_patches  # noqa: E402
 from mmrpt.policy import Policy  # noqa: E402
 from mmrpt.rewards import exact_reward, format_reward  # noqa: E402
 from mmrpt.settings import PerceptionSettings, PromptSettings  # noqa: E402

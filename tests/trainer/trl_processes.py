@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
-from mmrpt.data.jsonl import write_jsonl
+from mmrpt.corpus import write_jsonl
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
 from mmrpt.policy import Policy
 from mmrpt_kernels.integrations.guards import UnsupportedError

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 from PIL import Image
-
-
-def seed_of(*parts: object) -> int:
-    """A 32-bit seed of any names and numbers, the same in every process."""
-    return zlib.crc32("/".join(str(part) for part in parts).encode())
 
 
 def black_patches(height: int, width: int, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> np.ndarray:
