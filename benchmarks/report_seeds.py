@@ -18,12 +18,12 @@ import torch
 from matplotlib import rc_context
 
 from benchmarks.measure import provenance
+from mmrpt.corpus import write_bytes
 from mmrpt.report import plots
 from mmrpt.report.markdown import duration, table
 from mmrpt.report.numbers import ALL_SETS, COMPARISONS, CONDITIONS, MAY_DIFFER, MODELS, PROMISES, SETS, numbers_of
 from mmrpt.report.page import accuracy_table, format_of
 from mmrpt.report.read import changed_settings, read_run
-from mmrpt.run_folder import write_bytes
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float | int | None]:

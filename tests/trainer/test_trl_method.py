@@ -17,10 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from mmrpt.corpus import (
-    seed_of,
-    write_jsonl,  # noqa: E402
-)
+from mmrpt.corpus import seed_of, write_jsonl  # noqa: E402
 from mmrpt.integrations import trl as method  # noqa: E402
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of  # noqa: E402
 from mmrpt.perturbation import blacken_patches  # noqa: E402
