@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:  # reading a corpus needs no torch
+if TYPE_CHECKING:  # reading a corpus needs no torch, which takes seconds to load
     import torch
     from PIL import Image
 
@@ -108,8 +108,10 @@ class PixelBatch:
 
     def select(self, images: Sequence[int]) -> PixelBatch:
         """The images of these indices, in their order."""
+        from torch import cat
+
         parts = self.pixel_values.split(self.grid_thw.prod(-1).tolist())
-        return PixelBatch(torch.cat([parts[i] for i in images]), self.grid_thw[list(images)])
+        return PixelBatch(cat([parts[i] for i in images]), self.grid_thw[list(images)])
 
 
 @dataclass(frozen=True)
