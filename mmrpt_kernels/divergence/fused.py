@@ -50,9 +50,16 @@ class Pair(NamedTuple):
     loop: LoopOptions
 
     def cast(self) -> Pair:
-        """As autocast would have it."""
+        """As autocast would have it; what is one matrix in memory stays one."""
         tensors = cast_to(self.loop.cast, *self[:5])
-        return self._replace(**dict(zip(self._fields, tensors, strict=False)))
+        cast = self._replace(**dict(zip(self._fields, tensors, strict=False)))
+        one = self.weight_q is not None and self.one_weight()
+        return cast._replace(weight_q=cast.weight) if one else cast
+
+    def one_weight(self) -> bool:
+        """Whether one matrix projects both views; it may come twice, as weight_q = weight.detach()."""
+        other = self.weight_q
+        return other is None or (other.dtype == self.weight.dtype and other.is_set_to(self.weight))
 
     def head(self, work: torch.Tensor, same: tuple) -> Head:
         """That of the first view; over a vocab_group its ranks compare what they were asked for (work: (N,) bool)."""
@@ -61,6 +68,10 @@ class Pair(NamedTuple):
         ids = torch.zeros_like(work, dtype=torch.int64) if self.targets is None else self.targets
         tensors = (self.hidden_p, self.weight, self.bias)
         return build_head(tensors, self.options, self.loop, ids, work, (*given, weight_q, *same))
+
+    def weight_of(self, view: int) -> int:
+        """Where the weight of view 0 (p) or 1 (q) stands in this record."""
+        return 2 if view == 0 or self.weight_q is None else 3
 
     def dtype(self) -> torch.dtype:
         """Of statistics and accumulators."""
@@ -130,18 +141,13 @@ def forward(pair: Pair) -> RowValues:
     with_targets, dtype = count if pair.targets is not None else 0, pair.dtype()
     vectors = (pair.hidden_p.new_empty(n, dtype=dtype) for n in (with_targets, with_targets, count, count))
     values = RowValues(pair.hidden_p.new_empty(count, len(pair.kinds), dtype=dtype), *vectors)
-    if pair.weight_q is None:
-        projections = [Projection((pair.hidden_p, pair.hidden_q), head)]
+    if pair.one_weight():
+        projections = [Projection(pair[:2], head)]
     else:
         head_q = head._replace(weight=pair.weight_q)
         projections = [Projection((pair.hidden_p,), head), Projection((pair.hidden_q,), head_q)]
-    _loop(
-        pair,
-        head,
-        RowSelection(torch.arange(count, device=every.device), None),
-        PairSweep(pair, head, values, None),
-        projections,
-    )
+    every_row = RowSelection(torch.arange(count, device=every.device), None)
+    _loop(pair, head, every_row, PairSweep(pair, head, values, None), projections)
     return values
 
 
@@ -154,45 +160,34 @@ def backward(pair: Pair, grads: RowValues, need: tuple[bool, ...]) -> list[torch
     dtypes, pair = dtypes_of(*pair[:5]), pair.cast()
     active = active_rows(grads)
     head = pair.head(active, (need, [grad is None for grad in grads]))
-    heads = (head, head if pair.weight_q is None else head._replace(weight=pair.weight_q))
-    needs_q = need[1] or need[4] or (need[2] if pair.weight_q is None else need[3])
-    projections = _learning_projections(pair, heads, need, needs_q, dtypes)
+    learns = [need[view] or need[pair.weight_of(view)] or need[4] for view in (0, 1)]
+    # One product for both views, unless one matrix came twice to get a gradient for each of them.
+    together = pair.one_weight() and (pair.weight_q is None or not all(learns))
+    projections, learning = [], []
+    for views in [(0, 1)] if together else [(0,), (1,)]:
+        learning.append([view for view in views if learns[view]])
+        projections.append(_projection(pair, head, views, learning[-1], need, dtypes))
     _loop(pair, head, select_rows(active, compact=True), PairSweep(pair, head, None, grads), projections)
-    return _collect(projections, pair, need, dtypes)
+    made: list[torch.Tensor | None] = [None] * 5
+    for projection, views in zip(projections, learning, strict=True):
+        if views:
+            made[views[0] : views[-1] + 1], made[pair.weight_of(views[0])], bias = projection.gradients.result()
+            made[4] = bias if made[4] is None else made[4] + bias
+    return [*made[:4], None if made[4] is None else made[4].to(dtypes[4])]
 
 
-def _learning_projections(pair: Pair, heads: tuple[Head, Head], need, needs_q: bool, dtypes) -> list[Projection]:
-    """One projection of both views where they share a head and both learn, else one each."""
-    wide = pair.dtype()
-    needs_p = need[0] or need[2] or need[4]
-    matrix = [
-        gemm.products_dtype(hidden, head.weight) if pair.loop.backend != "portable" else wide
-        for hidden, head in zip(pair[:2], heads, strict=True)
-    ]
-    if pair.weight_q is None and needs_p and needs_q:
-        made = HeadGradients(pair[:2], heads[0], need=(need[:2], need[2], need[4]), dtypes=(*dtypes[:3], wide))
-        return [Projection(pair[:2], heads[0], made, matrix[0])]
-    weights = (need[2], need[2] if pair.weight_q is None else need[3])
-    weight_dtypes = (dtypes[2], dtypes[2] if pair.weight_q is None else dtypes[3])
-    projections = []
-    for view, learns in enumerate((needs_p, needs_q)):
-        hidden, made = pair[view], None
-        if learns:
-            needed = ((need[view],), weights[view], need[4])
-            made = HeadGradients((hidden,), heads[view], need=needed, dtypes=(dtypes[view], weight_dtypes[view], wide))
-        projections.append(Projection((hidden,), heads[view], made, matrix[view] if learns else None))
-    return projections
-
-
-def _collect(projections: list[Projection], pair: Pair, need, dtypes) -> list[torch.Tensor | None]:
-    """The five gradients from those of one projection, or of two."""
-    results = [([None], None, None) if p.gradients is None else p.gradients.result() for p in projections]
-    hiddens = [grad for result in results for grad in result[0]]
-    # Where a weight that both views share has two projections, one view alone learns and the weight does not.
-    weights = [results[0][1], None if pair.weight_q is None else results[1][1]]
-    biases = [result[2] for result in results if result[2] is not None]
-    bias = sum(biases[1:], start=biases[0]).to(dtypes[4]) if biases else None
-    return [*hiddens, *weights, bias]
+def _projection(pair: Pair, head: Head, views: tuple[int, ...], learning: list[int], need, dtypes) -> Projection:
+    """Of some views by the first one's weight; gradients go to those that are `learning`."""
+    hiddens, head = tuple(pair[view] for view in views), head._replace(weight=pair[pair.weight_of(views[0])])
+    if not learning:
+        return Projection(hiddens, head)
+    taught, at = tuple(pair[view] for view in learning), pair.weight_of(learning[0])
+    needed = (tuple(need[view] for view in learning), need[at], need[4])
+    made_in = (*(dtypes[view] for view in learning), dtypes[at], pair.dtype())
+    gradients = HeadGradients(taught, head, need=needed, dtypes=made_in)
+    matrix = pair.dtype() if pair.loop.backend == "portable" else gemm.products_dtype(taught[0], head.weight)
+    first = learning[0] - views[0]
+    return Projection(hiddens, head, gradients, matrix, range(first, first + len(learning)))
 
 
 def active_rows(grads: RowValues) -> torch.Tensor:

@@ -110,7 +110,7 @@ class PairKernels(NamedTuple):
     to_mean(state, statistics, head) -> (2, n) of any float dtype, `Statistics.to_mean` of these words alone
     gradients(state, targets, statistics, slopes, head, outs)
         Writes d loss / d raw of each view to outs, (n, V) of any float dtype or None where it is not wanted; outs may
-        be the raw logits themselves.
+        be the raw logits themselves, and a lone one those of either view.
     """
 
     sums: Callable[..., tuple[Sums, Any]]

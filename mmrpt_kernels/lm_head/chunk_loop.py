@@ -74,12 +74,15 @@ class Projection:
         head: Head,
         gradients: HeadGradients | None = None,
         matrix_dtype: torch.dtype | None = None,
+        learning: range | None = None,
     ) -> None:
-        """hiddens: (N, H) each. matrix_dtype: of the logits' gradient; None: there is none."""
+        """hiddens: (N, H) each. matrix_dtype: of the logits' gradient; None: there is none. learning: of which views
+        `gradients` are; None: of all."""
         self.hiddens, self.head, self.gradients, self.matrix_dtype = hiddens, head, gradients, matrix_dtype
         self.views = len(hiddens)
+        self.learning = range(self.views) if learning is None else learning
         self.dtype = statistics_dtype(*hiddens, head.weight)  # of the logits
-        self.matrix = self.scratch = None  # (views * rows, V) each, of a tall chunk and of one of logits
+        self.matrix = self.scratch = None  # (views * rows, V) of a tall chunk's gradient and of one of logits
         self.padded_rows = 0  # that every product of logits has; 0: as many as there are
         self.tall: RowSelection | None = None  # the rows whose hidden states are
         self.hidden: torch.Tensor | None = None  # (views, n, H)
@@ -91,14 +94,15 @@ class Projection:
         their own: one piece for all chunks on a CPU, where fresh memory is slow.
         """
         weight, rows = self.head.weight, min(size.products, count)
-        # On a GPU rows start at multiples of 32 bytes, as tensor cores want them.
-        padding = -weight.shape[0] % 16 if weight.is_cuda else 0
-        if self.matrix_dtype is not None:
-            shape = (self.views * rows, weight.shape[0] + padding)
-            self.matrix = weight.new_empty(shape, dtype=self.matrix_dtype)[:, : weight.shape[0]]
         self.padded_rows = size.logits if size.padded else 0
         together = self.views == 1 or size.logits >= rows
         self.in_place = self.matrix_dtype == self.dtype and together and not size.padded
+        # On a GPU rows start at multiples of 32 bytes, as tensor cores want them.
+        padding = -weight.shape[0] % 16 if weight.is_cuda else 0
+        if self.matrix_dtype is not None:
+            views = self.views if self.in_place else len(self.learning)
+            shape = (views * rows, weight.shape[0] + padding)
+            self.matrix = weight.new_empty(shape, dtype=self.matrix_dtype)[:, : weight.shape[0]]
         if weight.device.type == "cpu" and not self.in_place:
             shape = (self.views * max(self.padded_rows, min(size.logits, count)), weight.shape[0])
             self.scratch = weight.new_empty(shape, dtype=self.dtype)
@@ -124,20 +128,22 @@ class Projection:
         return [view[: len(part)] for view in views]
 
     def matrix_rows(self, part: RowSelection) -> list[torch.Tensor | None]:
-        """Where the gradient of each view's logits goes, (n, V) each."""
+        """Where the gradient of each view's logits goes, (n, V) each, None where it is not wanted."""
         if self.matrix is None:
             return [None] * self.views
-        return [view[self.rows(part)] for view in self.tall_matrix().chunk(self.views)]
+        learning = zip(self.learning, self.tall_matrix().chunk(len(self.learning)), strict=True)
+        places = {view: matrix[self.rows(part)] for view, matrix in learning}
+        return [places.get(view) for view in range(self.views)]
 
     def add_gradients(self, tall: RowSelection, factor: torch.Tensor | None, *, only_chunk: bool) -> None:
         """Carry the logits' gradient, factor (n, 1) * matrix, into those of the hidden states and the head."""
         if self.gradients is not None:
-            hidden = self.hidden.flatten(0, 1)
+            hidden = self.hidden[self.learning.start : self.learning.stop].flatten(0, 1)
             self.gradients.add(tall.rows, hidden, self.tall_matrix(), factor, only_chunk=only_chunk)
 
     def tall_matrix(self) -> torch.Tensor:
-        """(views * n, V) of the tall chunk's rows."""
-        return self.matrix[: self.views * len(self.tall)]
+        """(views * n, V) of the tall chunk's rows, of those views that learn."""
+        return self.matrix[: len(self.learning) * len(self.tall)]
 
     def rows(self, part: RowSelection) -> slice:
         """Where a part of the tall chunk stands in it."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.divergence import fused
 from mmrpt_kernels.divergence.api import KINDS, TokenDivergence
+from mmrpt_kernels.lm_head.chunk_sizes import ChunkRows
 from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.testing import HEAD_CASES, HeadCase, head_inputs, on_a_grid
 from tests.kernels.lm_head.operators import (
@@ -131,18 +132,26 @@ def test_a_head_of_its_own_for_the_second_view(backend, wide, seed):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("learns", [True, False])
-def test_the_same_head_twice(learns, seed):
-    """One matrix in memory as both heads is one product; its gradients are still two."""
+@pytest.mark.parametrize("height", (ChunkRows(5, 5), ChunkRows(3, 8)), ids=("in_place", "apart"))
+@pytest.mark.parametrize("fixed", [(), ("weight_q",), ("hidden_q", "weight_q", "bias"), ("hidden", "weight", "bias")])
+def test_the_same_head_twice(fixed, height, monkeypatch, seed):
+    """One matrix in memory as both heads is one product; its gradients are still two, or those of one view alone."""
+    monkeypatch.setattr(fused, "chunk_rows", lambda *_, **__: height)
     results = []
-    for head_q in (lambda w: w.view_as(w), lambda w: w.clone()):
-        made = draw(PLAIN, seed)
-        weight_q = head_q(made["weight"].detach()).requires_grad_(learns)
-        out = DIVERGENCE.call(made, weight_q=weight_q)
-        sources = [made["hidden"], made["hidden_q"], made["weight"], *([weight_q] if learns else [])]
-        results.append([*out.values(), *torch.autograd.grad(mixed_sum(out, seed), sources)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for backend, head_q in (
+        ("portable", lambda w: w.view_as(w)),
+        ("portable", torch.clone),
+        ("reference", torch.clone),
+    ):
+        made = draw(PLAIN._replace(bias=True), seed)
+        made["weight_q"] = head_q(made["weight"].detach()).requires_grad_()
+        wrt = [made[name].requires_grad_(name not in fixed) for name in (*DIVERGENCE.leaves, "weight_q")]
+        out = DIVERGENCE.call(made, weight_q=made["weight_q"], backend=backend)
+        grads = torch.autograd.grad(mixed_sum(out, seed), [leaf for leaf in wrt if leaf.requires_grad])
+        results.append([*(value.detach() for value in out.values()), *grads])
+    for found in results[:2]:
+        for a, b in zip(found, results[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("read", [*KINDS, *TokenDivergence._fields[1:], "logps_p and entropy_q"])
