@@ -44,20 +44,9 @@ GRADIENTS = tl.constexpr(7)
 
 @triton.jit
 def _view(
-    own,
-    other,
-    log_own,
-    difference,
-    to_mean,
-    mean,
-    g_own,
-    g_other,
-    g_js,
-    g_entropy,
-    WITH_OWN: tl.constexpr,
-    WITH_OTHER: tl.constexpr,
-    WITH_JS: tl.constexpr,
-):
+    own, other, log_own, difference, to_mean, mean, g_own, g_other, g_js, g_entropy,
+    WITH_OWN: tl.constexpr, WITH_OTHER: tl.constexpr, WITH_JS: tl.constexpr,
+):  # fmt: skip
     """d z (BLOCK,) of one view but for its log-probability's part; `mean` = E u, g_own of KL(own || other)."""
     u = -mean - g_entropy * log_own
     if WITH_OWN:
@@ -72,33 +61,12 @@ def _view(
 
 @triton.jit(do_not_specialize_on_alignment=["targets"])  # a chunk's may start anywhere, and one is read
 def _gradient(
-    raw_p,
-    raw_q,
-    bias,
-    rows,
-    means,
-    grads,
-    targets,
-    out_p,
-    out_q,
-    stride_p,
-    stride_q,
-    stride_out_p,
-    stride_out_q,
-    vocab,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
-    WITH_KL: tl.constexpr,
-    WITH_REVERSE: tl.constexpr,
-    WITH_JS: tl.constexpr,
-    WANT_P: tl.constexpr,
-    WANT_Q: tl.constexpr,
-    SPAN: tl.constexpr,
+    raw_p, raw_q, bias, rows, means, grads, targets, out_p, out_q, stride_p, stride_q, stride_out_p, stride_out_q,
+    vocab, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, WITH_KL: tl.constexpr,
+    WITH_REVERSE: tl.constexpr, WITH_JS: tl.constexpr, WANT_P: tl.constexpr, WANT_Q: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Program (row, part). raw, out (n, V), out may be raw; rows (n, FIELDS); means (n, MEANS); grads (n, 7)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     raw_p += row * stride_p
@@ -175,25 +143,9 @@ def gradient(
     if vocab % 16:  # loads of one word each keep more addresses in registers
         tile["num_warps"] *= 2
     _gradient[(count, triton.cdiv(vocab, tile["SPAN"]))](
-        raw_p,
-        raw_q,
-        rows=rows,
-        means=means,
-        grads=grads,
-        targets=targets,
-        out_p=out_p,
-        out_q=out_q,
-        stride_p=raw_p.stride(0),
-        stride_q=raw_q.stride(0),
-        stride_out_p=1 if out_p is None else out_p.stride(0),
-        stride_out_q=1 if out_q is None else out_q.stride(0),
-        vocab=vocab,
-        **head_arguments(head),
-        HAS_TARGETS=targets is not None,
-        WITH_KL="kl" in kinds,
-        WITH_REVERSE="reverse_kl" in kinds,
-        WITH_JS="js" in kinds,
-        WANT_P=out_p is not None,
-        WANT_Q=out_q is not None,
-        **tile,
-    )
+        raw_p, raw_q, rows=rows, means=means, grads=grads, targets=targets, out_p=out_p, out_q=out_q,
+        stride_p=raw_p.stride(0), stride_q=raw_q.stride(0), stride_out_p=1 if out_p is None else out_p.stride(0),
+        stride_out_q=1 if out_q is None else out_q.stride(0), vocab=vocab, **head_arguments(head),
+        HAS_TARGETS=targets is not None, WITH_KL="kl" in kinds, WITH_REVERSE="reverse_kl" in kinds,
+        WITH_JS="js" in kinds, WANT_P=out_p is not None, WANT_Q=out_q is not None, **tile,
+    )  # fmt: skip

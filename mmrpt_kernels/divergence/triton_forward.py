@@ -137,23 +137,10 @@ def _store_sums(partials, parts, top, total, dots, cross):
 
 @triton.jit
 def _sums(
-    raw_p,
-    raw_q,
-    bias,
-    partials,
-    stride_p,
-    stride_q,
-    vocab,
-    parts,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WITH_KL: tl.constexpr,
-    WITH_REVERSE: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    raw_p, raw_q, bias, partials, stride_p, stride_q, vocab, parts, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (row, part): the sums of SPAN words of both views. raw (n, V); partials (n, 2, SUMS, parts) float32."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     raw_p += row * stride_p
@@ -192,22 +179,9 @@ def _load_sums(partials, part, parts):
 
 @triton.jit
 def _store_row(
-    out,
-    rows,
-    raw,
-    bias,
-    target,
-    vocab,
-    top,
-    total,
-    dots,
-    cross,
-    gap,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    out, rows, raw, bias, target, vocab, top, total, dots, cross, gap, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """One view's `Sums` of a row, to out (5, 2, rows) at the row and view; gap: max z less the other view's."""
     here = (target >= 0) & (target < vocab)
     value = tl.load(raw + target, mask=here, other=0.0)
@@ -223,23 +197,9 @@ def _store_row(
 
 @triton.jit(do_not_specialize_on_alignment=["targets"])  # a chunk's may start anywhere, and one is read
 def _join(
-    partials,
-    raw_p,
-    raw_q,
-    bias,
-    targets,
-    out,
-    stride_p,
-    stride_q,
-    vocab,
-    parts,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    partials, raw_p, raw_q, bias, targets, out, stride_p, stride_q, vocab, parts, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Program (row,): partials (n, 2, SUMS, parts) to out (5, 2, n); targets (n,) int64."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     partials += row * (2 * SUMS) * parts
@@ -255,42 +215,16 @@ def _join(
         out + row, rows, at_p, bias, target, vocab, top_p, total_p, dots_p, cross_p, gap, inner, outer, CAPPED, HAS_BIAS
     )
     _store_row(
-        out + rows + row,
-        rows,
-        at_q,
-        bias,
-        target,
-        vocab,
-        top_q,
-        total_q,
-        dots_q,
-        cross_q,
-        -gap,
-        inner,
-        outer,
-        CAPPED,
+        out + rows + row, rows, at_q, bias, target, vocab, top_q, total_q, dots_q, cross_q, -gap, inner, outer, CAPPED,
         HAS_BIAS,
-    )
+    )  # fmt: skip
 
 
 @triton.jit
 def _means(
-    raw_p,
-    raw_q,
-    bias,
-    rows,
-    partials,
-    stride_p,
-    stride_q,
-    vocab,
-    parts,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    raw_p, raw_q, bias, rows, partials, stride_p, stride_q, vocab, parts, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (row, part), the second sweep: partials (n, MEANS, parts) from raw (n, V) and rows (n, FIELDS)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     raw_p += row * stride_p

@@ -57,22 +57,9 @@ def _load_capped(logits, bias, word, mask, inner, CAPPED: tl.constexpr, HAS_BIAS
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _statistics_kernel(
-    logits,
-    bias,
-    targets_ptr,
-    top_ptr,
-    total_ptr,
-    dots_ptr,
-    chosen_ptr,
-    vocab,
-    stride,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    logits, bias, targets_ptr, top_ptr, total_ptr, dots_ptr, chosen_ptr, vocab, stride, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """One program a row: logits (n, V) float32, `stride` from row to row -> the four partials (n,) float32."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -112,27 +99,10 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _gradient_kernel(
-    logits,
-    bias,
-    targets_ptr,
-    top_ptr,
-    total_ptr,
-    entropy_ptr,
-    d_logps_ptr,
-    d_entropy_ptr,
-    out,
-    vocab,
-    stride,
-    out_stride,
-    inner,
-    outer,
-    slope,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    logits, bias, targets_ptr, top_ptr, total_ptr, entropy_ptr, d_logps_ptr, d_entropy_ptr, out, vocab, stride,
+    out_stride, inner, outer, slope,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Program (row, part): TILES tiles of d loss / d raw (n, V); slope: d z / d raw where tanh is flat.
 
     out may be the logits themselves: each lane reads its word before it writes it.
@@ -188,21 +158,10 @@ def _by_thread(x, AXIS: tl.constexpr):
 
 @triton.jit
 def _sweep(
-    logits,
-    bias,
-    matrix,
-    base,
-    target,
-    vocab,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    WRITE: tl.constexpr,
-    AXIS: tl.constexpr,
+    logits, bias, matrix, base, target, vocab, inner, outer,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, WRITE: tl.constexpr, AXIS: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """max z over one row's words but the target. WRITE: also the sums of exp(z - base) and of (z - base) exp(z - base)
     over them; writes exp(z - base) to `matrix`, 0 for the target."""
     lane = tl.arange(0, TILE)
@@ -227,26 +186,11 @@ def _sweep(
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS)
 def _exponentials_kernel(
-    logits,
-    bias,
-    targets_ptr,
-    shift_ptr,
-    rest_ptr,
-    dots_ptr,
-    matrix,
-    vocab,
-    stride,
-    matrix_stride,
-    inner,
-    outer,
+    logits, bias, targets_ptr, shift_ptr, rest_ptr, dots_ptr, matrix, vocab, stride, matrix_stride, inner, outer,
     max_above_target,
-    CAPPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    AXIS: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, IN_PLACE: tl.constexpr, AXIS: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     """One program a row: logits (n, V) float32 -> matrix (n, V), the logits if IN_PLACE, and three sums (n,).
 
     The target's z is the base, and a second sweep repairs the rare row that has words far above it. In place nothing
@@ -314,18 +258,10 @@ def statistics(
     if rows:
         with torch.cuda.device_of(logits):
             _statistics_kernel[(rows,)](
-                logits,
-                bias,
-                targets.contiguous(),
-                *partials,
-                vocab,
-                logits.stride(0),
-                **_head_arguments(bias, options),
-                ENTROPY=want_entropy,
-                TILE=_tile(vocab),
-                num_warps=WARPS,
+                logits, bias, targets.contiguous(), *partials, vocab, logits.stride(0),
+                **_head_arguments(bias, options), ENTROPY=want_entropy, TILE=_tile(vocab), num_warps=WARPS,
                 maxnreg=STATISTICS_REGISTERS,
-            )
+            )  # fmt: skip
     return partials, logits
 
 
@@ -346,25 +282,11 @@ def gradient(
     if out.numel():
         with torch.cuda.device_of(state):
             _gradient_kernel[(rows, triton.cdiv(vocab, tile * GRADIENT_TILES))](
-                state,
-                bias,
-                targets.contiguous(),
-                softmax.top,
-                softmax.total,
-                softmax.entropy if entropy else None,
-                d_logps.contiguous(),
-                d_entropy.contiguous() if entropy else None,
-                out,
-                vocab,
-                state.stride(0),
-                out.stride(0),
-                slope=options.logit_scale / options.temperature,
-                **_head_arguments(bias, options),
-                ENTROPY=entropy,
-                TILE=tile,
-                TILES=GRADIENT_TILES,
-                num_warps=WARPS,
-            )
+                state, bias, targets.contiguous(), softmax.top, softmax.total, softmax.entropy if entropy else None,
+                d_logps.contiguous(), d_entropy.contiguous() if entropy else None, out, vocab, state.stride(0),
+                out.stride(0), slope=options.logit_scale / options.temperature, **_head_arguments(bias, options),
+                ENTROPY=entropy, TILE=tile, TILES=GRADIENT_TILES, num_warps=WARPS,
+            )  # fmt: skip
 
 
 def exponentials(
