@@ -67,7 +67,7 @@ class Pair(NamedTuple):
         weight_q = None if self.weight_q is None else self.weight_q.dtype
         ids = torch.zeros_like(work, dtype=torch.int64) if self.targets is None else self.targets
         tensors = (self.hidden_p, self.weight, self.bias)
-        return build_head(tensors, self.options, self.loop, ids, work, (*given, weight_q, *same))
+        return build_head(tensors, self.options, self.loop, ids, (work,), (*given, weight_q, *same))
 
     def weight_of(self, view: int) -> int:
         """Where the weight of view 0 (p) or 1 (q) stands in this record."""

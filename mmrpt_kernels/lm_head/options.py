@@ -102,14 +102,14 @@ def build_head(
     options: HeadOptions,
     loop: LoopOptions,
     targets: torch.Tensor,
-    work: torch.Tensor,
+    work: tuple[torch.Tensor, ...],
     same: tuple,
 ) -> Head:
     """The head of (hidden (N, H), weight, bias). With a vocab_group its ranks compare what they were asked for; one
     collective.
 
     Args:
-        work: (N,) bool or small integers, what will be done for a token: 0 nothing, and its target does not matter.
+        work: (N,) bool each, what will be done for a token; where nothing is, its target does not matter.
         same: what all ranks must have in common besides hidden, targets and the options.
     """
     hidden, weight, bias = tensors

@@ -81,7 +81,7 @@ def find_shard(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    work: torch.Tensor,
+    work: tuple[torch.Tensor, ...],
     options: tuple,
 ) -> Shard:
     """This rank's part. One collective of a few numbers, which waits for the device.
@@ -89,7 +89,7 @@ def find_shard(
     Args:
         name: the process group's.
         hidden: (N, H). weight: (V_r, H). targets: (N,) int64.
-        work: (N,) bool or small integers, what will be done for a token: 0 nothing, and the target does not matter.
+        work: (N,) bool each, what will be done for a token; where nothing is, its target does not matter.
         options: numbers and words that decide what is computed.
 
     Raises:
@@ -100,7 +100,8 @@ def find_shard(
     chosen = zlib.crc32(repr((options, hidden.dtype, weight.dtype)).encode())
     sizes = torch.tensor([weight.shape[0], *hidden.shape, chosen], device=hidden.device)
     places = torch.arange(1, targets.shape[0] + 1, device=targets.device)
-    sums = torch.stack([work.sum(), (work * places * (targets + 1)).sum()])
+    kinds = sum(mask.long() << bit for bit, mask in enumerate(work))
+    sums = torch.stack([kinds.sum(), (kinds * places * (targets + 1)).sum()])
     words, *common = gather(torch.cat([sizes, sums]), group).t().tolist()
     for what, found in zip(COMMON, common, strict=True):
         if len(set(found)) > 1:

@@ -65,7 +65,7 @@ def forward(
     """
     hidden, weight, bias = cast_to(loop.cast, hidden, weight, bias)
     mask = targets != ignore_index
-    head = build_head((hidden, weight, bias), options, loop, targets, mask, (return_entropy,))
+    head = build_head((hidden, weight, bias), options, loop, targets, (mask,), (return_entropy,))
     selection = select_rows(mask, loop.compact)
     check_targets(targets, selection, head.vocab)
     values = TokenValues(targets, statistics_dtype(hidden, weight, bias), return_entropy, None)
@@ -115,7 +115,7 @@ def backward(
     hidden, weight, bias = cast_to(loop.cast, hidden, weight, bias)
     active = has_slope((d_logps, d_entropy)) & (targets != ignore_index)
     same = (need, d_entropy is not None)
-    head = build_head((hidden, weight, bias), options, loop, targets, active, same)
+    head = build_head((hidden, weight, bias), options, loop, targets, (active,), same)
     gradients = HeadGradients((hidden,), head, need=((need[0],), *need[1:]), dtypes=dtypes, skip_below=loop.skip_below)
     if kept is not None and d_entropy is None:
         _add_kept(kept, hidden, head, d_logps, gradients)

@@ -60,10 +60,9 @@ def policy_loss(
         need: whether hidden, weight and bias want a gradient.
     """
     shape, ids, policy = tuple(targets.shape), targets.reshape(-1), token_loss.options
-    tokens = token_loss.tokens
-    flat, head, gradients = _prepare(
-        (hidden.flatten(0, 1), weight, bias), need, options, loop, ids, token_loss, see_all
-    )
+    tokens, work = token_loss.tokens, (*token_loss.tokens[:2], token_loss.policy)
+    tensors, same = (hidden.flatten(0, 1), weight, bias), (policy, see_all)
+    flat, head, gradients = _prepare(tensors, need, options, loop, ids, work, same)
     by_sequence = policy.ratio_level == "sequence" and tokens.old_logps is not None
     entropy_learns = policy.entropy_learns
     values = TokenValues(ids, statistics_dtype(flat, head.weight, head.bias), see_all or entropy_learns, None)
@@ -119,7 +118,7 @@ def token_loss(
 ) -> LossAndGradients:
     """Sum of token_loss over the rows of active (N,) bool; hidden (N, H), targets (N,) int64."""
     tensors, use_entropy = (hidden, weight, bias), token_loss.use_entropy
-    hidden, head, gradients = _prepare(tensors, need, options, loop, targets, active, use_entropy)
+    hidden, head, gradients = _prepare(tensors, need, options, loop, targets, (active,), use_entropy)
     selection = select_rows(active, loop.compact)
     check_targets(targets, selection, head.vocab)
     values = TokenValues(targets, statistics_dtype(hidden, head.weight, head.bias), use_entropy, token_loss)
@@ -130,18 +129,11 @@ def token_loss(
 
 
 def _prepare(
-    tensors: Tensors, need: Need, options: HeadOptions, loop: LoopOptions, targets: torch.Tensor, work, same
+    tensors: Tensors, need: Need, options: HeadOptions, loop: LoopOptions, targets: torch.Tensor, work: tuple, same
 ) -> tuple[torch.Tensor, Head, HeadGradients]:
-    """hidden (N, H) as autocast would have it, the head, and where the gradients go.
-
-    work: (N,) what will be done for a token, or the PolicyTokenLoss that says so; same: what else all ranks of a
-    vocab_group must have in common.
-    """
+    """hidden (N, H) as autocast would have it, the head, and where the gradients go; work, same: of `build_head`."""
     dtypes = tuple(torch.float32 if dtype == torch.float16 else dtype for dtype in dtypes_of(*tensors))
     hidden, weight, bias = cast_to(loop.cast, *tensors)
-    if isinstance(work, PolicyTokenLoss) and loop.vocab_group is not None:
-        same = (work.options, same)
-        work = work.tokens.response + 2 * work.tokens.perception + 4 * work.policy
     head = build_head((hidden, weight, bias), options, loop, targets, work, (need, same))
     needs = ((need[0],), *need[1:])
     return hidden, head, HeadGradients((hidden,), head, need=needs, dtypes=dtypes, skip_below=loop.skip_below)
