@@ -34,11 +34,11 @@ from torch.utils._pytree import tree_leaves
 from mmrpt_kernels import linear_logprobs, linear_policy_loss
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.attention.triton import (
-    attention_op,
     backward_dkv,
     backward_dq,
     key_blocks,
     mass_forward,
+    operators,
     query_list,
 )
 from mmrpt_kernels.attention.triton import forward as attention_forward
@@ -324,9 +324,9 @@ def attention(shape: Shape, *, backward: bool, **_inputs) -> None:
     q, k, v, dout = (torch.empty(1, shape.tokens, n, 128, dtype=shape.dtype, device="meta") for n in (28, 4, 4, 28))
     weights = torch.empty(1, shape.tokens, 1, dtype=torch.bool, device="meta")
     call = (Masks(), AttentionOptions(-1, 0, 128**-0.5, 0.0))
-    results = attention_op._forward(q, k, v, weights, *call)
+    results = operators.attend(q, k, v, weights, *call)
     if backward:
-        attention_op.backward((q, k, v, weights), results, (dout, torch.empty_like(results[1]), None), *call)
+        operators.backward((q, k, v, weights), results, (dout, torch.empty_like(results[1]), None), *call)
 
 
 CASES: dict[str, tuple[Callable, Shape, int]] = {  # and how many products of (kept, H, V) the floor has

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from mmrpt_kernels.common.dtypes import FLOAT_DTYPES as FLOATS
 from mmrpt_kernels.common.extension import TRITON_MISSING, build_info
 
 __all__ = [
@@ -34,8 +35,6 @@ __all__ = [
 BACKENDS = ("cuda", "triton", "sdpa+mass", "flash-attn+mass", "portable", "reference")
 OPERATORS = ("attention", "visual_mass", "logprobs", "policy_loss", "token_loss", "divergence", "perception")
 ENV_VARIABLE = "MMRPT_KERNELS_BACKEND"
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class BackendError(ValueError):

@@ -19,11 +19,11 @@ from mmrpt_kernels.common.checks import (
     check_same_device,
     check_shape,
 )
+from mmrpt_kernels.common.dtypes import FLOAT_DTYPES
 from mmrpt_kernels.common.packing import read_segments
 
 __all__ = ["AttentionWithMass", "attention_with_visual_mass", "masked_attention_with_visual_mass", "visual_mass"]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS: dict[str, ModuleType] = {"portable": portable, "reference": reference}
 if not backends.TRITON_MISSING:
     from mmrpt_kernels.attention import triton
@@ -194,7 +194,7 @@ def visual_mass(
     _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rows = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
     check_shape("lse", lse, rows, "(B, Hq, T), packed (Hq, sum T): one value per head and row")
-    check_dtype("lse", lse, FLOATS)
+    check_dtype("lse", lse, FLOAT_DTYPES)
     if query_mask is not None:
         check_shape("query_mask", query_mask, q.shape[:-2], "(B, T), packed (sum T,): True = row wanted")
         check_dtype("query_mask", query_mask, (torch.bool,))
@@ -312,7 +312,7 @@ def _check_attention(
         "query head h uses key head h // (Hq / Hkv)",
     )
     check(q.shape[-1] > 0, "q: got head size 0, expected D >= 1; pass q (B, T, Hq, D)")
-    check_dtype("q", q, FLOATS)
+    check_dtype("q", q, FLOAT_DTYPES)
     check_dtype("k", k, (q.dtype,))
     if v is not None:
         check_shape("v", v, (*k.shape[:-1], None), "(B, S, Hkv, Dv), packed (sum S, Hkv, Dv): all but Dv as k")
@@ -331,7 +331,7 @@ def _check_weights(key_weights: torch.Tensor, k: torch.Tensor) -> None:
     grouped = key_weights.dim() == len(keys) + 1
     meaning = "(B, S) or (B, S, G), packed (sum S[, G]): one weight per key, or G per key"
     check_shape("key_weights", key_weights, (*keys, None) if grouped else keys, meaning)
-    check_dtype("key_weights", key_weights, (torch.bool, *FLOATS))
+    check_dtype("key_weights", key_weights, (torch.bool, *FLOAT_DTYPES))
 
 
 def _check_packed(

@@ -13,19 +13,15 @@ import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.autocast import without_autocast
+from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = ["attention_operator", "mass_operator", "results_like", "statistics_dtype"]
+__all__ = ["attention_operator", "mass_operator", "results_like"]
 
 # Masks and AttentionOptions, field by field: an operator takes tensors and numbers alone.
 _CALL = (
     "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? query_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "int window_left, int window_right, float scale, float softcap"
 )
-
-
-def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _split(call: tuple) -> tuple[Masks, AttentionOptions]:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
-from mmrpt_kernels.attention.operators import attention_operator, mass_operator, results_like, statistics_dtype
+from mmrpt_kernels.attention.operators import attention_operator, mass_operator, results_like
 from mmrpt_kernels.attention.portable_dense import attend, attend_backward
 from mmrpt_kernels.attention.portable_mass import selected_mass
 from mmrpt_kernels.attention.portable_tiles import RowGradients
+from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.common.packing import read_segments
 
 __all__ = ["attention", "mass_and_lse"]

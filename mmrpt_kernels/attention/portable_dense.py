@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks, Tile, attended_counts, band, tile_allowed, tiles
-from mmrpt_kernels.attention.operators import statistics_dtype
 from mmrpt_kernels.attention.portable_tiles import (
     FLASH_AVAILABLE,
     CpuFlashTiles,
@@ -14,6 +13,7 @@ from mmrpt_kernels.attention.portable_tiles import (
     RowGradients,
     TileAttention,
 )
+from mmrpt_kernels.common.dtypes import statistics_dtype
 
 __all__ = ["attend", "attend_backward", "block_size", "exact_shares"]
 

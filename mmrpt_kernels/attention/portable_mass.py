@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks, Tile, band
-from mmrpt_kernels.attention.operators import statistics_dtype
 from mmrpt_kernels.attention.portable_dense import block_size, exact_shares
+from mmrpt_kernels.common.dtypes import statistics_dtype
 
 __all__ = ["selected_mass"]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
+from mmrpt_kernels.common.dtypes import statistics_dtype
 
 __all__ = ["attention", "mass_and_lse", "mass_from_lse"]
 
@@ -98,8 +99,7 @@ def attention(
     mass = torch.einsum("bhts,bsg->bhtg", probs, key_weights.to(dtype))
     if not key_weights.is_floating_point():
         mass = mass.clamp(0.0, 1.0)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    mass, lse = mass.to(wide), lse.to(wide)
+    mass, lse = mass.to(statistics_dtype(q)), lse.to(statistics_dtype(q))
     return (out, mass, lse) if masks.cu_seqlens_q is None else (out[0], mass[0], lse[0])
 
 
@@ -122,7 +122,7 @@ def mass_from_lse(
         lse: (B, Hq, T), packed (Hq, sum T).
     """
     packed, query_mask = masks.cu_seqlens_q is not None, masks.query_mask
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = statistics_dtype(q)
     if packed:
         q, k, key_weights, lse = (x[None] for x in (q, k, key_weights, lse))
         query_mask = None if query_mask is None else query_mask[None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions
-from mmrpt_kernels.attention.operators import statistics_dtype
+from mmrpt_kernels.common.dtypes import statistics_dtype
 
 __all__ = ["attention"]
 

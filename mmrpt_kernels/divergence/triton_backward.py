@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.divergence.pair_softmax import PairHead
+from mmrpt_kernels.divergence.pair_softmax import PairHead, Slopes, Statistics
 from mmrpt_kernels.divergence.triton_forward import (
     ENTROPY_P,
     ENTROPY_Q,
@@ -30,13 +30,13 @@ from mmrpt_kernels.divergence.triton_forward import (
     REVERSE_KL,
     TOP_P,
     TOP_Q,
-    head_arguments,
+    State,
     load_words,
     log_to_mean,
+    of_head,
+    of_rows,
     tiles,
 )
-
-__all__ = ["GRADIENTS", "gradient"]
 
 # A row's incoming gradients: kl, reverse_kl, js, the targets' log-probabilities, the entropies.
 GRADIENTS = tl.constexpr(7)
@@ -117,35 +117,23 @@ def _gradient(
             tl.store(out_q + row * stride_out_q + word, d.to(out_q.dtype.element_ty), mask=word < vocab)
 
 
-def gradient(
-    raw: tuple[torch.Tensor, torch.Tensor],
-    targets: torch.Tensor | None,
-    kinds: tuple[str, ...],
-    head: PairHead,
-    *,
-    rows: torch.Tensor,
-    means: torch.Tensor | None,
-    grads: torch.Tensor,
-    outs: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> None:
-    """Write d loss / d raw of each view to `outs`, (n, V) of any float dtype or None; raw itself will do.
-
-    Args:
-        raw: (n, V) float32 of both views, last dimension contiguous, as `row_sums` read them.
-        rows, means: (n, FIELDS) and (n, MEANS) float32 of whole rows; means None without js.
-        targets: (n,) int64; one outside [0, V) is none of these words.
-        grads: (n, GRADIENTS) float32; the k3's are in those of the log-probabilities, 0 in rows without a target.
-            Rows of zeros get zeros, whatever their logits are.
-    """
-    (raw_p, raw_q), (out_p, out_q) = raw, outs
-    count, vocab = raw_p.shape
+def gradients(state: State, targets, found: Statistics, slopes: Slopes, head: PairHead, outs) -> None:
+    """`PairKernels.gradients`. k3's part is in the log-probabilities' slopes; rows of zeros get zeros, whatever their
+    logits are."""
+    (raw_p, raw_q), (out_p, out_q), (count, vocab) = state, outs, state[0].shape
+    zero = torch.zeros_like(found.top[0])
+    singles = [zero if slope is None else slope for slope in slopes[:3]]
+    pairs = [(zero, zero) if pair is None else pair.unbind() for pair in (slopes.logps, slopes.entropy)]
+    grads = torch.stack([*singles, *pairs[0], *pairs[1]], -1).float()  # (n, GRADIENTS)
+    means = None if found.to_mean is None else found.to_mean.t().float().contiguous()  # (n, MEANS)
     tile = tiles()
     if vocab % 16:  # loads of one word each keep more addresses in registers
         tile["num_warps"] *= 2
-    _gradient[(count, triton.cdiv(vocab, tile["SPAN"]))](
-        raw_p, raw_q, rows=rows, means=means, grads=grads, targets=targets, out_p=out_p, out_q=out_q,
-        stride_p=raw_p.stride(0), stride_q=raw_q.stride(0), stride_out_p=1 if out_p is None else out_p.stride(0),
-        stride_out_q=1 if out_q is None else out_q.stride(0), vocab=vocab, **head_arguments(head),
-        HAS_TARGETS=targets is not None, WITH_KL="kl" in kinds, WITH_REVERSE="reverse_kl" in kinds,
-        WITH_JS="js" in kinds, WANT_P=out_p is not None, WANT_Q=out_q is not None, **tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(raw_p):
+        _gradient[(count, triton.cdiv(vocab, tile["SPAN"]))](
+            raw_p, raw_q, rows=of_rows(found), means=means, grads=grads, targets=targets, out_p=out_p, out_q=out_q,
+            stride_p=raw_p.stride(0), stride_q=raw_q.stride(0), stride_out_p=1 if out_p is None else out_p.stride(0),
+            stride_out_q=1 if out_q is None else out_q.stride(0), vocab=vocab, **of_head(head),
+            HAS_TARGETS=targets is not None, WITH_KL=slopes.kl is not None, WITH_JS=slopes.js is not None,
+            WITH_REVERSE=slopes.reverse_kl is not None, WANT_P=out_p is not None, WANT_Q=out_q is not None, **tile,
+        )  # fmt: skip

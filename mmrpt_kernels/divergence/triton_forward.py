@@ -16,30 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from mmrpt_kernels.common.tanh import tanh
-from mmrpt_kernels.divergence.pair_softmax import PairHead, Sums
-from mmrpt_kernels.lm_head.options import softcap_factors
+from mmrpt_kernels.divergence.pair_softmax import PairHead, Statistics, Sums, Wanted
+from mmrpt_kernels.lm_head.row_softmax_triton import head_arguments, load_capped
 
-__all__ = [
-    "ENTROPY_P",
-    "ENTROPY_Q",
-    "FIELDS",
-    "KL",
-    "LOG_P",
-    "LOG_Q",
-    "MEANS",
-    "MEAN_P",
-    "MEAN_Q",
-    "REVERSE_KL",
-    "TOP_P",
-    "TOP_Q",
-    "head_arguments",
-    "load_words",
-    "log_to_mean",
-    "mean_sums",
-    "row_sums",
-    "tiles",
-]
+# The kernels read the raw logits of both views again.
+State = tuple[torch.Tensor, torch.Tensor]
 
 # What kernels read of whole rows: max z, log S of each view; for the gradient also entropies and divergences.
 TOP_P, LOG_P, TOP_Q, LOG_Q = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -70,23 +51,13 @@ def tiles() -> dict[str, int]:
 
 
 @triton.jit
-def transformed(raw, inner, outer, CAPPED: tl.constexpr):
-    """(z, d z / d raw) of raw logits: z = outer * tanh(inner * raw) where CAPPED, else outer * raw."""
-    if CAPPED:
-        capped = tanh(raw * inner)
-        return capped * outer, (1.0 - capped * capped) * (inner * outer)
-    else:
-        return raw * outer, outer
-
-
-@triton.jit
 def load_words(row, bias, word, vocab, inner, outer, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr):
     """(z, d z / d raw) of some words of one row; z = -inf beyond the vocabulary, which has probability 0."""
-    raw = tl.load(row + word, mask=word < vocab, other=0.0)
-    if HAS_BIAS:
-        raw += tl.load(bias + word, mask=word < vocab, other=0.0)
-    z, slope = transformed(raw, inner, outer, CAPPED)
-    return tl.where(word < vocab, z, float("-inf")), slope
+    capped = load_capped(row, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)
+    slope = outer
+    if CAPPED:
+        slope = (1.0 - capped * capped) * (inner * outer)
+    return tl.where(word < vocab, capped * outer, float("-inf")), slope
 
 
 @triton.jit
@@ -184,10 +155,7 @@ def _store_row(
 ):  # fmt: skip
     """One view's `Sums` of a row, to out (5, 2, rows) at the row and view; gap: max z less the other view's."""
     here = (target >= 0) & (target < vocab)
-    value = tl.load(raw + target, mask=here, other=0.0)
-    if HAS_BIAS:
-        value += tl.load(bias + target, mask=here, other=0.0)
-    z, _ = transformed(value, inner, outer, CAPPED)
+    z = load_capped(raw, bias, target, here, inner, CAPPED, HAS_BIAS) * outer
     tl.store(out, top)
     tl.store(out + 2 * rows, total)
     tl.store(out + 4 * rows, dots)
@@ -248,38 +216,40 @@ def _means(
     tl.store(partials + MEAN_Q * parts, tl.sum(mean_q, 0))
 
 
-def head_arguments(head: PairHead) -> dict:
+def of_head(head: PairHead) -> dict:
     """What every kernel takes of the head."""
-    inner, outer = softcap_factors(head.options)
-    flags = {"CAPPED": head.options.softcap > 0.0, "HAS_BIAS": head.bias is not None}
-    return {"bias": head.bias, "inner": inner, "outer": outer, **flags}
+    return {"bias": head.bias, **head_arguments(head.bias, head.options)}
 
 
-def row_sums(
-    raw_p: torch.Tensor, raw_q: torch.Tensor, targets: torch.Tensor | None, kinds: tuple[str, ...], head: PairHead
-) -> Sums:
-    """Of n rows of raw logits (n, V) float32, last dimension contiguous; targets (n,) int64 or None."""
-    count, vocab = raw_p.shape
-    tile = tiles()
+def of_rows(found: Statistics) -> torch.Tensor:
+    """What kernels read of whole rows, (n, FIELDS)."""
+    views = (found.top, found.log_total)
+    return torch.stack([*(each[v] for v in (0, 1) for each in views), *found.entropy, *found.kl], -1).float()
+
+
+def sums(raw_p, raw_q, targets, head: PairHead, wanted: Wanted) -> tuple[Sums, State]:
+    """`PairKernels.sums` of float32 logits, last dimension contiguous."""
+    (count, vocab), tile = raw_p.shape, tiles()
     parts = triton.cdiv(vocab, tile["SPAN"])
     views = {"raw_p": raw_p, "raw_q": raw_q, "stride_p": raw_p.stride(0), "stride_q": raw_q.stride(0)}
-    common = {**views, "vocab": vocab, "parts": parts, **head_arguments(head)}
-    sums, joined = raw_p.new_empty(count, 2, SUMS.value, parts), raw_p.new_empty(5, 2, count)
-    flags = {"WITH_KL": "kl" in kinds, "WITH_REVERSE": "reverse_kl" in kinds}
-    _sums[(count, parts)](partials=sums, **common, **flags, **tile)
+    common = {**views, "vocab": vocab, "parts": parts, **of_head(head)}
+    partials, joined = raw_p.new_empty(count, 2, SUMS.value, parts), raw_p.new_empty(5, 2, count)
+    flags = {"WITH_KL": "kl" in wanted.kinds, "WITH_REVERSE": "reverse_kl" in wanted.kinds}
     alone = {"HAS_TARGETS": targets is not None, "PARTS": triton.next_power_of_2(parts), "num_warps": 1}
-    _join[(count,)](partials=sums, targets=targets, out=joined, **common, **alone)
-    return Sums(*joined)
+    with torch.cuda.device_of(raw_p):
+        _sums[(count, parts)](partials=partials, **common, **flags, **tile)
+        _join[(count,)](partials=partials, targets=targets, out=joined, **common, **alone)
+    return Sums(*joined), (raw_p, raw_q)
 
 
-def mean_sums(raw_p: torch.Tensor, raw_q: torch.Tensor, rows: torch.Tensor, head: PairHead) -> torch.Tensor:
-    """The second sweep, (n, MEANS), of raw logits as `row_sums` reads them; rows (n, FIELDS) float32 of whole rows."""
-    count, vocab = raw_p.shape
-    tile = tiles()
+def to_mean(state: State, found: Statistics, head: PairHead) -> torch.Tensor:
+    """`PairKernels.to_mean`, the second sweep."""
+    (raw_p, raw_q), (count, vocab), tile = state, state[0].shape, tiles()
     parts = triton.cdiv(vocab, tile["SPAN"])
     means = raw_p.new_empty(count, MEANS.value, parts)
     strides = {"stride_p": raw_p.stride(0), "stride_q": raw_q.stride(0), "vocab": vocab, "parts": parts}
-    _means[(count, parts)](
-        raw_p=raw_p, raw_q=raw_q, rows=rows, partials=means, **strides, **head_arguments(head), **tile
-    )
-    return means.sum(-1)
+    with torch.cuda.device_of(raw_p):
+        _means[(count, parts)](
+            raw_p=raw_p, raw_q=raw_q, rows=of_rows(found), partials=means, **strides, **of_head(head), **tile
+        )
+    return means.sum(-1).t().contiguous()

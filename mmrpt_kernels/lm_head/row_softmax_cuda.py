@@ -53,14 +53,7 @@ def _run(
         )
 
 
-def exponentials(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    out: torch.Tensor,
-) -> Exponentials:
+def exponentials(logits, bias, targets, options: HeadOptions, want_entropy: bool, out) -> Exponentials:
     """`RowKernels.exponentials` for logits (n, V) float32; rows of logits and out at any stride."""
     numbers = logits.new_empty(3, logits.shape[0])
     _run("exponentials", (logits, bias, targets), options, numbers, out, want_entropy)
@@ -68,12 +61,7 @@ def exponentials(
 
 
 def statistics(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    keep_logits: bool,
+    logits, bias, targets, options: HeadOptions, want_entropy: bool, keep_logits: bool
 ) -> tuple[Partials, torch.Tensor]:
     """`RowKernels.statistics` for logits (n, V) float32, which stay as they are and are the state."""
     numbers = logits.new_empty(4, logits.shape[0])
@@ -81,15 +69,7 @@ def statistics(
     return Partials(*numbers.unbind()), logits
 
 
-def gradient(
-    state: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    softmax: Softmax,
-    slopes: Slopes,
-    out: torch.Tensor,
-) -> None:
+def gradient(state: torch.Tensor, bias, targets, options: HeadOptions, softmax: Softmax, slopes: Slopes, out) -> None:
     """`RowKernels.gradient`; state: the logits (n, V) float32. out: float32, bfloat16 or float16."""
     d_logps, d_entropy = slopes
     numbers = [softmax.top, softmax.total, d_logps]

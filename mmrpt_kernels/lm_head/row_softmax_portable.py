@@ -53,14 +53,7 @@ def words_here(targets: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.T
     return targets.clamp(0, vocab - 1), (targets >= 0) & (targets < vocab)
 
 
-def exponentials(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    out: torch.Tensor,
-) -> Exponentials:
+def exponentials(logits, bias, targets, options: HeadOptions, want_entropy: bool, out) -> Exponentials:
     """`RowKernels.exponentials`; overwrites logits."""
     blocks = zip(*(t.split(rows_at_a_time(logits)) for t in (logits, targets, out)), strict=True)
     parts = [block_exponentials(block, bias, *rest, options, want_entropy) for block, *rest in blocks]
@@ -68,13 +61,8 @@ def exponentials(
 
 
 def block_exponentials(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    out: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits, bias, targets, out, options: HeadOptions, want_entropy: bool
+) -> tuple[torch.Tensor, ...]:
     """The three sums of some rows, each (n, 1), and their matrix in out (n, V)."""
     z, word = raw_to_z(logits, bias, options), targets[:, None]
     own, base = z.gather(-1, word), z.amax(-1, keepdim=True)
@@ -98,12 +86,7 @@ def block_exponentials(
 
 
 def statistics(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    keep_logits: bool,
+    logits, bias, targets, options: HeadOptions, want_entropy: bool, keep_logits: bool
 ) -> tuple[Partials, RowState]:
     """`RowKernels.statistics`; overwrites logits.
 
@@ -134,15 +117,7 @@ def block_statistics(
     return top, total, dots, chosen
 
 
-def gradient(
-    state: RowState,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    softmax: Softmax,
-    slopes: Slopes,
-    out: torch.Tensor,
-) -> None:
+def gradient(state: RowState, bias, targets, options: HeadOptions, softmax: Softmax, slopes: Slopes, out) -> None:
     """`RowKernels.gradient`; overwrites the state's exponentials."""
     d_logps, d_entropy = (None if t is None else t[:, None] for t in slopes)
     top, total = softmax.top[:, None], softmax.total[:, None]

@@ -45,7 +45,7 @@ VECTORS = (
 
 
 @triton.jit
-def _load_capped(logits, bias, word, mask, inner, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr):
+def load_capped(logits, bias, word, mask, inner, CAPPED: tl.constexpr, HAS_BIAS: tl.constexpr):
     """z / outer of some words of the row at `logits`: tanh(inner * (raw + bias)), or raw + bias without a soft cap."""
     raw = tl.load(logits + word, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -69,7 +69,7 @@ def _statistics_kernel(
     running_dots = tl.zeros((TILE,), tl.float32)
     for start in range(0, vocab, TILE):
         word = start + lane
-        capped = _load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
+        capped = load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
         z = tl.where(word < vocab, outer * capped, float("-inf"))
         gap = z - running_max
         # One of the two factors, of the old sums and of the new word, is always 1: one exponential a word.
@@ -93,7 +93,7 @@ def _statistics_kernel(
     tl.store(dots_ptr + row, row_dots)
     target = tl.load(targets_ptr + row)
     is_word = (target >= 0) & (target < vocab)
-    capped = _load_capped(logits, bias, target, is_word, inner, CAPPED, HAS_BIAS)
+    capped = load_capped(logits, bias, target, is_word, inner, CAPPED, HAS_BIAS)
     tl.store(chosen_ptr + row, tl.where(is_word, outer * capped, float("-inf")))
 
 
@@ -131,7 +131,7 @@ def _gradient_kernel(
         target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
         for start in range(first, min(first + TILE * TILES, vocab), TILE):
             word = start + lane
-            capped = _load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
+            capped = load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
             gap = outer * capped - top
             d_raw = tl.exp2(gap * LOG2_E)
             if ENTROPY:
@@ -170,7 +170,7 @@ def _sweep(
     running_dots = tl.zeros((TILE // GROUP,), tl.float32)
     for start in range(0, vocab, TILE):
         word = start + lane
-        capped = _load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
+        capped = load_capped(logits, bias, word, word < vocab, inner, CAPPED, HAS_BIAS)  # (TILE,)
         z = tl.where((word < vocab) & (word != target), outer * capped, float("-inf"))
         running_max = tl.maximum(running_max, tl.max(_by_thread(z, AXIS), axis=AXIS))
         if WRITE:
@@ -201,7 +201,7 @@ def _exponentials_kernel(
     matrix += row * matrix_stride
     target = tl.load(targets_ptr + row)
     is_word = (target >= 0) & (target < vocab)
-    target_capped = _load_capped(logits, bias, target, is_word, inner, CAPPED, HAS_BIAS)
+    target_capped = load_capped(logits, bias, target, is_word, inner, CAPPED, HAS_BIAS)
     target_z = tl.where(is_word, outer * target_capped, float("nan"))  # an id that is no word makes a broken row
     base = target_z
     target = target.to(tl.int32)
@@ -234,7 +234,7 @@ def _exponentials_kernel(
             tl.store(matrix + start + lane, zeros, mask=start + lane < vocab)
 
 
-def _head_arguments(bias: torch.Tensor | None, options: HeadOptions) -> dict[str, float | bool]:
+def head_arguments(bias: torch.Tensor | None, options: HeadOptions) -> dict[str, float | bool]:
     """Kernel arguments of z = outer * softcap(inner * (raw + bias)), multiplied as `transform_logits` does."""
     inner, outer = softcap_factors(options)
     return {"inner": inner, "outer": outer, "CAPPED": options.softcap > 0.0, "HAS_BIAS": bias is not None}
@@ -245,12 +245,7 @@ def _tile(vocab: int) -> int:
 
 
 def statistics(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    keep_logits: bool,
+    logits, bias, targets, options: HeadOptions, want_entropy: bool, keep_logits: bool
 ) -> tuple[Partials, torch.Tensor]:
     """`RowKernels.statistics`; logits (n, V) float32 stay as they are, and are the state."""
     rows, vocab = logits.shape
@@ -259,21 +254,13 @@ def statistics(
         with torch.cuda.device_of(logits):
             _statistics_kernel[(rows,)](
                 logits, bias, targets.contiguous(), *partials, vocab, logits.stride(0),
-                **_head_arguments(bias, options), ENTROPY=want_entropy, TILE=_tile(vocab), num_warps=WARPS,
+                **head_arguments(bias, options), ENTROPY=want_entropy, TILE=_tile(vocab), num_warps=WARPS,
                 maxnreg=STATISTICS_REGISTERS,
             )  # fmt: skip
     return partials, logits
 
 
-def gradient(
-    state: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    softmax: Softmax,
-    slopes: Slopes,
-    out: torch.Tensor,
-) -> None:
+def gradient(state: torch.Tensor, bias, targets, options: HeadOptions, softmax: Softmax, slopes: Slopes, out) -> None:
     """`RowKernels.gradient`; state: the logits (n, V) float32."""
     rows, vocab = state.shape
     d_logps, d_entropy = slopes
@@ -284,19 +271,12 @@ def gradient(
             _gradient_kernel[(rows, triton.cdiv(vocab, tile * GRADIENT_TILES))](
                 state, bias, targets.contiguous(), softmax.top, softmax.total, softmax.entropy if entropy else None,
                 d_logps.contiguous(), d_entropy.contiguous() if entropy else None, out, vocab, state.stride(0),
-                out.stride(0), slope=options.logit_scale / options.temperature, **_head_arguments(bias, options),
+                out.stride(0), slope=options.logit_scale / options.temperature, **head_arguments(bias, options),
                 ENTROPY=entropy, TILE=tile, TILES=GRADIENT_TILES, num_warps=WARPS,
             )  # fmt: skip
 
 
-def exponentials(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    options: HeadOptions,
-    want_entropy: bool,
-    out: torch.Tensor,
-) -> Exponentials:
+def exponentials(logits, bias, targets, options: HeadOptions, want_entropy: bool, out) -> Exponentials:
     """`RowKernels.exponentials`; logits (n, V) float32."""
     rows, vocab = logits.shape
     sums = Exponentials(*(logits.new_empty(rows) for _ in Exponentials._fields))
@@ -316,7 +296,7 @@ def exponentials(
                 logits.stride(0),
                 out.stride(0),
                 max_above_target=max_above_target(want_entropy),
-                **_head_arguments(bias, options),
+                **head_arguments(bias, options),
                 ENTROPY=want_entropy,
                 IN_PLACE=out.dtype == logits.dtype and out.data_ptr() == logits.data_ptr(),
                 AXIS=int(wide),

@@ -11,14 +11,13 @@ pytest.importorskip("triton")
 from mmrpt_kernels.attention import config
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.attention.triton import (
-    attention_op,
     backward_dkv,
     backward_dq,
     forward,
     key_blocks,
     launch,
     mass_forward,
-    mass_op,
+    operators,
     query_list,
 )
 from mmrpt_kernels.attention.triton.backward import backward
@@ -74,8 +73,8 @@ def launches(
         backward(problem, results, results)
         if "mask" not in extras:
             mass, lse = (x if cu is None else x[0] for x in results[1:])
-            mass_op._forward(q, k, lse, weights, masks, options)
-            attention_op.backward((q, k, k[..., :0], weights), (None, mass, lse), (None, mass, lse), masks, options)
+            operators.visual_mass(q, k, lse, weights, masks, options)
+            operators.backward((q, k, k[..., :0], weights), (None, mass, lse), (None, mass, lse), masks, options)
     expected = {*PRODUCTS, "_row_terms", "_classify", "_list_queries"}
     assert {spec.kernel for spec in specs} >= expected - (
         {"_mass_forward", "_list_queries"} if "mask" in extras else set()

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from mmrpt_kernels.divergence import triton_backward as backward
 from mmrpt_kernels.divergence import triton_forward as forward
 from mmrpt_kernels.divergence.api import KINDS
-from mmrpt_kernels.divergence.pair_softmax import PairHead
+from mmrpt_kernels.divergence.pair_softmax import PairHead, Slopes, Statistics, Wanted
 from mmrpt_kernels.lm_head.options import HeadOptions
 from mmrpt_kernels.testing.aot import KernelSpec, check_resources, compile_kernels, recorded_launches
 
@@ -41,13 +41,13 @@ def launches(
     chunk = (empty(ROWS, vocab), empty(ROWS, vocab), empty(ROWS, of=torch.int64) if targets else None)
     head = PairHead(empty(vocab) if bias else None, HeadOptions(0.9, softcap, 1.0), vocab, None)
     with recorded_launches(forward, backward, arch=arch) as specs:
-        forward.row_sums(*chunk, kinds, head)
-        rows, means = empty(ROWS, forward.FIELDS.value), None
+        _, state = forward.sums(*chunk, head, Wanted(kinds))
+        found = Statistics(*[empty(2, ROWS, of=torch.float64)] * 6)
         if "js" in kinds:
-            means = forward.mean_sums(*chunk[:2], rows, head)
+            found = found._replace(to_mean=forward.to_mean(state, found, head))
+        slopes = (empty(ROWS, of=torch.float64) if kind in kinds else None for kind in KINDS[:3])
         outs = tuple(empty(ROWS, vocab, of=dtype) if want else None for want in wanted)
-        grads = empty(ROWS, backward.GRADIENTS.value)
-        backward.gradient(chunk[:2], chunk[2], kinds, head, rows=rows, means=means, grads=grads, outs=outs)
+        backward.gradients(state, chunk[2], found, Slopes(*slopes, found.logps, found.entropy), head, outs)
     second = {"_means"} if "js" in kinds else set()
     assert {spec.kernel for spec in specs} == {"_sums", "_join", "_gradient"} | second
     return specs
