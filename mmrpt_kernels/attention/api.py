@@ -22,8 +22,6 @@ from mmrpt_kernels.common.checks import (
 from mmrpt_kernels.common.dtypes import FLOAT_DTYPES
 from mmrpt_kernels.common.packing import read_segments
 
-__all__ = ["AttentionWithMass", "attention_with_visual_mass", "masked_attention_with_visual_mass", "visual_mass"]
-
 IMPLEMENTATIONS: dict[str, ModuleType] = {"portable": portable, "reference": reference}
 if not backends.TRITON_MISSING:
     from mmrpt_kernels.attention import triton

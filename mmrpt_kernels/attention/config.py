@@ -9,19 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = [
-    "DKV",
-    "DQ",
-    "FORWARD",
-    "L2_BYTES",
-    "MASS",
-    "MAX_GROUPS",
-    "PROGRAMS_WANTED",
-    "ROW_TERMS",
-    "Settings",
-    "settings_of",
-]
-
 # Groups of weights that one visit of the keys serves: each costs a float32 per row in registers.
 MAX_GROUPS = 4
 # Keys and values of heads that run side by side. The L2 cache has 40 MB on A100, 50 on H100, 60 on H200.

@@ -18,8 +18,6 @@ import torch
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.checks import check
 
-__all__ = ["attention"]
-
 
 class Release(NamedTuple):
     """How one release is called."""

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["AttentionOptions", "Masks", "Tile", "attended_counts", "band", "row_interval", "tile_allowed", "tiles"]
-
 
 class AttentionOptions(NamedTuple):
     """The options that every backend takes, after the checks."""

@@ -15,8 +15,6 @@ from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = ["attention_operator", "mass_operator", "results_like"]
-
 # Masks and AttentionOptions, field by field: an operator takes tensors and numbers alone.
 _CALL = (
     "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? query_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "

@@ -18,8 +18,6 @@ from mmrpt_kernels.attention.portable_tiles import RowGradients
 from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.common.packing import read_segments
 
-__all__ = ["attention", "mass_and_lse"]
-
 
 def _sequences(q: torch.Tensor, k: torch.Tensor, masks: Masks) -> Iterator[tuple]:
     """What makes a dense batch of one sequence at a time: (of tensors by rows, by keys, of statistics by rows)."""

@@ -15,8 +15,6 @@ from mmrpt_kernels.attention.portable_tiles import (
 )
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = ["attend", "attend_backward", "block_size", "exact_shares"]
-
 # Scores or masks of one tile. On a CPU a few MiB per core keep the passes of the softmax in cache; elsewhere a tile is
 # a dozen launches, and a layer of 8,192 rows and 28 heads should be tens of tiles, not hundreds.
 TILE_BYTES, CPU_TILE_BYTES = 256 * 2**20, 8 * 2**20

@@ -10,8 +10,6 @@ from mmrpt_kernels.attention.masks import AttentionOptions, Masks, Tile, band
 from mmrpt_kernels.attention.portable_dense import block_size, exact_shares
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = ["selected_mass"]
-
 
 def _blocks(
     rows: torch.Tensor, keys: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor], block_rows: int

@@ -17,8 +17,6 @@ import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Tile
 
-__all__ = ["FLASH_AVAILABLE", "TileAttention", "CpuFlashTiles", "Gradients", "PlainTiles", "RowGradients"]
-
 FLASH_AVAILABLE = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 

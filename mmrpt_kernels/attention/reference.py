@@ -16,8 +16,6 @@ import torch
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = ["attention", "mass_and_lse", "mass_from_lse"]
-
 
 def _band_mask(num_rows: int, num_keys: int, options: AttentionOptions, device: torch.device) -> torch.Tensor:
     """(T, S) bool: what causality and the window allow, position by position."""

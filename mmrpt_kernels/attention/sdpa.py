@@ -12,8 +12,6 @@ import torch
 from mmrpt_kernels.attention.masks import AttentionOptions
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = ["attention"]
-
 # Older releases of cuDNN erred at lengths that are no multiple of 128 (PyTorch avoids them too).
 CUDNN_VERSION = 91501
 CUDNN_HEAD_SIZE = 128

@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["autocast_dtype", "cast_for_autocast", "cast_to", "dtypes_of", "without_autocast"]
-
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """What autocast casts to on the tensor's device; None where it is off."""

@@ -13,16 +13,6 @@ from collections.abc import Iterable
 import torch
 from torch.autograd import forward_ad
 
-__all__ = [
-    "check",
-    "check_dtype",
-    "check_range",
-    "check_reverse_mode",
-    "check_same_device",
-    "check_shape",
-    "gradients_wanted",
-]
-
 
 def check(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition`."""

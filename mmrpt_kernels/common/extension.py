@@ -7,8 +7,6 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-__all__ = ["TRITON_MISSING", "build_info", "extension"]
-
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:

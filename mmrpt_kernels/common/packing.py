@@ -8,8 +8,6 @@ import torch
 
 from mmrpt_kernels.common.checks import check
 
-__all__ = ["Segment", "read_segments"]
-
 
 class Segment(NamedTuple):
     """Rows and keys of one packed sequence."""

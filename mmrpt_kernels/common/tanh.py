@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["tanh"]
-
 TWO_LOG2_E = tl.constexpr(2.0 * 1.4426950408889634)
 
 

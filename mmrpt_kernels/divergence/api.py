@@ -14,8 +14,6 @@ from mmrpt_kernels.divergence import operator, reference
 from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions, check_head, check_word_ids, select_backend
 from mmrpt_kernels.lm_head.vocab_parallel import group_name, local_head
 
-__all__ = ["KINDS", "TokenDivergence", "linear_token_divergence"]
-
 KINDS = ("kl", "reverse_kl", "js", "k3")
 
 

@@ -30,8 +30,6 @@ from mmrpt_kernels.lm_head.head_gradients import HeadGradients
 from mmrpt_kernels.lm_head.options import Head, HeadOptions, LoopOptions, build_head, check_word_ids
 from mmrpt_kernels.lm_head.row_selection import RowSelection, select_rows
 
-__all__ = ["Pair", "backward", "forward"]
-
 # On a CPU the row kernels' passes go over a chunk some rows at a time: what a view's rows may take of a core's cache.
 BLOCK_BYTES = 2**20
 

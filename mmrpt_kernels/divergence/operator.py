@@ -10,8 +10,6 @@ from mmrpt_kernels.divergence import fused
 from mmrpt_kernels.divergence.pair_softmax import RowValues
 from mmrpt_kernels.lm_head.options import OPTIONS_SCHEMA, option_records
 
-__all__ = ["linear_token_divergence", "linear_token_divergence_backward"]
-
 _TENSORS = (
     "Tensor hidden_p, Tensor hidden_q, Tensor weight, Tensor? weight_q, Tensor? bias, Tensor? targets, str kinds, "
     + OPTIONS_SCHEMA

@@ -19,21 +19,6 @@ import torch
 from mmrpt_kernels.lm_head.options import HeadOptions
 from mmrpt_kernels.lm_head.vocab_parallel import Shard
 
-__all__ = [
-    "PairHead",
-    "PairKernels",
-    "RowValues",
-    "Slopes",
-    "Statistics",
-    "Sums",
-    "Wanted",
-    "log_scales",
-    "pair_kernels",
-    "row_values",
-    "slopes_of",
-    "statistics",
-]
-
 # The logarithm of no probability: finite, as it is multiplied, and its exponential is 0 in float64.
 NO_WORD = -1e4
 

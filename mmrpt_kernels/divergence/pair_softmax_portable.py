@@ -32,8 +32,6 @@ from mmrpt_kernels.divergence.pair_softmax import (
 )
 from mmrpt_kernels.lm_head.options import transform_backward, transform_logits
 
-__all__ = ["PAIR_KERNELS"]
-
 LOG_2 = math.log(2.0)
 
 

@@ -14,8 +14,6 @@ import torch
 
 from mmrpt_kernels.common.checks import check
 
-__all__ = ["cache_keyword", "find_cache", "key_counts", "stored_keys"]
-
 # What transformers has called the argument, the newest name first.
 NAMES = ("cache", "past_key_values")
 

@@ -30,17 +30,6 @@ from mmrpt_kernels.lm_head.row_softmax import (
 )
 from mmrpt_kernels.lm_head.vocab_parallel import merge_partials
 
-__all__ = [
-    "OneSweep",
-    "Projection",
-    "TokenLoss",
-    "TokenValues",
-    "TwoSweeps",
-    "chunk_loop",
-    "matrix_dtype",
-    "softmax_loop",
-]
-
 # (logps (n,), entropy (n,) or None, rows (n,) int64) -> losses (n,) or None, d loss / d logps (n,), d loss / d entropy
 # (n,) or None
 TokenLoss = Callable[..., tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]]

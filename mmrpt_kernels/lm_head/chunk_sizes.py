@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["GPU_BYTES", "ChunkRows", "batch_invariance", "chunk_rows"]
-
 _batch_invariant = os.environ.get("MMRPT_KERNELS_BATCH_INVARIANT", "0") not in ("", "0")
 
 # What the logits and the matrix of a chunk take of a GPU's memory together.

@@ -13,16 +13,6 @@ import torch
 
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
-__all__ = [
-    "add_d_weight",
-    "column_sums",
-    "d_hidden",
-    "logits",
-    "multiplies_halves",
-    "products_dtype",
-    "scaled_rows",
-]
-
 # Words of a half-precision weight that are widened to float32 at a time: few stay in a CPU's cache until they are used.
 WIDEN_ROWS = 2048
 # Words whose products are made at a time where they cannot be added to an accumulator as they are made.

@@ -15,8 +15,6 @@ from mmrpt_kernels.lm_head import gemm, sparse_vocab
 from mmrpt_kernels.lm_head.options import Head, HeadOptions
 from mmrpt_kernels.lm_head.row_softmax import Slopes
 
-__all__ = ["HeadGradients", "unit_slopes"]
-
 # The size of float16 matrices: a word's gradient is at most about this (1 times it for a log-probability), far from
 # float16's end at 65504, and probabilities down to 4e-12 are above its other end.
 HALF_UNIT = 2.0**14

@@ -24,24 +24,6 @@ from mmrpt_kernels.common.dtypes import FLOAT_DTYPES, statistics_dtype
 from mmrpt_kernels.lm_head.row_selection import RowSelection
 from mmrpt_kernels.lm_head.vocab_parallel import Shard, find_shard, group_traits
 
-__all__ = [
-    "OPTIONS_SCHEMA",
-    "Head",
-    "HeadOptions",
-    "LoopOptions",
-    "as_wide",
-    "build_head",
-    "check_compact",
-    "check_head",
-    "check_targets",
-    "check_word_ids",
-    "option_records",
-    "select_backend",
-    "softcap_factors",
-    "transform_backward",
-    "transform_logits",
-]
-
 
 class HeadOptions(NamedTuple):
     """What happens between the raw logits and the softmax; the defaults change nothing."""

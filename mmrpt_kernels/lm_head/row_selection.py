@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RowSelection", "select_rows", "select_two"]
-
 
 @dataclass(frozen=True)
 class RowSelection:

@@ -22,20 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = [
-    "FAR_BELOW",
-    "Exponentials",
-    "Partials",
-    "RowKernels",
-    "Slopes",
-    "Softmax",
-    "finish_exponentials",
-    "finish_partials",
-    "has_slope",
-    "max_above_target",
-    "row_kernels",
-]
-
 # A word this far below its row's maximum has probability exactly 0, in float64 too; clamping there avoids 0 * -inf.
 FAR_BELOW = -1e4
 

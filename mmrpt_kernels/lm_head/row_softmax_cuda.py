@@ -13,8 +13,6 @@ from mmrpt_kernels.common.extension import extension
 from mmrpt_kernels.lm_head.options import HeadOptions, softcap_factors
 from mmrpt_kernels.lm_head.row_softmax import Exponentials, Partials, RowKernels, Slopes, Softmax, max_above_target
 
-__all__ = ["ROW_KERNELS"]
-
 
 def _run(
     kernel: str,

@@ -13,8 +13,6 @@ import torch
 from mmrpt_kernels.lm_head.options import HeadOptions, transform_backward, transform_logits
 from mmrpt_kernels.lm_head.row_softmax import FAR_BELOW, Exponentials, Partials, RowKernels, Slopes, Softmax
 
-__all__ = ["ROW_KERNELS"]
-
 # Logits that a CPU takes through several elementwise passes at a time: 1 MiB of float32 stays in a level-2 cache.
 CACHED_ELEMENTS = 2**18
 # And elsewhere, 64 MiB of float32: each pass's launch is short beside it, and its result beside a chunk of 2048 rows.

@@ -15,8 +15,6 @@ from mmrpt_kernels.common.tanh import tanh
 from mmrpt_kernels.lm_head.options import HeadOptions, softcap_factors
 from mmrpt_kernels.lm_head.row_softmax import Exponentials, Partials, RowKernels, Slopes, Softmax, max_above_target
 
-__all__ = ["ROW_KERNELS"]
-
 # Words a tile and warps a program: 16 words a thread keep 64 KiB of loads in flight on a multiprocessor that holds four
 # programs, which is what device memory needs; their sums take half of the registers. Compiled, not timed.
 TILE = 4096

@@ -27,8 +27,6 @@ from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.lm_head import gemm
 
-__all__ = ["SparseColumns", "skip_threshold", "split"]
-
 # Compaction costs a copy of the kept columns, of their weights and of their gradients: beyond this share of the words
 # it takes longer than it saves (measured on a CPU, 256 rows, hidden size 512 and 1024: even at about a half).
 MOST_KEPT = 0.45

@@ -21,17 +21,6 @@ from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.lm_head.row_softmax import FAR_BELOW, Partials
 
-__all__ = [
-    "Shard",
-    "divide_gradient",
-    "find_shard",
-    "gather",
-    "group_name",
-    "group_traits",
-    "local_head",
-    "merge_partials",
-]
-
 # The name of a mesh dimension whose ranks see the same tokens, in torchtitan, transformers and accelerate.
 TENSOR_PARALLEL = "tp"
 

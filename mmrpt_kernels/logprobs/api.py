@@ -15,8 +15,6 @@ from mmrpt_kernels.lm_head.vocab_parallel import group_name, local_head
 from mmrpt_kernels.logprobs import operator, reference
 from mmrpt_kernels.logprobs.fused import LogProbsFunction
 
-__all__ = ["LogProbs", "linear_logprobs"]
-
 
 class LogProbs(NamedTuple):
     """logps (...) <= 0 and entropy (...) in [0, log V] or None, natural log, float32 (float64 for float64 inputs)."""

@@ -21,8 +21,6 @@ from mmrpt_kernels.lm_head.options import Head, HeadOptions, LoopOptions, build_
 from mmrpt_kernels.lm_head.row_selection import RowSelection, select_rows
 from mmrpt_kernels.lm_head.row_softmax import has_slope
 
-__all__ = ["GivenSlopes", "LogProbsFunction", "backward", "forward"]
-
 # Exponentials that a forward pass may keep for its backward. On a GPU 1 GiB is 3,500 bfloat16 rows of 152k words; on a
 # CPU 256 MiB are 2,000 float32 rows of 32k.
 KEPT_BYTES = {"cuda": 2**30, "cpu": 2**28}

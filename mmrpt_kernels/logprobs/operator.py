@@ -8,8 +8,6 @@ from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.lm_head.options import OPTIONS_SCHEMA, option_records
 from mmrpt_kernels.logprobs import fused
 
-__all__ = ["linear_logprobs", "linear_logprobs_backward"]
-
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 
 

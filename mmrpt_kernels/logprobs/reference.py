@@ -11,8 +11,6 @@ from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.lm_head.options import HeadOptions, transform_logits
 
-__all__ = ["linear_logprobs"]
-
 
 @without_autocast
 def linear_logprobs(

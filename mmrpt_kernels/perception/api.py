@@ -14,8 +14,6 @@ from mmrpt_kernels.common.dtypes import FLOAT_DTYPES
 from mmrpt_kernels.perception import portable, reference
 from mmrpt_kernels.perception.shaping import trajectory_weights
 
-__all__ = ["PerceptionWeights", "perception_weights"]
-
 SCOPES = ("batch", "local")
 
 

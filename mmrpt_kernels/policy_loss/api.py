@@ -22,8 +22,6 @@ from mmrpt_kernels.policy_loss.statistics import policy_statistics
 from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss
 from mmrpt_kernels.policy_loss.token_loss import DifferentiatedTokenLoss, TokenLoss, check_losses
 
-__all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_loss"]
-
 
 class PolicyLoss(NamedTuple):
     """loss: scalar, differentiable in hidden, weight and bias. The rest are constants for logging.

@@ -18,8 +18,6 @@ from mmrpt_kernels.policy_loss.options import (
     PolicyTokens,
 )
 
-__all__ = ["check_options", "gather_tokens", "loss_weights"]
-
 
 def _check_word(name: str, value: str, allowed: tuple[str, ...]) -> None:
     checks.check(value in allowed, f"{name}: got {value!r}, expected one of {', '.join(allowed)}; choose one of them")

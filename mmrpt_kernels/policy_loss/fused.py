@@ -23,8 +23,6 @@ from mmrpt_kernels.policy_loss.scale_gradients import scale_saved_gradients
 from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, sequence_log_ratio
 from mmrpt_kernels.policy_loss.token_loss import DifferentiatedTokenLoss
 
-__all__ = ["FusedLoss", "LossAndGradients", "policy_loss", "token_loss"]
-
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 Need = tuple[bool, bool, bool]
 

@@ -11,8 +11,6 @@ from mmrpt_kernels.policy_loss import fused
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss
 
-__all__ = ["linear_policy_loss"]
-
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 _TOKENS = (  # PolicyTokens, and what a token's loss is multiplied by; (N,) each
     "Tensor response, Tensor perception, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, "

@@ -6,18 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = [
-    "AGGREGATIONS",
-    "ENTROPY_KINDS",
-    "ENTROPY_SCOPES",
-    "KL_ESTIMATORS",
-    "MAX_LOG_RATIO",
-    "RATIO_LEVELS",
-    "SURROGATES",
-    "PolicyOptions",
-    "PolicyTokens",
-]
-
 KL_ESTIMATORS = ("k1", "k2", "k3")
 ENTROPY_SCOPES = ("response", "kept")
 ENTROPY_KINDS = ("exact", "sampled")

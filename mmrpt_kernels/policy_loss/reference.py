@@ -10,8 +10,6 @@ from mmrpt_kernels.lm_head.options import HeadOptions
 from mmrpt_kernels.logprobs import reference as logprobs_reference
 from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO, PolicyOptions, PolicyTokens
 
-__all__ = ["aggregate", "linear_policy_loss", "linear_token_loss", "loss_per_token"]
-
 IGNORED = -1  # never a word
 
 

@@ -6,8 +6,6 @@ import torch
 
 from mmrpt_kernels.common.extension import TRITON_MISSING
 
-__all__ = ["scale_in_place", "scale_saved_gradients"]
-
 
 def scale_in_place(grad: torch.Tensor, factor: torch.Tensor) -> None:
     """grad *= factor (0-d), rounded once.

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["scale"]
-
 # Elements a program: few enough programs that those of a factor of 1, which end at once, cost next to nothing.
 BLOCK = 8192
 

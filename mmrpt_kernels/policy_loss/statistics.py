@@ -7,8 +7,6 @@ import torch
 from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO
 from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss, sequence_log_ratio
 
-__all__ = ["policy_statistics"]
-
 
 @torch.no_grad()
 def policy_statistics(

@@ -12,8 +12,6 @@ import torch
 
 from mmrpt_kernels.policy_loss.options import MAX_LOG_RATIO, PolicyOptions, PolicyTokens
 
-__all__ = ["PolicyTokenLoss", "learning_rows", "policy_rows", "sequence_log_ratio", "token_losses"]
-
 
 def policy_rows(tokens: PolicyTokens) -> torch.Tensor:
     """bool, as the tensors of `tokens`: where the clipped surrogate counts. A zero advantage has no policy term."""

@@ -8,8 +8,6 @@ import torch
 
 from mmrpt_kernels.common import checks
 
-__all__ = ["DifferentiatedTokenLoss", "TokenLoss", "check_losses"]
-
 TokenLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
 

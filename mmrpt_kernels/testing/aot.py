@@ -31,18 +31,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = [
-    "SHARED_LIMIT",
-    "Compiled",
-    "CompileError",
-    "KernelSpec",
-    "ResourceError",
-    "check_resources",
-    "compile_kernels",
-    "recorded_launches",
-    "table",
-]
-
 # Shared memory that one block may use, bytes, by compute capability (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 

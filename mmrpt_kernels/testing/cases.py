@@ -7,16 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = [
-    "ATTENTION_CASES",
-    "HEAD_CASES",
-    "AttentionCase",
-    "HeadCase",
-    "attention_inputs",
-    "head_inputs",
-    "on_a_grid",
-]
-
 
 class HeadCase(NamedTuple):
     """A shape for the lm-head operators (logprobs, policy_loss, divergence)."""

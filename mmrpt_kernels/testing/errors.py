@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ErrorReport", "assert_close_to_truth", "poisoned_memory", "sum_cap", "sum_error"]
-
 
 class ErrorReport(NamedTuple):
     """Errors over the finite entries; the `rms_*` are relative to the truth's RMS and stated in units of eps."""

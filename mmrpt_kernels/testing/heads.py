@@ -16,8 +16,6 @@ import torch.nn.functional as F
 
 from mmrpt_kernels.lm_head import sparse_vocab
 
-__all__ = ["HEADS", "HeadDraw", "draw_head", "kept_words"]
-
 HEADS = ("flat", "zipf", "peaked", "trained")
 # The brief training of "trained": as many contexts as it can learn in as many steps, to about 3 nats at 8,192 words.
 CONTEXTS, STEPS, BATCH = 256, 80, 256

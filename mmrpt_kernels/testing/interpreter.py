@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 
-__all__ = ["mend_interpreter"]
-
 
 @functools.cache
 def mend_interpreter() -> None:

@@ -20,8 +20,6 @@ from mmrpt_kernels.attention.triton.backward_dkv import backward_dkv
 from mmrpt_kernels.attention.triton.backward_dq import backward_dq, row_terms
 from mmrpt_kernels.attention.triton.launch import Problem, last_contiguous, strides
 
-__all__ = ["backward"]
-
 
 def backward(
     problem: Problem,

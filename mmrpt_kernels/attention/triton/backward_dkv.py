@@ -23,8 +23,6 @@ from mmrpt_kernels.attention.triton.tiles import (
     sequence_bounds,
 )
 
-__all__ = ["backward_dkv"]
-
 
 @triton.jit
 def _add_dw(dw, probability, dmass_ptrs, live, groups, DW_GROUPS: tl.constexpr):

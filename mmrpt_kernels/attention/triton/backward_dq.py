@@ -23,8 +23,6 @@ from mmrpt_kernels.attention.triton.tiles import (
     sequence_bounds,
 )
 
-__all__ = ["backward_dq", "row_terms"]
-
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _row_terms(

@@ -32,8 +32,6 @@ from mmrpt_kernels.attention.triton.tiles import (
     sequence_bounds,
 )
 
-__all__ = ["forward"]
-
 
 @triton.jit
 def _mass_of_block(

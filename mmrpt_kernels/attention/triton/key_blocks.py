@@ -15,8 +15,6 @@ import triton.language as tl
 
 from mmrpt_kernels.attention.triton.tiles import ALL, LENGTHS, NONE, SOME
 
-__all__ = ["KeyBlocks", "classify"]
-
 
 class KeyBlocks(NamedTuple):
     """Blocks of keys, from key 0 of the tensor on (packed: of all sequences)."""

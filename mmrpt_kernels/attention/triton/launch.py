@@ -10,19 +10,6 @@ import triton
 from mmrpt_kernels.attention.config import L2_BYTES, Settings, Table, settings_of
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 
-__all__ = [
-    "Problem",
-    "architecture",
-    "as_batch",
-    "last_contiguous",
-    "launch",
-    "packed_tiles",
-    "prepare",
-    "strides",
-    "tiling",
-]
-
-
 WIDEST = 2**30  # a wider window says nothing more, and a position less it may overflow
 
 

@@ -21,8 +21,6 @@ from mmrpt_kernels.attention.triton.launch import Problem, launch, strides
 from mmrpt_kernels.attention.triton.query_list import QueryList
 from mmrpt_kernels.attention.triton.tiles import LENGTHS, capped_scores, load_lse, load_tile
 
-__all__ = ["mass_forward"]
-
 
 @triton.jit
 def _blocks_without_edges(

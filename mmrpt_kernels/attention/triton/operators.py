@@ -15,8 +15,6 @@ from mmrpt_kernels.attention.triton.launch import as_batch, prepare
 from mmrpt_kernels.attention.triton.mass_forward import mass_forward
 from mmrpt_kernels.attention.triton.query_list import list_queries
 
-__all__ = ["attention", "mass_and_lse"]
-
 
 def attend(q, k, v, key_weights, masks: Masks, options: AttentionOptions):
     """out, mass and lse, see `attention.operators.attention_operator`."""

@@ -16,8 +16,6 @@ from mmrpt_kernels.attention.config import Settings
 from mmrpt_kernels.attention.triton.launch import Problem, launch, strides
 from mmrpt_kernels.attention.triton.tiles import LENGTHS
 
-__all__ = ["QueryList", "list_queries"]
-
 CHUNK = 2048
 
 

@@ -14,25 +14,6 @@ import triton.language as tl
 
 from mmrpt_kernels.common.tanh import tanh
 
-__all__ = [
-    "add_dmass",
-    "NONE",
-    "ALL",
-    "LENGTHS",
-    "LN_2",
-    "LOG2_E",
-    "SOME",
-    "allowed_pairs",
-    "capped_scores",
-    "key_blocks_of_rows",
-    "keys_of_rows",
-    "load_lse",
-    "load_tile",
-    "place_of_program",
-    "rows_of_keys",
-    "sequence_bounds",
-]
-
 # A block of keys, for one group: every weight 0, every weight 1, or anything. See key_blocks.py.
 NONE = tl.constexpr(0)
 ALL = tl.constexpr(1)
