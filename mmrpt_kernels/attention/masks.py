@@ -56,18 +56,10 @@ class Tile(NamedTuple):
         return slice(self.key_start, self.key_stop)
 
 
-def row_interval(row: int, num_rows: int, num_keys: int, options: AttentionOptions) -> tuple[int, int]:
-    """The keys [first, last) that the band leaves row `row`; first == last where it leaves none."""
-    position = row + num_keys - num_rows
-    first = 0 if options.window_left < 0 else max(0, position - options.window_left)
-    last = num_keys if options.window_right < 0 else min(num_keys, position + options.window_right + 1)
-    return (first, last) if first < last else (0, 0)
-
-
 def band(
     num_rows: int, num_keys: int, options: AttentionOptions, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`row_interval` of all rows as two int64 tensors (T,): first, last."""
+    """The keys [first, last) that the band leaves each row, as two int64 tensors (T,); (0, 0) where it leaves none."""
     position = torch.arange(num_rows, device=device) + (num_keys - num_rows)
     first, last = torch.zeros_like(position), torch.full_like(position, num_keys)
     if options.window_left >= 0:
@@ -97,11 +89,11 @@ def tiles(
         return [Tile(num_rows - num_keys, num_rows, 0, num_keys, "causal")]
     # Every row from `first_row` on has keys: its own position is among them.
     first_row = max(0, num_rows - num_keys - options.window_right) if options.window_right >= 0 else 0
+    intervals = torch.stack(band(num_rows, num_keys, options, torch.device("cpu")), -1).tolist()
     found = []
     for start in range(first_row, num_rows, block_rows):
         stop = min(start + block_rows, num_rows)
-        head = row_interval(start, num_rows, num_keys, options)
-        tail = row_interval(stop - 1, num_rows, num_keys, options)
+        head, tail = intervals[start], intervals[stop - 1]
         shape = "full" if head == tail and not explicit_mask else "masked"
         found.append(Tile(start, stop, head[0], tail[1], shape))
     return found

@@ -17,44 +17,26 @@ from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.dtypes import statistics_dtype
 
 
-def _band_mask(num_rows: int, num_keys: int, options: AttentionOptions, device: torch.device) -> torch.Tensor:
-    """(T, S) bool: what causality and the window allow, position by position."""
-    row = torch.arange(num_rows, device=device)[:, None] + (num_keys - num_rows)
-    key = torch.arange(num_keys, device=device)[None, :]
-    allowed = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device)
-    if options.window_left >= 0:
-        allowed = allowed & (key >= row - options.window_left)
-    if options.window_right >= 0:
-        allowed = allowed & (key <= row + options.window_right)
-    return allowed
+def _allowed(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, masks: Masks) -> torch.Tensor:
+    """(B or 1, 1, T, S) bool: keys of the row's own sequence that causality, the window and the masks allow.
 
-
-def _packed_mask(
-    num_rows: int, num_keys: int, cu_q: torch.Tensor, cu_k: torch.Tensor, options: AttentionOptions
-) -> torch.Tensor:
-    """(sum T, sum S) bool: same sequence, and allowed by the band of that sequence's own lengths."""
-    row = torch.arange(num_rows, device=cu_q.device)
-    key = torch.arange(num_keys, device=cu_q.device)
-    cu_q, cu_k = cu_q.long(), cu_k.long()
+    A dense batch is one sequence.
+    """
+    row, key = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
+    cu_q, cu_k = (torch.arange(2, device=q.device) * x.shape[1] for x in (q, k))
+    if masks.cu_seqlens_q is not None:
+        cu_q, cu_k = masks.cu_seqlens_q.long(), masks.cu_seqlens_k.long()
     row_sequence = torch.searchsorted(cu_q, row, right=True) - 1
     key_sequence = torch.searchsorted(cu_k, key, right=True) - 1
-    lengths_q, lengths_k = cu_q.diff(), cu_k.diff()
     # Position of a row among its sequence's keys, bottom-right aligned.
-    row_position = row - cu_q[row_sequence] + (lengths_k - lengths_q)[row_sequence]
-    key_position = key - cu_k[key_sequence]
+    row_position = (row - cu_q[row_sequence] + (cu_k.diff() - cu_q.diff())[row_sequence])[:, None]
+    key_position = (key - cu_k[key_sequence])[None, :]
     allowed = row_sequence[:, None] == key_sequence[None, :]
     if options.window_left >= 0:
-        allowed = allowed & (key_position[None, :] >= row_position[:, None] - options.window_left)
+        allowed = allowed & (key_position >= row_position - options.window_left)
     if options.window_right >= 0:
-        allowed = allowed & (key_position[None, :] <= row_position[:, None] + options.window_right)
-    return allowed
-
-
-def _allowed(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, masks: Masks) -> torch.Tensor:
-    """(B or 1, 1, T, S) bool."""
-    if masks.cu_seqlens_q is not None:
-        return _packed_mask(q.shape[1], k.shape[1], masks.cu_seqlens_q, masks.cu_seqlens_k, options)[None, None]
-    allowed = _band_mask(q.shape[1], k.shape[1], options, q.device)[None, None]
+        allowed = allowed & (key_position <= row_position + options.window_right)
+    allowed = allowed[None, None]
     if masks.key_padding_mask is not None:
         allowed = allowed & masks.key_padding_mask[:, None, None, :]
     return allowed if masks.attn_mask is None else allowed & masks.attn_mask

@@ -175,8 +175,7 @@ def gradients(state: _State, targets, found: Statistics, slopes: Slopes, head: P
     """`PairKernels.gradients`."""
     options = head.options
     if options.softcap == 0.0:  # where z = factor * raw the factor needs no pass of its own
-        factor = options.logit_scale / options.temperature
-        slopes = Slopes(*(None if slope is None else slope * factor for slope in slopes))
+        slopes = Slopes(*(None if slope is None else slope * options.slope for slope in slopes))
     scales = log_scales(state.sums, found)
     dtype = state.e[0].dtype
     shift = (scales[0] - scales[1]).to(dtype)[:, None]

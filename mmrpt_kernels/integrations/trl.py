@@ -210,7 +210,7 @@ def _mean_logits(hidden, weight, bias, options: HeadOptions) -> torch.Tensor:
     dtype = statistics_dtype(hidden)
     mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
     mean = mean if bias is None else mean + bias.mean(dtype=dtype)
-    return mean * (options.logit_scale / options.temperature)
+    return mean * options.slope
 
 
 @without_autocast

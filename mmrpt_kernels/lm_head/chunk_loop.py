@@ -209,7 +209,7 @@ class OneSweep(SoftmaxSweep):
         if slopes is None:
             return None
         # What the total of a row with NaN is does not matter where it has no slope.
-        return torch.where(slopes[0] == 0, 0.0, slopes[0] * -self.head.slope / self.total)
+        return torch.where(slopes[0] == 0, 0.0, slopes[0] * -self.head.options.slope / self.total)
 
 
 class TwoSweeps(SoftmaxSweep):

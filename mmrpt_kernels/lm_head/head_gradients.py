@@ -142,6 +142,6 @@ def unit_slopes(slopes: Slopes, vocab: int, options: HeadOptions) -> tuple[Slope
     size = d_logps.abs()
     if d_entropy is not None:
         size = size + d_entropy.abs() * (math.log(vocab) + math.exp(-1.0))
-    factor = size * (abs(options.logit_scale) / options.temperature / HALF_UNIT)
+    factor = size * (abs(options.slope) / HALF_UNIT)
     units = tuple(None if t is None else torch.where(t == 0, 0.0, t / factor) for t in slopes)
     return units, factor

@@ -32,6 +32,11 @@ class HeadOptions(NamedTuple):
     softcap: float = 0.0
     logit_scale: float = 1.0
 
+    @property
+    def slope(self) -> float:
+        """d z / d raw, where no soft cap saturates."""
+        return self.logit_scale / self.temperature
+
 
 class LoopOptions(NamedTuple):
     """How the chunk loop runs; nothing here changes a result beyond rounding (but for skip_below)."""
@@ -72,11 +77,6 @@ class Head(NamedTuple):
     def vocab(self) -> int:
         """Words of the whole vocabulary."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab
-
-    @property
-    def slope(self) -> float:
-        """d z / d raw, where no soft cap saturates."""
-        return self.options.logit_scale / self.options.temperature
 
 
 def build_head(
@@ -200,8 +200,8 @@ def as_wide(hidden: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
 
 def softcap_factors(options: HeadOptions) -> tuple[float, float]:
     """(inner, outer) of z = outer * tanh(inner * raw) with a soft cap, z = outer * raw without: what kernels take."""
-    temperature, softcap, logit_scale = options
-    return (logit_scale / softcap, softcap / temperature) if softcap > 0.0 else (1.0, logit_scale / temperature)
+    softcap = options.softcap
+    return (options.logit_scale / softcap, softcap / options.temperature) if softcap > 0.0 else (1.0, options.slope)
 
 
 def transform_logits(raw: torch.Tensor, options: HeadOptions, *, inplace: bool = False) -> torch.Tensor:
@@ -209,15 +209,12 @@ def transform_logits(raw: torch.Tensor, options: HeadOptions, *, inplace: bool =
 
     `inplace=True` overwrites `raw` (for chunks outside autograd); otherwise differentiable by autograd.
     """
-    temperature, softcap, logit_scale = options
-    if softcap > 0.0:
-        if inplace:
-            return raw.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
-        return torch.tanh(raw * (logit_scale / softcap)) * (softcap / temperature)
-    factor = logit_scale / temperature
-    if factor == 1.0:
+    inner, outer = softcap_factors(options)
+    if options.softcap > 0.0:
+        return raw.mul_(inner).tanh_().mul_(outer) if inplace else torch.tanh(raw * inner) * outer
+    if outer == 1.0:
         return raw
-    return raw.mul_(factor) if inplace else raw * factor
+    return raw.mul_(outer) if inplace else raw * outer
 
 
 def transform_backward(grad: torch.Tensor, transformed: torch.Tensor | None, options: HeadOptions) -> torch.Tensor:
@@ -227,8 +224,7 @@ def transform_backward(grad: torch.Tensor, transformed: torch.Tensor | None, opt
         grad: d loss / d z, the shape of the logits.
         transformed: z as `transform_logits` returned it; read only when softcap > 0 (tanh' = 1 - tanh^2), else None.
     """
-    temperature, softcap, logit_scale = options
-    factor = logit_scale / temperature
-    if softcap > 0.0:
-        return grad.mul_((transformed * (temperature / softcap)).square_().neg_().add_(1.0).mul_(factor))
-    return grad if factor == 1.0 else grad.mul_(factor)
+    if options.softcap > 0.0:
+        capped = transformed * (options.temperature / options.softcap)
+        return grad.mul_(capped.square_().neg_().add_(1.0).mul_(options.slope))
+    return grad if options.slope == 1.0 else grad.mul_(options.slope)

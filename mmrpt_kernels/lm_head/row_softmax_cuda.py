@@ -45,7 +45,7 @@ def _run(
             sizes=[*logits.shape, logits.stride(0), out.stride(0)],
             entropy=entropy,
             max_above_target=max_above_target(entropy),
-            head=[*softcap_factors(options), options.logit_scale / options.temperature],
+            head=[*softcap_factors(options), options.slope],
             capped=options.softcap > 0.0,
             where=where,
         )

@@ -269,7 +269,7 @@ def gradient(state: torch.Tensor, bias, targets, options: HeadOptions, softmax: 
             _gradient_kernel[(rows, triton.cdiv(vocab, tile * GRADIENT_TILES))](
                 state, bias, targets.contiguous(), softmax.top, softmax.total, softmax.entropy if entropy else None,
                 d_logps.contiguous(), d_entropy.contiguous() if entropy else None, out, vocab, state.stride(0),
-                out.stride(0), slope=options.logit_scale / options.temperature, **head_arguments(bias, options),
+                out.stride(0), slope=options.slope, **head_arguments(bias, options),
                 ENTROPY=entropy, TILE=tile, TILES=GRADIENT_TILES, num_warps=WARPS,
             )  # fmt: skip
 

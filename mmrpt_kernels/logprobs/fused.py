@@ -131,7 +131,7 @@ def _add_kept(kept: Kept, hidden: torch.Tensor, head: Head, d_logps: torch.Tenso
     """Two products from the exponentials of those rows that have a slope."""
     rows, matrix = kept.rows, kept.matrix
     slopes = d_logps[rows]
-    factor = torch.where(slopes == 0, 0.0, slopes * (-head.slope / kept.total))
+    factor = torch.where(slopes == 0, 0.0, slopes * (-head.options.slope / kept.total))
     active = (slopes != 0).nonzero().squeeze(-1)
     if active.shape[0] == 0:
         return

@@ -9,7 +9,7 @@ from mmrpt_kernels.testing.cases import (
     head_inputs,
     on_a_grid,
 )
-from mmrpt_kernels.testing.errors import ErrorReport, assert_close_to_truth, poisoned_memory, sum_cap, sum_error
+from mmrpt_kernels.testing.errors import assert_close_to_truth, poisoned_memory, sum_cap, sum_error
 from mmrpt_kernels.testing.heads import HEADS, HeadDraw, draw_head, kept_words
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "HEADS",
     "HEAD_CASES",
     "AttentionCase",
-    "ErrorReport",
     "HeadCase",
     "HeadDraw",
     "assert_close_to_truth",

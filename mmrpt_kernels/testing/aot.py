@@ -209,14 +209,6 @@ def check_resources(compiled: Sequence[Compiled]) -> None:
         raise ResourceError("\n".join(wrong))
 
 
-def table(compiled: Sequence[Compiled]) -> str:
-    """One line a kernel: registers, spills, shared memory, title."""
-    lines = ["registers  spill bytes  shared bytes  kernel"]
-    for one in compiled:
-        lines.append(f"{one.registers:9d}  {one.spill_bytes:11d}  {one.shared_bytes:12d}  {one.spec.title}")
-    return "\n".join(lines)
-
-
 def _resources(cubin: bytes, arch: int) -> tuple[int, int]:
     """Registers per thread and local memory per thread in bytes, as the bundled cuobjdump reads them.
 

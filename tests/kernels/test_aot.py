@@ -22,7 +22,6 @@ from mmrpt_kernels.testing.aot import (
     check_resources,
     compile_kernels,
     recorded_launches,
-    table,
 )
 from tests.kernels import aot_kernels
 
@@ -45,7 +44,6 @@ def test_every_architecture_without_a_gpu():
         assert instruction in one.ptx and f".target sm_{one.spec.arch}" in one.ptx
         assert 16 <= one.registers <= 255 and one.spill_bytes == 0
         assert 64 * 64 * 2 <= one.shared_bytes <= SHARED_LIMIT[one.spec.arch]
-    assert len(table(compiled).splitlines()) == 4 and "sm_100" in table(compiled)
 
 
 def test_a_kernel_that_spills_is_refused_and_named():
