@@ -8,7 +8,6 @@ guard on `use_backend`, not on the environment: set the variable before the firs
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from mmrpt_kernels.common.dtypes import FLOAT_DTYPES as FLOATS
-from mmrpt_kernels.common.extension import TRITON_MISSING, build_info
+from mmrpt_kernels.common.extension import TRITON_MISSING, build_info, installed
 
 __all__ = [
     "BACKENDS",
@@ -55,11 +54,6 @@ def _why_no_extension(device: str) -> str:
     return ""
 
 
-def _installed(*modules: str) -> bool:
-    """Whether any of these modules can be found; nothing is imported."""
-    return any(importlib.util.find_spec(module) is not None for module in modules)
-
-
 class Row(NamedTuple):
     """One backend of one operator. Rows of an operator stand in order of preference: the fastest first. A backend may
     have two: one for what it is best at, one by name for all that it can."""
@@ -75,7 +69,7 @@ class Row(NamedTuple):
 
 
 NO_CUDA, NO_HOST = _why_no_extension("cuda"), _why_no_extension("cpu")
-NO_FLASH_ATTN = "" if _installed("flash_attn", "flash_attn_interface") else "flash-attn is not installed"
+NO_FLASH_ATTN = "" if installed("flash_attn") or installed("flash_attn_interface") else "flash-attn is not installed"
 INTERPRETER = "Triton's interpreter, for tests"
 HALVES, WIDE, NO_DOUBLE = FLOATS[1:3], (torch.float32, torch.float64), FLOATS[:3]
 LOSSES = "logprobs policy_loss token_loss"

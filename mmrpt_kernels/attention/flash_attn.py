@@ -8,7 +8,6 @@ the installed one has others, the call raises and says what was found.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 
 from mmrpt_kernels.attention.masks import AttentionOptions, Masks
 from mmrpt_kernels.common.checks import check
+from mmrpt_kernels.common.extension import installed
 
 
 class Release(NamedTuple):
@@ -49,19 +49,12 @@ def _release(device: torch.device) -> Release:
     capability = _capability(device)
     serves = {"flash_attn.cute": capability >= 9, "flash_attn_interface": capability == 9, "flash_attn": True}
     for release in RELEASES:
-        if serves[release.module] and _installed(release.module):
+        if serves[release.module] and installed(release.module):
             return release
     raise ValueError(
         f"flash-attn: got no release for compute capability {capability}, expected one of "
         f"{', '.join(r.module for r in RELEASES)}; pip install flash-attn, or choose another backend"
     )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # a parent is missing
-        return False
 
 
 def _function(release: Release, name: str, expected: tuple[str, ...]) -> Callable:

@@ -85,8 +85,6 @@ def _columns(parts: list[tuple[torch.Tensor | float, int]], like: torch.Tensor, 
 class CpuFlashTiles:
     """torch's fused CPU attention on [v | w]; a head of the kernel is max(D, Dv + G) wide. GQA without copies."""
 
-    whole = True  # one causal or full tile may hold all rows
-
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, options: AttentionOptions):
         """q (B, T, Hq, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), w (B, S, G), all of one dtype."""
         self.q, self.k, self.v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -166,8 +164,6 @@ class CpuFlashTiles:
 
 class PlainTiles:
     """softmax(q k^T) of a tile in plain PyTorch; heads that share a key head are stacked as rows of one product."""
-
-    whole = False
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, options: AttentionOptions):
         """q (B, T, Hq, D), k (B, S, Hkv, D), v (B, S, Hkv, Dv), w (B, S, G), all of one dtype."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,14 @@ def build_info() -> dict[str, Any]:
     if module is None:
         return {"built": False, "reason": reason}
     return {"built": True, "reason": ""} | module.build_info()
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent is missing
+        return False
 
 
 def _why_no_triton() -> str:

@@ -138,7 +138,7 @@ def _check(
     hidden_p, hidden_q, weight, weight_q, bias, targets, kinds, options, chunk_size, *, part: bool = False
 ) -> None:
     """The argument checks; `part`: heads and bias are one rank's words, and targets are checked when all are known."""
-    check_head(hidden_p, weight, bias, options, chunk_size, part=part)
+    check_head(hidden_p, weight, bias, targets, options, chunk_size, part=part)
     last = hidden_p.shape[-1] if weight_q is None else None
     check_shape("hidden_q", hidden_q, (*hidden_p.shape[:-1], last), "(..., H): as hidden_p, the second view")
     check_dtype("hidden_q", hidden_q, FLOAT_DTYPES)
@@ -147,13 +147,10 @@ def _check(
     for one in kinds:
         check(one in KINDS, f"kind: got {one!r}, expected one or a tuple of {', '.join(KINDS)}; choose from these")
     check(len(kinds) > 0, f"kind: got an empty tuple, expected at least one of {', '.join(KINDS)}; name one")
-    check_same_device(hidden_p=hidden_p, hidden_q=hidden_q, weight_q=weight_q, targets=targets)
-    if targets is None:
-        check(
-            "k3" not in kinds, 'kind: got "k3" without targets, expected targets (...) int64; pass the sampled tokens'
-        )
-        return
-    check_shape("targets", targets, tuple(hidden_p.shape[:-1]), "(...): one token id per row of hidden_p")
-    check_dtype("targets", targets, (torch.int64,))
+    check_same_device(hidden_p=hidden_p, hidden_q=hidden_q, weight_q=weight_q)
+    check(
+        targets is not None or "k3" not in kinds,
+        'kind: got "k3" without targets, expected targets (...) int64; pass the sampled tokens',
+    )
     if not part and not torch.compiler.is_compiling():
         check_word_ids(targets, weight.shape[0])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from mmrpt_kernels.common.autocast import without_autocast
 from mmrpt_kernels.common.dtypes import statistics_dtype
@@ -42,22 +43,12 @@ def check_version(package: str, low: str, high: str) -> str:
         raise UnsupportedError(
             f"{package}: not installed, expected >={low},<{high}; pip install 'mmrpt[{package}]'"
         ) from None
-    if not _numbers(low) <= _numbers(version) < _numbers(high):
+    if not Version(low).release <= Version(version).release < Version(high).release:  # (1, 16, 0) of 1.16.0.dev1
         raise UnsupportedError(
             f"{package}: got {version}, expected >={low},<{high}, the versions this adapter knows; "
             f"pip install '{package}>={low},<{high}', or train without the adapter"
         )
     return version
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """ "1.16.0.dev1" -> (1, 16, 0): the leading numbers."""
-    numbers: list[int] = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return (*numbers, *(0,) * (4 - len(numbers)))
 
 
 def check_parameters(function: Callable, expected: Sequence[str], where: str) -> None:

@@ -20,14 +20,6 @@ __all__ = ["KeyWeights", "VisualMassRecord", "Window", "read_mask"]
 KeyWeights = torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
 
 
-def _pad_keys(weights: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """(B, at least num_keys[, G]): zeros after the known weights."""
-    missing = num_keys - weights.shape[1]
-    if missing <= 0:
-        return weights
-    return torch.cat([weights, weights.new_zeros((weights.shape[0], missing) + weights.shape[2:])], dim=1)
-
-
 def read_mask(mask: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A mask that transformers or the caller made, as (B, 1, T, S) bool, and as key padding where that says it all.
 
@@ -187,7 +179,8 @@ class Window:
             f"key_weights: got {self.weights.shape[1]} keys, expected at most {self.num_keys}, the length of the "
             "sequence; cut it to the tokens that the model sees",
         )
-        weights = _pad_keys(self.weights, max(self.num_keys, num_keys))
+        missing = max(0, max(self.num_keys, num_keys) - self.weights.shape[1])
+        weights = nn.functional.pad(self.weights, (*(0, 0) * (self.weights.dim() - 2), 0, missing))
         if num_keys < self.num_keys:
             weights = weights[:, self.num_keys - num_keys : self.num_keys]
         return weights.to(key.device)

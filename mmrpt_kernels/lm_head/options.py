@@ -106,6 +106,7 @@ def check_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    targets: torch.Tensor | None,
     options: HeadOptions,
     chunk_size: int | None,
     *,
@@ -117,6 +118,7 @@ def check_head(
         hidden: (..., H) float.
         weight: (V, H) float.
         bias: (V,) float or None.
+        targets: (...) int64, or None.
         part: weight and bias are one rank's words, and whether there are any the ranks find out together.
     """
     checks.check(
@@ -133,7 +135,10 @@ def check_head(
     if bias is not None:
         checks.check_shape("bias", bias, (weight.shape[0],), "(V,): one value per word")
         checks.check_dtype("bias", bias, FLOAT_DTYPES)
-    checks.check_same_device(hidden=hidden, weight=weight, bias=bias)
+    if targets is not None:
+        checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
+        checks.check_dtype("targets", targets, (torch.int64,))
+    checks.check_same_device(hidden=hidden, weight=weight, bias=bias, targets=targets)
     checks.check_range("temperature", options.temperature, 0.0, None, low_open=True)
     checks.check_range("softcap", options.softcap, 0.0, None)
     checks.check(

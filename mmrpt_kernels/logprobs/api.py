@@ -95,11 +95,8 @@ def linear_logprobs(
     """
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
-    check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
+    check_head(hidden, weight, bias, targets, options, chunk_size, part=vocab_group is not None)
     check_compact(compact)
-    checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
-    checks.check_dtype("targets", targets, (torch.int64,))
-    checks.check_same_device(hidden=hidden, targets=targets)
     name = select_backend("logprobs", hidden, weight, bias, backend, vocab_group)
     cast = autocast_dtype(hidden)
     if name == "reference":

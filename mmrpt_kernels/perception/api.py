@@ -12,7 +12,7 @@ from mmrpt_kernels.backends import select
 from mmrpt_kernels.common.checks import check, check_dtype, check_range, check_same_device, check_shape
 from mmrpt_kernels.common.dtypes import FLOAT_DTYPES
 from mmrpt_kernels.perception import portable, reference
-from mmrpt_kernels.perception.shaping import trajectory_weights
+from mmrpt_kernels.perception.shaping import trajectory_means, trajectory_weights
 
 SCOPES = ("batch", "local")
 
@@ -63,13 +63,12 @@ def perception_weights(
     """
     _check(scores, response_mask, keep_ratio, min_weight, max_weight, scope, group)
     name = select("perception", device=scores.device, dtype=scores.dtype, requested=backend)
-    chosen = reference if name == "reference" else portable
     scores = scores.detach()
     if scores.dtype != torch.float64:
         scores = scores.float()
     ranked = scores.masked_fill(torch.isnan(scores), -torch.inf)
     mask = _perception_mask(ranked, response_mask, keep_ratio, name)
-    means = chosen.trajectory_means(scores, response_mask)
+    means = trajectory_means(scores, response_mask)
     distributed = scope == "batch" and dist.is_available() and dist.is_initialized()
     weights = trajectory_weights(means, min_weight, max_weight, distributed, group)
     return PerceptionWeights(mask, weights.to(scores.dtype))

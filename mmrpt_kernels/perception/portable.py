@@ -20,10 +20,3 @@ def perception_mask(
     # response tokens that score -inf themselves ahead of them.
     taken = in_order & (in_order.cumsum(-1) <= count)
     return torch.zeros_like(response_mask).scatter(-1, order, taken)
-
-
-def trajectory_means(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """(B,) mean score of each trajectory's response tokens in float64; NaN without response tokens."""
-    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # mps has no float64
-    total = scores.to(wide).masked_fill(~response_mask, 0.0).sum(-1)
-    return total / response_mask.sum(-1)

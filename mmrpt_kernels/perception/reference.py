@@ -1,4 +1,4 @@
-"""The definition of the perception mask and the trajectory weights: every pair of tokens compared, nothing sorted."""
+"""The definition of the perception mask: every pair of tokens compared, nothing sorted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,3 @@ def perception_mask(
     length = response_mask.sum(-1)
     count = -((-length * numerator) // denominator)  # ceil, in integers
     return response_mask & (beaten_by < count[:, None])
-
-
-def trajectory_means(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """(B,) mean score of each trajectory's response tokens in float64; NaN without response tokens."""
-    return torch.where(response_mask, scores.double(), 0.0).sum(-1) / response_mask.sum(-1)

@@ -6,6 +6,13 @@ import torch
 import torch.distributed as dist
 
 
+def trajectory_means(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(B,) mean score of each trajectory's response tokens in float64; NaN without response tokens."""
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # mps has no float64
+    total = scores.to(wide).masked_fill(~response_mask, 0.0).sum(-1)
+    return total / response_mask.sum(-1)
+
+
 def _reduced(value: torch.Tensor, op: str, distributed: bool, group) -> torch.Tensor:
     """`value` reduced over the group; unchanged without one."""
     if distributed:

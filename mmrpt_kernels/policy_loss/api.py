@@ -140,7 +140,7 @@ def linear_policy_loss(
     clips, terms = (float(clip_low), float(clip_high), dual_clip), (float(entropy_coef), entropy_scope, entropy_kind)
     options = PolicyOptions(float(kl_coef), kl_estimator, *clips, *terms, ratio_level, surrogate)
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
-    check_head(hidden, weight, bias, head, chunk_size, part=vocab_group is not None)
+    check_head(hidden, weight, bias, targets, head, chunk_size, part=vocab_group is not None)
     check_compact(compact)
     check_options(options, aggregation, normalizer, ref_logps, hidden)
     dtype = statistics_dtype(hidden, weight, bias)
@@ -245,14 +245,12 @@ def linear_token_loss(
     """
     options = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     weight, bias, vocab_group = local_head(hidden, targets, weight, bias, vocab_group)
-    check_head(hidden, weight, bias, options, chunk_size, part=vocab_group is not None)
+    check_head(hidden, weight, bias, targets, options, chunk_size, part=vocab_group is not None)
     check_compact(compact)
-    checks.check_shape("targets", targets, tuple(hidden.shape[:-1]), "(...): one token id per row of hidden")
-    checks.check_dtype("targets", targets, (torch.int64,))
     if active_mask is not None:
         checks.check_shape("active_mask", active_mask, tuple(targets.shape), "(...): one bool per token")
         checks.check_dtype("active_mask", active_mask, (torch.bool,))
-    checks.check_same_device(hidden=hidden, targets=targets, active_mask=active_mask)
+    checks.check_same_device(hidden=hidden, active_mask=active_mask)
     name = select_backend("token_loss", hidden, weight, bias, backend, vocab_group)
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     active = ids != ignore_index

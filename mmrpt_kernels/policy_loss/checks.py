@@ -124,9 +124,6 @@ def gather_tokens(
         f"hidden: got shape {tuple(hidden.shape)}, expected (B, T, H); keep the batch dimension, hidden[None] for one",
     )
     shape = hidden.shape[:2]
-    checks.check_shape("targets", targets, tuple(shape), "(B, T): one token id per row of hidden")
-    checks.check_dtype("targets", targets, (torch.int64,))
-    checks.check_same_device(hidden=hidden, targets=targets)
     response = _mask("response_mask", response_mask, shape, hidden) & (targets != ignore_index)
     if perception_mask is None:
         perception = response

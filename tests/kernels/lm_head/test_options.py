@@ -24,6 +24,8 @@ OPTIONS = (HeadOptions(), HeadOptions(0.7), HeadOptions(1.3, 5.0, -1.7), HeadOpt
         ({"weight": torch.zeros(5, 3)}, "weight"),
         ({"weight": torch.zeros(0, 4)}, "vocabulary"),
         ({"bias": torch.zeros(4)}, "bias"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, "targets"),
+        ({"targets": torch.zeros(3)}, "targets"),
         ({"options": HeadOptions(temperature=0.0)}, "temperature"),
         ({"options": HeadOptions(softcap=-1.0)}, "softcap"),
         ({"options": HeadOptions(logit_scale=0.0)}, "logit_scale"),
@@ -35,6 +37,7 @@ def test_head_arguments(change, word):
         "hidden": torch.zeros(3, 4),
         "weight": torch.zeros(5, 4),
         "bias": None,
+        "targets": None,
         "options": HeadOptions(),
         "chunk_size": None,
     }
