@@ -135,6 +135,10 @@ def linear_policy_loss(
         ValueError: a shape, dtype, device or setting that cannot be meant; on a CPU also a target outside [0, V).
         BackendError: `backend` cannot serve the call.
     """
+    checks.check(
+        isinstance(hidden, torch.Tensor) and hidden.dim() == 3,
+        f"hidden: got shape {tuple(hidden.shape)}, expected (B, T, H); keep the batch dimension, hidden[None] for one",
+    )
     head = HeadOptions(float(temperature), float(softcap), float(logit_scale))
     dual_clip = None if dual_clip is None else float(dual_clip)
     clips, terms = (float(clip_low), float(clip_high), dual_clip), (float(entropy_coef), entropy_scope, entropy_kind)

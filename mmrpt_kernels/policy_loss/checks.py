@@ -119,10 +119,6 @@ def gather_tokens(
 
     The response loses tokens whose target is `ignore_index`; without a perception_mask every response token counts.
     """
-    checks.check(
-        isinstance(hidden, torch.Tensor) and hidden.dim() == 3,
-        f"hidden: got shape {tuple(hidden.shape)}, expected (B, T, H); keep the batch dimension, hidden[None] for one",
-    )
     shape = hidden.shape[:2]
     response = _mask("response_mask", response_mask, shape, hidden) & (targets != ignore_index)
     if perception_mask is None:
