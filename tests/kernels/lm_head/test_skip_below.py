@@ -265,19 +265,3 @@ def test_every_operator_takes_it(kept, seed):
             assert (leaf.grad is None) == (name == frozen)
             assert leaf.grad is None or (leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0)
     assert len(kept) == 6 and max(kept) <= 0.45
-
-
-def test_leaving_words_out_waits_for_the_device():
-    with pytest.raises(ValueError, match="compact=False asks that nothing does"):
-        linear_logprobs(**made("flat", rows=3), skip_below="auto", compact=False)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.0, "always", float("nan")])
-def test_refusals(value):
-    inputs = made("flat", rows=3)
-    for call in (
-        lambda: linear_logprobs(**inputs, skip_below=value),
-        lambda: linear_token_loss(**inputs, token_loss=lambda logps, entropy, rows: logps, skip_below=value),
-    ):
-        with pytest.raises(ValueError, match="skip_below.*'auto'"):
-            call()
