@@ -1,4 +1,4 @@
-"""linear_policy_loss against losses written by hand, statistics, linear_token_loss, and what is refused."""
+"""linear_policy_loss against losses written by hand, statistics, linear_token_loss, and torch's habits."""
 
 from __future__ import annotations
 
@@ -65,19 +65,17 @@ class TestLaws:
     def test_is_cross_entropy(self, seed):
         """Advantage 1, on-policy: the gradient of F.cross_entropy; the loss itself is the constant -1."""
         made = make(BATCH, seed, batch=4)
-        logits = made["hidden"] @ made["weight"].T
         wrt = (made["hidden"], made["weight"])
-        expected = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), wrt)
+        loss = F.cross_entropy((wrt[0] @ wrt[1].T).flatten(0, 1), made["targets"].flatten())
+        expected = torch.autograd.grad(loss, wrt)
         every = torch.ones(made["targets"].shape, dtype=torch.bool)
         out = linear_policy_loss(*wrt, made["targets"], torch.ones(4), response_mask=every)
         assert out.loss.item() == pytest.approx(-1.0)
         torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), expected)
         by_token = linear_token_loss(*wrt, made["targets"], lambda logps, entropy, rows: -logps)
-        count = (made["targets"] != -100).sum()
-        torch.testing.assert_close(
-            by_token / count, F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), rtol=1e-9, atol=0
-        )
-        torch.testing.assert_close(torch.autograd.grad(by_token / count, wrt), expected)
+        by_token = by_token / (made["targets"] != -100).sum()
+        torch.testing.assert_close(by_token, loss, rtol=1e-9, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(by_token, wrt), expected)
 
     def test_cispo_by_hand(self, seed):
         """Values and gradients of constant(clip(r)) A logp; beyond the clip a token still learns."""
@@ -115,86 +113,57 @@ class TestLaws:
         torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), torch.autograd.grad(manual, wrt))
         assert (ratio != clipped).tolist() == [True, True, False, False]
 
-    def test_statistics(self, seed):
+    @pytest.mark.parametrize("whole", (True, False))
+    def test_statistics(self, whole, seed):
+        """Of all response tokens; without a forward of their own, of those that learn."""
         made = make(BATCH, seed, batch=4)
         response = made["response_mask"] & (made["targets"] != -100)
         kept = response & made["perception_mask"]
-        out = call(made)
+        out = call(made, return_statistics=whole)
         full = linear_logprobs(made["hidden"], made["weight"], made["targets"], return_entropy=True)
-        gap = (full.logps - made["old_logps"])[response]
         ratio = (full.logps - made["old_logps"]).exp()
         low = (ratio < 0.8) & (made["advantages"][:, None] < 0)
         high = (ratio > 1.2) & (made["advantages"][:, None] > 0)
-        ref_gap = (made["ref_logps"] - full.logps)[response]
+        seen = response if whole else kept
+        logps, ratio, ref_gap = full.logps[seen], ratio[seen], (made["ref_logps"] - full.logps)[seen]
         expected = {
-            "tokens": response.sum().double(),
+            "tokens": response.sum(),
             "kept_fraction": kept.sum() / response.sum(),
-            "logp_mean": full.logps[response].mean(),
-            "max_logp": full.logps[response].max(),
-            "entropy_mean": full.entropy[response].mean(),
-            "ratio_mean": ratio[response].mean(),
-            "ratio_max": ratio[response].max(),
-            "approx_kl": (gap.exp() - gap - 1).mean(),
+            "logp_mean": logps.mean(),
+            "max_logp": logps.max(),
+            "ratio_mean": ratio.mean(),
+            "ratio_max": ratio.max(),
+            "approx_kl": (ratio - ratio.log() - 1).mean(),
             "clip_fraction_low": low[kept].double().mean(),
             "clip_fraction_high": high[kept].double().mean(),
             "ref_kl": (ref_gap.exp() - ref_gap - 1).mean(),
         }
-        assert out.statistics.keys() == expected.keys()
+        if whole:
+            expected["entropy_mean"] = full.entropy[seen].mean()
+            assert (out.logps[~response] == 0).all() and (out.entropy[~response] == 0).all()
+        assert out.statistics.keys() == expected.keys() and (out.entropy is not None) == whole
         for name, value in expected.items():
             assert out.statistics[name].shape == () and not out.statistics[name].requires_grad
             torch.testing.assert_close(out.statistics[name], value.detach().to(D), rtol=1e-6, atol=1e-9, msg=name)
-        assert (out.logps[~response] == 0).all() and (out.entropy[~response] == 0).all()
-
-    def test_statistics_without_a_forward_of_their_own_cover_the_tokens_that_learn(self, seed):
-        made = make(BATCH, seed, batch=4)
-        response = made["response_mask"] & (made["targets"] != -100)
-        kept = response & made["perception_mask"]
-        out = call(made, return_statistics=False)
-        full = call(made)
-        assert out.entropy is None and out.statistics.keys() == full.statistics.keys() - {"entropy_mean"}
-        for name in ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high"):
-            assert out.statistics[name] == full.statistics[name]
-        logps = full.logps[kept]
-        gap, ref_gap = logps - made["old_logps"][kept], made["ref_logps"][kept] - logps
-        expected = {
-            "logp_mean": logps.mean(),
-            "max_logp": logps.max(),
-            "ratio_mean": gap.exp().mean(),
-            "ratio_max": gap.exp().max(),
-            "approx_kl": (gap.exp() - gap - 1).mean(),
-            "ref_kl": (ref_gap.exp() - ref_gap - 1).mean(),
-        }
-        for name, value in expected.items():
-            torch.testing.assert_close(out.statistics[name], value, rtol=1e-6, atol=1e-9, msg=name)
-        assert call(made, return_statistics=False, entropy_coef=0.1).statistics["entropy_mean"] > 0
+        assert call(made, return_statistics=whole, entropy_coef=0.1).statistics["entropy_mean"] > 0
 
 
 class TestTokenLoss:
     @pytest.mark.parametrize("backend", ("portable", "reference"))
     def test_own_objective(self, backend, seed):
         made = make(SMALL, seed, batch=2)
-        head = {name: made[name] for name in HEAD_OPTIONS} | {"bias": made["bias"]}
-        active = made["response_mask"]
-        factors = torch.randn(8, dtype=D)
-        wrt = [made[name] for name in LEAVES]
+        head = {name: made[name] for name in (*LEAVES, "targets", *HEAD_OPTIONS)}
+        active, factors = made["response_mask"], torch.randn(8, dtype=D)
 
         def focal(logps, entropy, rows):
             return -factors[rows] * (1 - logps.exp()) ** 2 * logps + 0.1 * entropy**2
 
-        total = linear_token_loss(
-            made["hidden"],
-            made["weight"],
-            made["targets"],
-            focal,
-            active_mask=active,
-            backend=backend,
-            **(head | {"chunk_size": 3}),
-        )
-        plain = linear_logprobs(
-            made["hidden"], made["weight"], made["targets"], return_entropy=True, backend="reference", **head
-        )
+        options = {"token_loss": focal, "active_mask": active, "backend": backend, "chunk_size": 3}
+        total = linear_token_loss(**(head | options))
+        plain = linear_logprobs(**head, return_entropy=True, backend="reference")
         manual = focal(plain.logps.view(-1), plain.entropy.view(-1), torch.arange(8))[active.view(-1)].sum()
         torch.testing.assert_close(total, manual)
+        wrt = [made[name] for name in LEAVES]
         torch.testing.assert_close(torch.autograd.grad(total * 3, wrt), torch.autograd.grad(manual * 3, wrt))
 
     def test_without_compaction(self, seed):
@@ -229,17 +198,6 @@ class TestTokenLoss:
         assert total == 0 and all((grad == 0).all() for grad in grads)
 
 
-class TestErrors:
-    @pytest.mark.parametrize("first", (1.0, 3.0))
-    def test_a_second_backward_is_refused(self, first, seed):
-        made = make(BATCH, seed)
-        args = made["hidden"], made["weight"], made["targets"]
-        for loss in (call(made).loss, linear_token_loss(*args, lambda logps, entropy, rows: -logps)):
-            (loss if first == 1.0 else loss * first).backward(retain_graph=True)
-            with pytest.raises(RuntimeError, match="second backward"):
-                loss.backward()
-
-
 class TestTorch:
     def test_annealed_coefficients_compile_without_graph_break(self, seed, fresh_compiler):
         """A number that changes between calls becomes symbolic at its second value."""
@@ -259,3 +217,12 @@ class TestTorch:
         for scale in (1.0, 0.5, 1.0):
             (call(made).loss * scale).backward()
         torch.testing.assert_close(made["weight"].grad, 2.5 * once)
+
+    @pytest.mark.parametrize("first", (1.0, 3.0))
+    def test_a_second_backward_is_refused(self, first, seed):
+        made = make(BATCH, seed)
+        args = made["hidden"], made["weight"], made["targets"]
+        for loss in (call(made).loss, linear_token_loss(*args, lambda logps, entropy, rows: -logps)):
+            (loss if first == 1.0 else loss * first).backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="second backward"):
+                loss.backward()
