@@ -17,7 +17,6 @@ from tests.kernels.attention.attention_checks import (
     definition_of,
     half_precision,
     problem_of,
-    with_gradients,
 )
 
 
@@ -33,19 +32,6 @@ def test_every_kernel_of_a_gpu_errs_no_more_than_eager(case, dtype, kernel, seed
     tensors, _, options, lse = problem_of(case, seed, dtype)
     with sdpa_kernel(kernel):
         half_precision(lambda *t: SDPA_GPU.attend(*t, causal=case.causal), definition_of(options), tensors, seed, lse)
-
-
-def test_it_is_traced_whole(fresh_compiler, seed):
-    inputs = attention_inputs(AttentionCase("x", 1, 9, 9, 4, 2, 8), seed=seed)
-    inputs.pop("key_padding_mask")
-
-    def call(*tensors):
-        return tuple(attention_with_visual_mass(*tensors, backend="sdpa+mass"))
-
-    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
-    expected = with_gradients(call, list(inputs.values()), seed)
-    for name, value in with_gradients(traced, list(inputs.values()), seed).items():
-        torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_lse_of_the_memory_efficient_kernel_is_cut_to_its_rows():

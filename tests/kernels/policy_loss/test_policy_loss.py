@@ -1,7 +1,7 @@
 """linear_policy_loss: the definition by hand, its per-token function, and what masks do.
 
-Portable against the definition, with options drawn at random, is in test_policy_loss_random.py, the laws of all operators
-in tests/kernels/lm_head.
+Portable against the definition, with options drawn at random, is in test_policy_loss_random.py, the laws of all
+operators in tests/kernels/lm_head.
 """
 
 from __future__ import annotations
