@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from mmrpt_kernels.backends import TABLE
 from mmrpt_kernels.divergence import operator as divergence_operator
 from mmrpt_kernels.divergence.api import KINDS
+from mmrpt_kernels.integrations import verl
+from mmrpt_kernels.integrations.guards import SelfCheck, SelfCheckError
 from mmrpt_kernels.lm_head import chunk_sizes, vocab_parallel
 from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
+from mmrpt_kernels.logprobs import LogProbs, linear_logprobs
 from mmrpt_kernels.logprobs import operator as logprobs_operator
 from mmrpt_kernels.testing import HeadCase, on_a_grid, poisoned_memory
 from mmrpt_kernels.testing.interpreter import mend_interpreter
@@ -170,6 +173,39 @@ def checkpointed(operator: Operator, part: Part) -> dict:
     return {"loss": loss} | {f"d_{name}": grad for name, grad in zip(wrt, grads, strict=True)}
 
 
+def verls_head(part: Part) -> dict:
+    """That of verl's Megatron workers: every rank has all hidden states (S, 1, H), and its part of their gradient."""
+    made = inputs(PLAIN._replace(ignored="none"), part)
+    wrt, targets = (made["hidden"], made["weight"]), made["targets"]
+    if part.rank is None:
+        found = linear_logprobs(*wrt, targets, temperature=0.8, return_entropy=True, backend="reference")
+    else:
+        kernel = verl._make_heads(SelfCheck(True), None)[1]
+        found = kernel(wrt[0][:, None], wrt[1], targets[None], 0.8, "none", part.group)
+    named = dict(zip(("logps", "entropy"), found, strict=True))
+    d_hidden, d_weight = torch.autograd.grad(mixed_sum(named, 3), wrt)
+    if part.rank is not None:
+        dist.all_reduce(d_hidden)
+    return named | {"d_hidden": d_hidden, "d_weight": d_weight}
+
+
+def verls_alarm(part: Part) -> str:
+    """What the self-check of verl's head says to log-probabilities of another size, on every rank."""
+
+    def broken(*arguments, **options) -> LogProbs:
+        found = linear_logprobs(*arguments, **options)
+        return found._replace(logps=found.logps - 0.5)
+
+    verl.linear_logprobs = broken
+    try:
+        verls_head(part)
+    except SelfCheckError as error:
+        return str(error)
+    finally:
+        verl.linear_logprobs = linear_logprobs
+    return "no error"
+
+
 def compiled(operator: Operator, part: Part) -> dict:
     """In one graph without a break."""
     if part.rank is None:
@@ -213,6 +249,7 @@ EXACT |= {
     "entropies_alone_learn": case(learning_alone, ("entropy_p", "entropy_q")),
     "divergence_alone_learns": case(learning_alone, KINDS),
     "equal_views": case(plain, DIVERGENCE, RICH, change=equal_views),
+    "verls_head": verls_head,
 }
 # Row kernels that a CPU can run besides: Triton's interpreter, slowly, and csrc's host build where it was built.
 LOW_PRECISION = [
@@ -323,6 +360,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
         same = all(torch.equal(values[0][key].nan_to_num(7.0), values[-1][key].nan_to_num(7.0)) for key in values[0])
         found[name] = {"values": values[0], "repeats": same, "collectives": list(calls)}
     found["refusals"] = refusals(LOGPROBS, part) + refusals(DIVERGENCE, part)
+    found["refusals"].append(("log-probability: max error", verls_alarm(part)))
     opchecks(part)
     torch.save(found, f"{folder}/{world}.{rank}.pt")
     dist.barrier()
