@@ -162,7 +162,17 @@ OF_A_MASS = [
     ({"query_mask": mask(12)}, "query_mask: got shape"),
     ({"backend": "cuda"}, "visual_mass: backend asks for 'cuda'"),
 ]
+OF_SDPA = [
+    ({"softcap": 3.0}, "'sdpa.mass', which cannot.*not support: softcap;.*one of .*portable"),
+    ({"window_size": (4, 0)}, "not support: window;"),
+    ({"key_padding_mask": mask(2, 12)}, "not support: key_padding_mask;"),
+    ({"q": zeros(2, 5, 4, 8)}, "not support: causal_suffix;"),
+    ({"v": zeros(2, 12, 2, 4)}, "not support: value_dim;"),
+    ({name: QKV[name].bfloat16() for name in "qkv"}, "takes torch.float32, torch.float64, the tensors are torch.bfl"),
+    (PACKED, "not support: packed;"),
+]
 OF_MASKS = [
+    ({"backend": "sdpa+mass"}, "does not support: attn_mask"),
     ({"attn_mask": mask(12, 12)}, r"attn_mask: got shape \(12, 12\)"),
     ({"attn_mask": zeros(2, 1, 12, 12)}, "attn_mask: got dtype torch.float32"),
 ]
@@ -184,6 +194,7 @@ CALLS = {
     "divergence": (partial(linear_token_divergence, **VIEWS), OF_VIEWS),
     "perception": (partial(perception, **SCORES), OF_PERCEPTION),
     "attention": (partial(attention_with_visual_mass, **QKV), OF_ATTENTION + OF_VALUES),
+    "sdpa": (partial(attention_with_visual_mass, **QKV, backend="sdpa+mass"), OF_SDPA),
     "visual_mass": (partial(visual_mass, **LSE), OF_ATTENTION + OF_A_MASS),
     "masked_attention": (partial(masked_attention_with_visual_mass, **MASKED), OF_MASKS),
     "packed_attention": (partial(attention_with_visual_mass, **PACKED), OF_PACKS),

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmrpt_kernels import BackendError, use_backend
-from mmrpt_kernels.attention import attention_with_visual_mass, masked_attention_with_visual_mass, sdpa
+from mmrpt_kernels import use_backend
+from mmrpt_kernels.attention import attention_with_visual_mass, sdpa
 from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from tests.kernels.attention.attention_checks import (
     GPU_CASES,
     SDPA,
     SDPA_GPU,
-    cumulative,
     definition_of,
     half_precision,
     problem_of,
@@ -47,39 +46,6 @@ def test_a_mass_that_needs_no_gradient_is_detached(backend, seed):
     q, k, v = (inputs[name].requires_grad_() for name in ("q", "k", "v"))
     found = attention_with_visual_mass(q, k, v, inputs["key_weights"], mass_requires_grad=False, backend=backend)
     assert found.out.requires_grad and found.lse.requires_grad and not found.mass.requires_grad
-
-
-REFUSED = {
-    "softcap": {"softcap": 3.0},
-    "window": {"window_size": (4, 0)},
-    "key_padding_mask": {"key_padding_mask": torch.ones(2, 12, dtype=torch.bool)},
-    "causal_suffix": {"q": torch.zeros(2, 5, 4, 8)},
-    "value_dim": {"v": torch.zeros(2, 12, 2, 4)},
-}
-
-
-@pytest.mark.parametrize("trait", REFUSED)
-def test_what_it_does_not_serve_it_refuses_with_the_reason(trait):
-    good = {name: torch.zeros(2, 12, heads, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
-    good["key_weights"] = torch.ones(2, 12, dtype=torch.bool)
-    with pytest.raises(BackendError, match=f"'sdpa.mass', which cannot.*not support: {trait};.*one of .*portable"):
-        attention_with_visual_mass(**good | REFUSED[trait], backend="sdpa+mass")
-
-
-def test_halves_on_a_cpu_are_refused():
-    q = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)
-    with pytest.raises(BackendError, match="it takes torch.float32, torch.float64, the tensors are torch.bfloat16"):
-        attention_with_visual_mass(q, q, q, torch.ones(1, 4, dtype=torch.bool), backend="sdpa+mass")
-
-
-def test_packed_and_masked_calls_are_refused():
-    q, weights = torch.zeros(12, 2, 8), torch.ones(12, dtype=torch.bool)
-    cu = cumulative([5, 7])
-    with pytest.raises(BackendError, match="does not support: packed"):
-        attention_with_visual_mass(q, q, q, weights, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="sdpa+mass")
-    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool)
-    with pytest.raises(BackendError, match="does not support: attn_mask"):
-        masked_attention_with_visual_mass(q[None], q[None], q[None], weights[None], mask, backend="sdpa+mass")
 
 
 def test_the_choice_and_the_mean_over_heads(seed):

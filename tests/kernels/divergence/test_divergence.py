@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.divergence import fused
@@ -24,6 +23,7 @@ from tests.kernels.lm_head.operators import (
     DOUBLE,
     PLAIN,
     SMALL,
+    LargestTensor,
     assert_same,
     draw,
     mixed_sum,
@@ -268,19 +268,9 @@ def test_half_precision_gradients_accumulate_in_float32():
 
 def test_no_logits_for_all_rows_in_memory():
     """The largest tensor made without gradients is a chunk of both views, and results hold no reference to one."""
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for part in result if isinstance(result, (tuple, list)) else (result,):
-                self.size = max(self.size, part.numel() if isinstance(part, torch.Tensor) else 0)
-            return result
-
     made = head_inputs(HeadCase("long", 400, 4, 500, ignored="none"), device=DEVICE)
     tensors = (made["hidden"], made["hidden_q"], made["weight"], None, None, made["targets"])
     pair = fused.Pair(*tensors, KINDS, HeadOptions(), LoopOptions("portable", 10))
-    with Largest() as seen:
+    with LargestTensor() as seen:
         fused.forward(pair)
     assert 10 * 500 <= seen.size <= 2 * 10 * 500
