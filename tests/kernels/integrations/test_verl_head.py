@@ -19,7 +19,6 @@ import torch
 
 from mmrpt_kernels.integrations import guards, verl
 from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError
-from mmrpt_kernels.lm_head.head_gradients import HeadGradients
 from mmrpt_kernels.logprobs import LogProbs
 from mmrpt_kernels.testing import assert_close_to_truth
 
@@ -112,23 +111,16 @@ def test_results_and_gradients_are_those_of_verl(modules, shape, temperature, dt
             assert_close_to_truth(own, other, true, name="gradient", **rule)
 
 
-def test_rows_without_gradient_cost_nothing(modules, monkeypatch):
+def test_rows_without_gradient_cost_nothing(modules, products):
     functional, _ = modules
-    learnt: list[int] = []
-    add = HeadGradients.add
-
-    def counting(self, rows, *rest, **how):
-        learnt.append(len(rows))
-        return add(self, rows, *rest, **how)
-
-    monkeypatch.setattr(HeadGradients, "add", counting)
     hidden, weight, ids = inputs((3, 20), 17)
     with verl.fused_head():
         logps, entropy = functional.FusedLinearForPPO().forward(hidden, weight, ids)
     advantages = torch.zeros(3, 20)
     advantages[1, 5:9] = 1.0
+    products()
     (logps * advantages).sum().backward()
-    assert learnt == [4] and hidden.grad.any(-1).sum() == 4
+    assert products() == (0, 4, 4) and hidden.grad.any(-1).sum() == 4
 
 
 def test_enable_disable_and_blocks(modules):
@@ -186,25 +178,27 @@ def test_the_first_batch_is_checked(modules, monkeypatch):
         functional.FusedLinearForPPO().forward(*inputs((2, 13), 31))
 
 
-@pytest.mark.parametrize("version", ["0.8.3", "0.10.0", "1.0"])
-def test_another_version_is_refused(monkeypatch, version):
-    functional, _ = stand_in(monkeypatch, version)
-    before = functional.FusedLinearForPPO.forward
-    with pytest.raises(UnsupportedError, match=rf"verl: got {version}, expected >=0.9,<0.10"):
-        verl.enable_fused_head()
-    assert functional.FusedLinearForPPO.forward is before
+def other_forward(functional, kernel) -> None:
+    functional.FusedLinearForPPO.forward = lambda self, hidden_states, weight, ids: None
 
 
-@pytest.mark.parametrize("which", ["forward", "kernel"])
-def test_another_signature_is_refused(monkeypatch, which):
-    functional, kernel = stand_in(monkeypatch)
-    if which == "forward":
-        functional.FusedLinearForPPO.forward = lambda self, hidden_states, weight, ids: None
-    else:
-        kernel.LinearCrossEntropy = type("Other", (), {"forward": staticmethod(lambda ctx, hidden, weight: None)})
-    with pytest.raises(UnsupportedError, match="expected .*: an unknown release"):
+def other_kernel(functional, kernel) -> None:
+    kernel.LinearCrossEntropy = type("Other", (), {"forward": staticmethod(lambda ctx, hidden, weight: None)})
+
+
+UNKNOWN = [(version, None, f"verl: got {version}, expected >=0.9,<0.10") for version in ("0.8.3", "0.10.0", "1.0")]
+UNKNOWN += [("0.9.1", change, "expected .*: an unknown release") for change in (other_forward, other_kernel)]
+
+
+@pytest.mark.parametrize(("version", "change", "words"), UNKNOWN)
+def test_an_unknown_release_is_refused(monkeypatch, version, change, words):
+    modules = stand_in(monkeypatch, version)
+    if change is not None:
+        change(*modules)
+    before = modules[0].FusedLinearForPPO.forward
+    with pytest.raises(UnsupportedError, match=words):
         verl.enable_fused_head()
-    assert not verl._replaced
+    assert modules[0].FusedLinearForPPO.forward is before and not verl._replaced
 
 
 # ---- the entry point ----
