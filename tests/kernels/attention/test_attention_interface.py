@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mmrpt_kernels import use_backend
 from mmrpt_kernels.attention import attention_with_visual_mass, visual_mass
 from tests.kernels.devices import INTERPRETING, on_devices
 
@@ -137,12 +136,6 @@ def test_mass_of_an_attention_that_only_reports_its_lse(seed):
     found = gradients(lambda q, k, w: visual_mass(q, k, aux.lse, w).square().sum(), (q, k, weights))
     expected = gradients(lambda q, k, w: attention_with_visual_mass(q, k, v, w).mass.square().sum(), (q, k, weights))
     torch.testing.assert_close(found, expected)
-
-
-def test_backends_are_chosen_and_refused(seed):
-    leaves = tensors(seed)
-    with use_backend("reference"):
-        torch.testing.assert_close(attention_with_visual_mass(*leaves).out, attention_with_visual_mass(*leaves).out)
 
 
 def test_forward_mode_raises_where_it_would_be_dropped():

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmrpt_kernels import use_backend
 from mmrpt_kernels.attention import attention_with_visual_mass, sdpa
 from mmrpt_kernels.testing import AttentionCase, attention_inputs
 from tests.kernels.attention.attention_checks import (
     GPU_CASES,
-    SDPA,
     SDPA_GPU,
     definition_of,
     half_precision,
@@ -46,14 +44,3 @@ def test_a_mass_that_needs_no_gradient_is_detached(backend, seed):
     q, k, v = (inputs[name].requires_grad_() for name in ("q", "k", "v"))
     found = attention_with_visual_mass(q, k, v, inputs["key_weights"], mass_requires_grad=False, backend=backend)
     assert found.out.requires_grad and found.lse.requires_grad and not found.mass.requires_grad
-
-
-def test_the_choice_and_the_mean_over_heads(seed):
-    inputs = attention_inputs(AttentionCase("x", 2, 33, 33, 6, 2, 16), seed=seed)
-    inputs.pop("key_padding_mask")
-    expected = SDPA.attend(*inputs.values())
-    with use_backend("sdpa+mass"):
-        found = attention_with_visual_mass(**inputs)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    mean = attention_with_visual_mass(**inputs, head_reduction="mean", backend="sdpa+mass")
-    torch.testing.assert_close(mean.mass, expected[1].mean(1))

@@ -113,23 +113,21 @@ def test_kinds_alone_and_together(backend, case, kind, seed):
     torch.testing.assert_close(alone.detach(), found[kind[0]])
 
 
+WITH_TWO_HEADS = DIVERGENCE._replace(leaves=("hidden", "hidden_q", "weight", "weight_q"))
+
+
 @pytest.mark.parametrize("wide", (False, True))
 @pytest.mark.parametrize("backend", ("portable", "triton"))
 def test_a_head_of_its_own_for_the_second_view(backend, wide, seed):
     """Of another hidden size, and perhaps another dtype: one float64 tensor makes every statistic float64."""
     if wide and backend == "triton":
         pytest.skip("no float64")
-    torch.manual_seed(seed)
-    tensors = [torch.randn(*size).to(DEVICE) for size in ((4, 8), (4, 5), (70, 8), (70, 5))]
-    tensors[3] = tensors[3].double() if wide else tensors[3]
-    results = []
-    for name in (backend, "reference"):
-        p, q, weight, weight_q = wrt = [t.clone().requires_grad_() for t in tensors]
-        out = linear_token_divergence(p, q, weight, weight_q=weight_q, kind=("kl", "js"), backend=name)
-        assert out.divergence.dtype == out.entropy_p.dtype == (DOUBLE if wide else torch.float32)
-        results.append([out.divergence, *torch.autograd.grad(mixed_sum({"both": out.divergence}, seed), wrt)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    made = draw(HeadCase("heads", 4, 8, 70, chunk_size=3), seed, dtype=torch.float32)
+    made["hidden_q"] = made["hidden_q"].detach()[:, :5].requires_grad_()
+    made["weight_q"] = made["weight"].detach()[:, 3:].to(DOUBLE if wide else torch.float32).requires_grad_()
+    found, expected = (run(WITH_TWO_HEADS, made, seed, backend=name) for name in (backend, "reference"))
+    assert found["kl"].dtype == found["entropy_p"].dtype == (DOUBLE if wide else torch.float32)
+    assert_same(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("height", (ChunkRows(5, 5), ChunkRows(3, 8)), ids=("in_place", "apart"))
@@ -138,20 +136,11 @@ def test_the_same_head_twice(fixed, height, monkeypatch, seed):
     """One matrix in memory as both heads is one product; its gradients are still two, or those of one view alone."""
     monkeypatch.setattr(fused, "chunk_rows", lambda *_, **__: height)
     results = []
-    for backend, head_q in (
-        ("portable", lambda w: w.view_as(w)),
-        ("portable", torch.clone),
-        ("reference", torch.clone),
-    ):
-        made = draw(PLAIN._replace(bias=True), seed)
-        made["weight_q"] = head_q(made["weight"].detach()).requires_grad_()
-        wrt = [made[name].requires_grad_(name not in fixed) for name in (*DIVERGENCE.leaves, "weight_q")]
-        out = DIVERGENCE.call(made, weight_q=made["weight_q"], backend=backend)
-        grads = torch.autograd.grad(mixed_sum(out, seed), [leaf for leaf in wrt if leaf.requires_grad])
-        results.append([*(value.detach() for value in out.values()), *grads])
-    for found in results[:2]:
-        for a, b in zip(found, results[2], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for head_q in (lambda w: w.view_as(w), lambda w: w.clone()):
+        made = draw(PLAIN, seed)
+        made["weight_q"] = head_q(made["weight"].detach()).requires_grad_(learns)
+        results.append(run(WITH_TWO_HEADS, made, seed))
+    assert_same(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("read", [*KINDS, *TokenDivergence._fields[1:], "logps_p and entropy_q"])

@@ -83,8 +83,8 @@ def policy_loss(made: dict, entropy: bool = False, statistics: bool = False, **o
 
 
 def divergence(made: dict, kind=KINDS, **options) -> dict:
-    """A result for every kind by its name."""
-    keywords = {"targets": made["targets"], "bias": made["bias"], "kind": kind}
+    """A result for every kind by its name; made["weight_q"] is another head for the second view."""
+    keywords = {"targets": made["targets"], "bias": made["bias"], "kind": kind, "weight_q": made.get("weight_q")}
     views = (made["hidden"], made["hidden_q"], made["weight"])
     out = linear_token_divergence(*views, **keywords, **(made["options"] | options))
     names = [name + " again" * kind[:place].count(name) for place, name in enumerate(kind)]

@@ -132,22 +132,15 @@ def another_head(learns: bool, part: Part) -> dict:
     """A head of another hidden size for the second view."""
     made = inputs(BIASED, part)
     whole = inputs(BIASED, part._replace(rank=None))["weight"].detach().roll(1, 0)
-    head_q = whole[part.words(BIASED.vocab), :-1].clone().requires_grad_(learns)
+    made["weight_q"] = whole[part.words(BIASED.vocab), :-1].clone().requires_grad_(learns)
     made["hidden_q"] = made["hidden_q"].detach()[:, :-1].requires_grad_(learns)
-    found = DIVERGENCE.call(made, weight_q=head_q)
-    sources = {"hidden": made["hidden"], "weight": made["weight"]}
-    sources |= {"hidden_q": made["hidden_q"], "weight_q": head_q} if learns else {}
-    grads = torch.autograd.grad(mixed_sum(found, 3), list(sources.values()))
-    return found | {f"d_{name}": grad for name, grad in zip(sources, grads, strict=True)}
+    return run(DIVERGENCE._replace(leaves=("hidden", "weight", "hidden_q", "weight_q")), made, 3)
 
 
 def learning_alone(names: tuple[str, ...], part: Part) -> dict:
     """A loss of some of the results."""
-    made = inputs(RICH, part)
-    found = DIVERGENCE.call(made)
-    wrt = leaves_of(DIVERGENCE, made)
-    grads = torch.autograd.grad(mixed_sum({name: found[name] for name in names}, 3), list(wrt.values()))
-    return found | {f"d_{name}": grad for name, grad in zip(wrt, grads, strict=True)}
+    call = lambda made: {name: value for name, value in DIVERGENCE.call(made).items() if name in names}  # noqa: E731
+    return plain(DIVERGENCE._replace(call=call), RICH, part)
 
 
 def chunked_by_budget(operator: Operator, part: Part) -> dict:

@@ -40,7 +40,7 @@ def inputs() -> dict:
 def loss_of(operator: Operator, hidden, weight, bias, targets, **options) -> torch.Tensor:
     """Of two views by two heads that are one tensor, where the operator takes two."""
     made = inputs() | {"hidden": hidden, "hidden_q": hidden.roll(1, 0), "weight": weight, "bias": bias}
-    options |= {"weight_q": weight} if operator is DIVERGENCE else {}
+    made |= {"weight_q": weight}
     return mixed_sum(operator.call(made | {"targets": targets}, **options), 0)
 
 
@@ -127,7 +127,7 @@ def tensor_parallel(mesh_name: str, cuts: str, operator: Operator, meshes: dict,
     placed = [Shard(0) if cut == "S" else Replicate() for cut in cuts]
     made |= {n: distribute_tensor(made[n].detach(), mesh, placed).requires_grad_() for n in ("weight", "bias")}
     options = {"vocab_group": mesh.get_group(mesh.ndim - 1)} if group else {}
-    options |= {"weight_q": made["weight"]} if operator.op == "divergence" else {}
+    made["weight_q"] = made["weight"]
     merges, gather = [], vocab_parallel.Shard.gather
     vocab_parallel.Shard.gather = lambda self, own: (merges.append(1), gather(self, own))[1]
     found = run(operator, made, **options)
@@ -167,8 +167,8 @@ def refusals(meshes: dict) -> dict[str, str]:
     hidden, targets = (distribute_tensor(made[name].detach(), mesh, [Replicate()]) for name in ("hidden", "targets"))
     logprobs, alone = CALLED["logprobs"], meshes["dp_tp"].get_group(0)
     calls = {
-        "weight_q: got a head cut over the vocabulary": (DIVERGENCE, {}, {"weight_q": spread}),
-        "(mesh ('tp',), placements (Replicate(),))": (DIVERGENCE, {"weight": spread}, {"weight_q": replicated}),
+        "weight_q: got a head cut over the vocabulary": (DIVERGENCE, {"weight_q": spread}, {}),
+        "(mesh ('tp',), placements (Replicate(),))": (DIVERGENCE, {"weight": spread, "weight_q": replicated}, {}),
         "hidden: got a DTensor": (logprobs, {"hidden": hidden}, {}),
         "targets: got a DTensor": (logprobs, {"targets": targets}, {}),
         "cuts no vocabulary": (logprobs, {"weight": replicated}, {"vocab_group": mesh.get_group()}),
@@ -221,8 +221,7 @@ def test_a_mesh_whose_ranks_see_the_same_tokens(name, ranks):
     """Compiled without a graph break too."""
     operator, *_, merged = (PARALLEL | COMPILED)[name]
     made = inputs()
-    options = {"weight_q": made["weight"]} if operator.op == "divergence" else {}
-    expected = run(operator, made, backend="reference", **options)
+    expected = run(operator, made | {"weight_q": made["weight"]}, backend="reference")
     for rank in ranks:
         found = dict(rank[name])
         assert (found.pop("merges") > 0) == merged

@@ -1,5 +1,5 @@
-"""The three products of the lm head: exact where a float32 sum is, NaN stays in its row, and two dtypes are multiplied in
-float32, with a word of warning where that is slow."""
+"""The three products of the lm head: exact where a float32 sum is, NaN stays in its row, and two dtypes are multiplied
+in float32, with a word of warning where that is slow."""
 
 from __future__ import annotations
 

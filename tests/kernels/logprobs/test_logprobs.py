@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrpt_kernels.backends import BackendError
-from mmrpt_kernels.lm_head import chunk_loop
-from mmrpt_kernels.logprobs import fused, linear_logprobs
+from mmrpt_kernels.logprobs import linear_logprobs
 from mmrpt_kernels.testing import HeadCase
 from tests.kernels.lm_head.operators import DEVICE, ONE_VIEW, PLAIN, SMALL, draw, served
 
@@ -96,20 +95,6 @@ def test_a_bias_that_is_the_same_for_every_word_changes_nothing(seed):
     made = draw(PLAIN, seed)
     shifted = made | {"bias": torch.full((PLAIN.vocab,), 3.0, dtype=torch.float64, device=DEVICE)}
     torch.testing.assert_close(call(shifted), call(made))
-
-
-def test_backward_visits_only_rows_with_a_gradient(seed, monkeypatch):
-    visited, loop = [], chunk_loop.chunk_loop
-
-    def counting(projections, selection, *rest, **options):
-        visited.append(selection.rows.tolist())
-        return loop(projections, selection, *rest, **options)
-
-    for module in (chunk_loop, fused):
-        monkeypatch.setattr(module, "chunk_loop", counting)
-    logps, entropy = call(draw(PLAIN._replace(ignored="none"), seed))
-    (logps + 0.1 * entropy)[[2, 7]].sum().backward()
-    assert visited == [list(range(PLAIN.rows)), [2, 7]]
 
 
 def test_leading_shapes():
