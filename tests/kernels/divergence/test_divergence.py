@@ -82,7 +82,7 @@ def test_gradcheck(backend, seed):
 
     def outputs(*leaves):
         new = made | dict(zip(DIVERGENCE.leaves, leaves[:4], strict=True))
-        return tuple(DIVERGENCE.call(new, weight_q=leaves[4], backend=backend).values())
+        return tuple(DIVERGENCE.call(new | {"weight_q": leaves[4]}, backend=backend).values())
 
     assert torch.autograd.gradcheck(outputs, (*(made[name] for name in DIVERGENCE.leaves), head_q))
 

@@ -297,7 +297,7 @@ def refusals(operator: Operator, part: Part) -> list[tuple[str, str]]:
         return [*asked, ("tokens with work", said(targets=fewer))]
     narrow = made["weight"].float() if last else None
     kinds = said(options={"kind": ("kl",) if last else ("js",)})
-    return [*asked, ("differ in their options", kinds), ("their options", said(options={"weight_q": narrow}))]
+    return [*asked, ("differ in their options", kinds), ("their options", said(weight_q=narrow))]
 
 
 def opchecks(part: Part) -> None:
