@@ -81,7 +81,7 @@ class TestLaws:
         """Values and gradients of constant(clip(r)) A logp; beyond the clip a token still learns."""
         made = make(BATCH, seed, batch=4)
         made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
-        made["old_logps"] = made["old_logps"] - 3.0  # ratios near 20
+        made["old_logps"] = made["old_logps"] + torch.tensor([[-3.0], [3.0], [-3.0], [0.0]], dtype=D)  # ratios of 20
         response = made["response_mask"] & (made["targets"] != -100)
         logps = linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps
         ratio = (logps - made["old_logps"]).exp().detach().clamp(0.8, 1.28)
@@ -91,7 +91,8 @@ class TestLaws:
         wrt = (made["hidden"], made["weight"])
         found, expected = (torch.autograd.grad(x, wrt) for x in (out.loss, manual))
         torch.testing.assert_close(found, expected)
-        assert (found[0][response].abs().amax(-1) > 0).all() and out.statistics["clip_fraction_high"] > 0.9
+        assert (found[0][response].abs().amax(-1) > 0).all()
+        assert out.statistics["clip_fraction_high"] > 0.3 and out.statistics["clip_fraction_low"] > 0.1
 
     def test_gspo_equals_the_papers_formula(self, seed):
         """Without filter, GSPO's own gradient flows through the mean log-ratio: the same numbers."""
