@@ -54,11 +54,10 @@ def dtype_of(backend: str) -> torch.dtype:
 
 def equal_views(case: HeadCase, seed: int) -> dict:
     """A case's float32 inputs on a grid, the second view a copy of the first."""
-    made = head_inputs(case, device=DEVICE, seed=seed)
+    made = draw(case, seed, dtype=torch.float32)
     sizes = {"hidden": 1.0, "weight": case.logit_size / math.sqrt(case.hidden), "bias": 1.0}
-    made |= {name: on_a_grid(made[name], size) for name, size in sizes.items() if made[name] is not None}
-    names = ("temperature", "softcap", "logit_scale", "chunk_size")
-    return made | {"hidden_q": made["hidden"].clone(), "options": {name: getattr(case, name) for name in names}}
+    made |= {name: on_a_grid(made[name].detach(), size) for name, size in sizes.items() if made[name] is not None}
+    return made | {"hidden_q": made["hidden"].clone()}
 
 
 def test_the_definition_against_torch_distributions(seed):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import types
 
 import pytest
 import torch
@@ -301,24 +301,22 @@ def test_the_first_batch_is_checked(monkeypatch, break_it, law, dtype):
 
 
 def test_later_batches_are_not_checked_and_an_unreadable_one_leaves_it_open(monkeypatch):
-    hidden, weight, bias, targets = inputs(5, 53, bias=True)
+    hidden, *rest = inputs(5, 53, bias=True)
     trl.enable_fused_head()
-    head = utils._ChunkedLogProbFunction
-    run(head, (torch.full_like(hidden, torch.nan), weight, bias, targets), OPTIONS["plain"], ("entropy",))
-    true = trl.linear_logprobs
-    broken = types.SimpleNamespace(wrong=True)
+    head, true = utils._ChunkedLogProbFunction, trl.linear_logprobs
+    refused = pytest.raises(SelfCheckError)
 
-    def half_broken(*args, **kwargs):
+    def wrong(*args, **kwargs) -> LogProbs:
         found = true(*args, **kwargs)
-        return LogProbs(found.logps - 1.0, found.entropy) if broken.wrong else found
+        return found._replace(logps=found.logps - 1.0)
 
-    monkeypatch.setattr(trl, "linear_logprobs", half_broken)
-    with pytest.raises(SelfCheckError):
-        run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
-    broken.wrong = False
-    run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
-    broken.wrong = True
-    run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
+    unreadable, fine = torch.full_like(hidden, torch.nan), contextlib.nullcontext()
+    for rows, logprobs, outcome in (
+        (unreadable, true, fine), (hidden, wrong, refused), (hidden, true, fine), (hidden, wrong, fine),
+    ):  # fmt: skip
+        monkeypatch.setattr(trl, "linear_logprobs", logprobs)
+        with outcome:
+            run(head, (rows, *rest), OPTIONS["plain"], ("entropy",))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
