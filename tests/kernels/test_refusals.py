@@ -40,17 +40,19 @@ CU = torch.tensor([0, 5, 24], dtype=torch.int32)
 PACKED = {name: tensor.flatten(0, 1) for name, tensor in QKV.items()} | {"cu_seqlens_q": CU, "cu_seqlens_k": CU}
 
 OF_THE_HEAD = [
-    ({"hidden": ids(6, 5)}, "hidden: got dtype torch.int64"),
+    ({"weight": [1.0]}, r"weight: got list, expected a tensor \(V, H\).*pass a torch.Tensor"),
+    ({"hidden": ids(6, 5)}, r"hidden: got dtype torch.int64, expected one of torch.float32, .*hidden.to\("),
+    ({"bias": zeros(11, device="meta")}, "bias: got .*meta.*cpu.*hidden.device"),
     ({"targets": ids(4)}, "targets: got shape"),
     ({"targets": ids(6).int()}, "targets: got dtype torch.int32"),
     ({"targets": ids(6) + 11}, "targets: got ids from 11 to 11, expected 0 to 10"),
-    ({"weight": zeros(11, 4)}, "weight: got shape"),
+    ({"weight": zeros(11, 4)}, r"weight: got shape \(11, 4\), expected \(any, 5\).*reshape"),
     ({"weight": zeros(0, 5)}, "vocabulary"),
     ({"bias": zeros(10)}, "bias: got shape"),
     ({"temperature": 0.0}, "temperature: got 0.0"),
-    ({"temperature": NAN}, "temperature: got nan"),
+    ({"temperature": NAN}, r"temperature: got nan, expected a number in \(0.0, inf\)"),
     ({"temperature": INF}, "temperature: got inf"),
-    ({"softcap": -1.0}, "softcap: got -1.0"),
+    ({"softcap": -1.0}, r"softcap: got -1.0, expected .*\[0.*, inf\)"),
     ({"softcap": INF}, "softcap: got inf"),
     ({"logit_scale": 0.0}, "logit_scale: got 0.0"),
     ({"logit_scale": -INF}, "logit_scale: got -inf"),
@@ -69,7 +71,7 @@ OF_TOKEN_LOSSES = [
     (lambda logps, entropy, rows: FOREIGN.exp() + 0 * rows, "captured tensor that requires a gradient"),
 ]
 OF_THE_POLICY = [
-    ({"hidden": zeros(6, 4)}, r"hidden: got shape \(6, 4\), expected \(B, T, H\)"),
+    ({"hidden": zeros(6, 4)}, r"hidden: got shape \(6, 4\), expected \(B, T, H\).*hidden\[None\] for one"),
     ({"targets": ids(2, 4)}, "targets: got shape"),
     ({"targets": ids(2, 3) + 9}, "targets: got ids from 9 to 9, expected 0 to 8"),
     ({"advantages": zeros(3)}, "advantages: got shape"),
