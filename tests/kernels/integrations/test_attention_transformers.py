@@ -22,6 +22,7 @@ from tests.kernels.integrations.vlm_families import (  # noqa: E402
     eager,
     inputs_of,
     model_of,
+    recorded,
     switch_checkpointing,
 )
 
@@ -73,8 +74,7 @@ def test_masses_are_those_of_eager_attention(family, padding):
     torch.testing.assert_close(found.logits[real], logits[real], rtol=1e-4, atol=1e-5)
     assert masses.isfinite().all() and found.logits.isfinite().all(), "rows with nothing to attend to stay finite"
     assert masses[rows].max() > 0.05
-    with record_visual_mass(model) as record:
-        model(**inputs)
+    record = recorded(model, inputs)
     torch.testing.assert_close(record.stacked(), masses.mean(2))
 
 
@@ -135,8 +135,7 @@ def test_differentiable_masses_have_eager_gradients(family):
     factors = torch.rand(LAYERS, 2, 4, LENGTH, generator=torch.Generator().manual_seed(0))
     _, mass = eager(model, inputs)
     expected = gradients_of(model, (mass * factors).sum())
-    with record_visual_mass(model, differentiable=True, head_reduction="none") as record:
-        model(**inputs)
+    record = recorded(model, inputs, differentiable=True, head_reduction="none")
     assert_same_gradients(gradients_of(model, (record.stacked() * factors).sum()), expected)
     switch_checkpointing(model.train(), {"use_reentrant": False})
     refused = pytest.raises(ValueError, match="differentiable: got True under gradient checkpointing")
@@ -173,14 +172,10 @@ def test_generate_records_each_step(family, cache):
 def test_key_weights_of_every_kind():
     model, inputs = model_of("llava"), inputs_of("llava", "left")
     ids = inputs["input_ids"]
-    with record_visual_mass(model) as record:
-        model(**inputs)
-    image = record.stacked()
+    image = recorded(model, inputs).stacked()
     groups = torch.stack([ids == IMAGE, (ids != IMAGE) & (ids != 0)], dim=-1)
     for weights in (groups, groups.double(), lambda ids: torch.stack([ids == IMAGE, (ids != IMAGE) & (ids != 0)], -1)):
-        with record_visual_mass(model, key_weights=weights) as record:
-            model(**inputs)
-        found = record.stacked()
+        found = recorded(model, inputs, key_weights=weights).stacked()
         assert found.shape == (*image.shape, 2)
         torch.testing.assert_close(found[..., 0], image, rtol=1e-5, atol=1e-6)
         real = inputs["attention_mask"].bool()[None].expand(LAYERS, -1, -1)
@@ -221,12 +216,9 @@ def test_every_forward_starts_afresh_and_base_model_calls_count():
 def test_query_mask_blanks_the_other_rows():
     model, inputs = model_of("llava"), inputs_of("llava")
     wanted = torch.arange(LENGTH).expand(2, -1) >= LAST_IMAGE
-    with record_visual_mass(model) as record:
-        model(**inputs)
-    every = record.stacked()
+    every = recorded(model, inputs).stacked()
     for reduction in ("mean", "none"):
-        with record_visual_mass(model, query_mask=wanted, head_reduction=reduction) as record:
-            model(**inputs)
+        record = recorded(model, inputs, query_mask=wanted, head_reduction=reduction)
         found = record.stacked() if reduction == "mean" else record.stacked().mean(2)
         torch.testing.assert_close(found, every * wanted)
     with record_visual_mass(model, query_mask=wanted[:, 1:]), pytest.raises(ValueError, match="query_mask: got shape"):
@@ -254,9 +246,7 @@ def test_the_record_is_layers_times_tokens_and_no_layer_holds_all_pairs():
 @torch.no_grad()
 def test_a_gpu_records_what_a_cpu_does():
     model, inputs = model_of("qwen2_5_vl"), inputs_of("qwen2_5_vl", "left")
-    with record_visual_mass(model) as record:
-        model(**inputs)
-    expected = record.stacked()
+    expected = recorded(model, inputs).stacked()
     try:
         model.cuda()
         with record_visual_mass(model) as record:

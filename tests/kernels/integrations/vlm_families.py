@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from mmrpt_kernels.integrations.transformers import enable_visual_mass
+from mmrpt_kernels.integrations.transformers import VisualMassRecord, enable_visual_mass, record_visual_mass
 
 IMAGE, VOCAB, LENGTH, LAYERS = 3, 64, 14, 3
 FIRST_IMAGE, LAST_IMAGE = 4, 8  # image tokens stand at [4, 8) of a row without padding
@@ -146,6 +146,13 @@ def eager(model: torch.nn.Module, inputs: dict[str, torch.Tensor], weights: torc
         enabled(model) if hasattr(model.config, "vision_config") else enable_visual_mass(model)
     shares = [a for a in found.attentions if a is not None]
     return found[0], torch.stack([(a * weights[:, None, None, -a.shape[-1] :]).sum(-1) for a in shares])
+
+
+def recorded(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **settings) -> VisualMassRecord:
+    """What a forward pass records."""
+    with record_visual_mass(model, **settings) as record:
+        model(**inputs)
+    return record
 
 
 def pixels(family: str, batch: int) -> dict[str, torch.Tensor]:
