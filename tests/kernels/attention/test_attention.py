@@ -63,7 +63,8 @@ def test_visual_mass_meets_the_definition(run, case, seed):
     gpu_cases=GPU_CASES,
 )
 def test_half_precision_errs_no_more_than_eager(run, case, dtype, seed):
-    """Triton's interpreter takes bfloat16 only below the table, whose row for it leaves that out."""
+    """Triton's interpreter takes bfloat16 only below the table, whose row for it leaves that out. A lse of size 160 is
+    none to make a mass from."""
     tensors, padding, options, lse = problem_of(case, seed, dtype)
     masks, keywords = Masks(padding), keywords_of(case, padding)
 
@@ -76,7 +77,7 @@ def test_half_precision_errs_no_more_than_eager(run, case, dtype, seed):
         return out, mass if w.dim() == 3 else mass[..., 0], lse
 
     half_precision(attend, definition_of(options, masks), tensors, seed, lse)
-    if run is not SDPA_GPU and (run is not TRITON or dtype == torch.float16):
+    if run is not SDPA_GPU and (run is not TRITON or dtype == torch.float16) and case.score_size < 10.0:
         q, k, _, weights = tensors
         call = lambda q, k, w: run.mass(q, k, lse, w, **keywords)  # noqa: E731
         half_precision(call, mass_definition_of(lse, options, masks), [q, k, weights], seed, lse)
