@@ -114,8 +114,6 @@ OF_VIEWS = [
     ({"targets": ids(2)}, r"targets.*\(2,\)"),
     ({"targets": zeros(3)}, "targets.*torch.float32.*torch.int64"),
     ({"targets": torch.tensor([0, 20, 1])}, "targets.*20.*vocabulary"),
-    ({"temperature": 0.0}, "temperature"),
-    ({"chunk_size": 0}, "chunk_size"),
     ({"backend": "cuda"}, "divergence.*cuda.*portable"),
 ]
 OF_PERCEPTION = [

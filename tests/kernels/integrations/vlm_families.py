@@ -143,7 +143,7 @@ def eager(model: torch.nn.Module, inputs: dict[str, torch.Tensor], weights: torc
     try:
         found = model(**inputs, output_attentions=True)
     finally:
-        enabled(model) if hasattr(model.config, "vision_config") else enable_visual_mass(model)
+        (enabled if hasattr(model.config, "vision_config") else enable_visual_mass)(model)
     shares = [a for a in found.attentions if a is not None]
     return found[0], torch.stack([(a * weights[:, None, None, -a.shape[-1] :]).sum(-1) for a in shares])
 

@@ -16,14 +16,11 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.backends import TABLE
-from mmrpt_kernels.divergence import operator as divergence_operator
 from mmrpt_kernels.divergence.api import KINDS
 from mmrpt_kernels.integrations import verl
 from mmrpt_kernels.integrations.guards import SelfCheck, SelfCheckError
 from mmrpt_kernels.lm_head import chunk_sizes, vocab_parallel
-from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.logprobs import LogProbs, linear_logprobs
-from mmrpt_kernels.logprobs import operator as logprobs_operator
 from mmrpt_kernels.testing import HeadCase, on_a_grid, poisoned_memory
 from mmrpt_kernels.testing.interpreter import mend_interpreter
 from tests.kernels.lm_head.operators import DOUBLE, OPERATORS, Operator, draw, leaves_of, mixed_sum, run
@@ -300,20 +297,6 @@ def refusals(operator: Operator, part: Part) -> list[tuple[str, str]]:
     return [*asked, ("differ in their options", kinds), ("their options", said(weight_q=narrow))]
 
 
-def opchecks(part: Part) -> None:
-    made, tests = inputs(RICH, part), {"test_utils": ("test_schema", "test_faketensor")}
-    hidden, hidden_q, weight, bias = (made[n].detach() for n in DIVERGENCE.leaves)
-    options = (*HeadOptions(0.8, 4.0, 1.3), *LoopOptions("portable", 4, vocab_group=part.group.group_name))
-    head, ones = (hidden, weight, bias, made["targets"]), torch.ones(24, dtype=DOUBLE)
-    torch.library.opcheck(logprobs_operator.linear_logprobs, (*head, -100, True, *options), **tests)
-    backward = (*head, ones, None, -100, [True] * 3, *options)
-    torch.library.opcheck(logprobs_operator.linear_logprobs_backward, backward, **tests)
-    views = (hidden, hidden_q, weight, None, bias, made["targets"], "kl,js,k3", *options)
-    torch.library.opcheck(divergence_operator.linear_token_divergence, views, **tests)
-    backward = (torch.ones(24, 3, dtype=DOUBLE), None, ones, None, ones, *views, [True, True, True, False, True])
-    torch.library.opcheck(torch.ops.mmrpt_kernels.linear_token_divergence_backward.default, backward, **tests)
-
-
 def count_collectives(calls: list[str]) -> None:
     """Every collective of this process is written down from now on."""
 
@@ -354,7 +337,6 @@ def rank_main(rank: int, world: int, folder: str) -> None:
         found[name] = {"values": values[0], "repeats": same, "collectives": list(calls)}
     found["refusals"] = refusals(LOGPROBS, part) + refusals(DIVERGENCE, part)
     found["refusals"].append(("log-probability: max error", verls_alarm(part)))
-    opchecks(part)
     torch.save(found, f"{folder}/{world}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
