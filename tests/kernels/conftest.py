@@ -9,6 +9,12 @@ import pytest
 from mmrpt_kernels.lm_head import gemm
 
 
+@pytest.fixture(params=(True, False), ids=("half_products", "single_products"))
+def multiplies(request, monkeypatch) -> None:
+    """As on a CPU with instructions for bfloat16 products, whose matrix is bfloat16, and as on one without."""
+    monkeypatch.setattr(gemm, "_cpu_multiplies_bfloat16", lambda: request.param)
+
+
 @pytest.fixture
 def products(monkeypatch) -> Callable[[], tuple[int, int, int]]:
     """Tells how many rows of logits were made, and how many of the matrix went into d hidden and d weight, since it was

@@ -17,12 +17,6 @@ SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 SLOPES = torch.linspace(-2.0, 3.0, 23).masked_fill(torch.arange(23) % 3 == 0, 0.0)
 
 
-@pytest.fixture(params=(True, False), ids=("half_products", "single_products"))
-def multiplies(request, monkeypatch) -> None:
-    """As on a CPU with instructions for bfloat16 products, whose matrix is bfloat16, and as on one without."""
-    monkeypatch.setattr(gemm, "_cpu_multiplies_bfloat16", lambda: request.param)
-
-
 def draw_leaves(case: HeadCase, seed: int, dtype=SINGLE) -> tuple[list[torch.Tensor], torch.Tensor]:
     """hidden, weight and bias where there is one, as leaves; targets."""
     made = draw(case, seed, dtype=dtype, device="cpu")

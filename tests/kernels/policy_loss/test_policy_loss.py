@@ -16,13 +16,13 @@ from mmrpt_kernels.policy_loss import fused, reference
 from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
 from mmrpt_kernels.policy_loss.surrogate import policy_rows, token_losses
 from mmrpt_kernels.testing import HeadCase
+from tests.kernels.lm_head.operators import assert_same
 from tests.kernels.policy_loss.policy_cases import (
     BATCH,
     LEAVES,
     SMALL,
     VARIANTS,
     D,
-    assert_same,
     by_variant,
     call,
     make,
