@@ -12,12 +12,14 @@ from tests.kernels.devices import INTERPRETING, on_devices
 ROWS, KEYS, HEADS, DIM = 12, 12, 4, 8
 
 
-def tensors(seed: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> tuple[torch.Tensor, ...]:
+def tensors(seed: int, dtype: torch.dtype = torch.float32, small: bool = False) -> tuple[torch.Tensor, ...]:
+    """small: for Triton's interpreter."""
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(2, ROWS, HEADS, DIM, generator=generator)
-    k, v = (torch.randn(2, KEYS, 2, DIM, generator=generator) for _ in range(2))
-    weights = torch.rand(2, KEYS, 3, generator=generator)
-    return tuple(t.to(dtype).requires_grad_(grad) for t in (q, k, v, weights))
+    batch, heads, groups = (1, 2, 2) if small else (2, HEADS, 3)
+    q = torch.randn(batch, ROWS, heads, DIM, generator=generator)
+    k, v = (torch.randn(batch, KEYS, heads // 2, DIM, generator=generator) for _ in range(2))
+    weights = torch.rand(batch, KEYS, groups, generator=generator)
+    return tuple(t.to(dtype).requires_grad_() for t in (q, k, v, weights))
 
 
 def loss_of(q, k, v, weights, **keywords) -> torch.Tensor:
@@ -38,13 +40,14 @@ OPERATORS += [("triton_attention", "triton_visual_mass", False, False)]
 @pytest.mark.parametrize(("attend", "mass", "packed", "boolean"), OPERATORS)
 @on_devices
 def test_opcheck(attend, mass, packed, boolean, device, seed):
-    dtype = torch.float32
+    made = tensors(seed)
     if attend == "triton_attention":
         pytest.importorskip("mmrpt_kernels.attention.triton")
-        dtype = torch.float16
-    q, k, v, weights = (t.detach().to(device).requires_grad_() for t in tensors(seed, dtype))
+        made = tensors(seed, torch.float16, small=True)
+    q, k, v, weights = (t.detach().to(device).requires_grad_() for t in made)
     weights = weights.detach() > 0.5 if boolean else weights
-    padding, wanted, cu = torch.ones(2, KEYS, dtype=torch.bool, device=device), torch.rand(2, ROWS, device=device), None
+    padding, cu = torch.ones(k.shape[:2], dtype=torch.bool, device=device), None
+    wanted = torch.rand(q.shape[:2], device=device)
     if packed:
         q, k, v, weights, wanted = (
             t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in (q, k, v, weights, wanted)
@@ -63,7 +66,7 @@ def test_opcheck(attend, mass, packed, boolean, device, seed):
     ids=str,
 )
 def test_compiles_without_graph_break(backend, keywords, seed, fresh_compiler):
-    leaves = tensors(seed)
+    leaves = tensors(seed, small=backend == "triton")
     if backend == "triton" and not INTERPRETING:
         pytest.skip("not interpreting")
 
