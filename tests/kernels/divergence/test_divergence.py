@@ -134,12 +134,20 @@ def test_a_head_of_its_own_for_the_second_view(backend, wide, seed):
 def test_the_same_head_twice(fixed, height, monkeypatch, seed):
     """One matrix in memory as both heads is one product; its gradients are still two, or those of one view alone."""
     monkeypatch.setattr(fused, "chunk_rows", lambda *_, **__: height)
+    with_both = DIVERGENCE._replace(leaves=(*DIVERGENCE.leaves, "weight_q"))
     results = []
-    for head_q in (lambda w: w.view_as(w), lambda w: w.clone()):
-        made = draw(PLAIN, seed)
-        made["weight_q"] = head_q(made["weight"].detach()).requires_grad_(learns)
-        results.append(run(WITH_TWO_HEADS, made, seed))
-    assert_same(*results, rtol=1e-12, atol=1e-12)
+    for backend, head_q in (
+        ("portable", lambda w: w.view_as(w)),
+        ("portable", torch.clone),
+        ("reference", torch.clone),
+    ):
+        made = draw(PLAIN._replace(bias=True), seed)
+        made["weight_q"] = head_q(made["weight"].detach()).requires_grad_()
+        for name in fixed:
+            made[name].requires_grad_(False)
+        results.append(run(with_both, made, seed, backend=backend))
+    for found in results[:2]:
+        assert_same(found, results[2], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("read", [*KINDS, *TokenDivergence._fields[1:], "logps_p and entropy_q"])
