@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
 import torch
-
-__all__ = ["INTERPRETING", "by_case_and_device", "on", "on_devices"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 EVERYWHERE = (
@@ -16,13 +14,6 @@ EVERYWHERE = (
     pytest.param("cuda", marks=pytest.mark.gpu),
 )
 on_devices = pytest.mark.parametrize("device", EVERYWHERE)
-
-
-def by_case_and_device(chosen: Iterable, gpu_chosen: Iterable = ()) -> pytest.MarkDecorator:
-    """Parameters `case` and `device`: `chosen` everywhere, `gpu_chosen` on a GPU besides."""
-    made = [pytest.param(case, device.values[0], marks=device.marks) for device in EVERYWHERE for case in chosen]
-    made += [pytest.param(case, "cuda", marks=pytest.mark.gpu) for case in gpu_chosen]
-    return pytest.mark.parametrize("case, device", made, ids=lambda x: getattr(x, "name", x))
 
 
 def on(device: str, implementation: Callable) -> Callable:

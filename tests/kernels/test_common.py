@@ -1,4 +1,4 @@
-"""The shared pieces: argument checks, autocast, and the error rule itself."""
+"""The shared pieces: autocast, and the error rule itself. Argument checks are in test_refusals.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 
-from mmrpt_kernels.common import checks
 from mmrpt_kernels.common.autocast import cast_for_autocast, without_autocast
 from mmrpt_kernels.testing import (
     ATTENTION_CASES,
@@ -18,46 +17,6 @@ from mmrpt_kernels.testing import (
     poisoned_memory,
     sum_cap,
 )
-
-
-class TestChecks:
-    """Each message says what was got, what was expected and how to mend it."""
-
-    @pytest.mark.parametrize(
-        "call, words",
-        [
-            (
-                lambda: checks.check_shape("q", torch.zeros(2, 3), (2, None, 4), "(B, T, H)"),
-                ("(2, 3)", "(2, any, 4)", "reshape"),
-            ),
-            (lambda: checks.check_shape("q", torch.zeros(2, 3), (2, 4), "(B, T)"), ("(2, 3)", "(2, 4)")),
-            (lambda: checks.check_shape("q", [1.0], (1,), "(N,)"), ("list", "torch.Tensor")),
-            (
-                lambda: checks.check_dtype("q", torch.zeros(1, dtype=torch.int32), (torch.float32, torch.float64)),
-                ("torch.int32", "torch.float32, torch.float64", "q.to("),
-            ),
-            (
-                lambda: checks.check_same_device(a=torch.zeros(1), b=None, c=torch.zeros(1, device="meta")),
-                ("c:", "meta", "cpu", "a.device"),
-            ),
-            (lambda: checks.check_range("k", 0.0, 0.0, 1.0, low_open=True), ("0.0", "(0.0, 1.0]")),
-            (lambda: checks.check_range("k", float("nan"), None, 1.0), ("nan", "(-inf, 1.0]")),
-            (lambda: checks.check_range("k", -1, 0, None), ("-1", "[0, inf)")),
-            (lambda: checks.check_range("k", float("inf"), 0, None), ("inf", "[0, inf)")),
-        ],
-    )
-    def test_refusal(self, call, words):
-        with pytest.raises(ValueError) as error:
-            call()
-        for word in words:
-            assert word in str(error.value)
-
-    def test_acceptance(self):
-        checks.check_shape("q", torch.zeros(2, 3), (None, 3), "(B, T)")
-        checks.check_dtype("q", torch.zeros(1), (torch.float32,))
-        checks.check_same_device(a=None, b=torch.zeros(1), c=torch.zeros(2))
-        checks.check_range("k", 1.0, 0.0, 1.0)
-        checks.check_range("k", float("inf"), 0.0, float("inf"))
 
 
 class TestAutocast:

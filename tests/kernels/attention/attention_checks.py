@@ -56,6 +56,10 @@ GPU_CASES = (
 # Where the order of samples and heads matters: sharing of key heads, strides.
 MANY_HEADS = ("grouped_heads", "window_padding_groups", "seven_query_heads")
 
+PACKED_OPTIONS = pytest.mark.parametrize(
+    "keywords", [{}, {"window_size": (3, 0)}, {"causal": False, "softcap": 2.0}], ids=str
+)
+
 
 class Run(NamedTuple):
     """A backend and where it runs."""
@@ -139,6 +143,12 @@ def case_named(name: str) -> AttentionCase:
 def options_of(case: AttentionCase) -> AttentionOptions:
     left, right = case.window_size
     return AttentionOptions(left, 0 if case.causal else right, case.dim**-0.5, case.softcap)
+
+
+def options_from(keywords: dict, dim: int) -> AttentionOptions:
+    left, right = keywords.get("window_size", (-1, -1))
+    right = 0 if keywords.get("causal", True) else right
+    return AttentionOptions(left, right, dim**-0.5, keywords.get("softcap", 0.0))
 
 
 def keywords_of(case: AttentionCase, padding: torch.Tensor | None) -> dict:

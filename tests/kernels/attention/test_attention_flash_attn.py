@@ -7,9 +7,11 @@ the package itself is compared, where it is installed.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,15 +25,48 @@ from tests.kernels.attention.attention_checks import (
     FLASH_ATTN,
     FLASH_ATTN_GPU,
     GPU_CASES,
+    PACKED_OPTIONS,
     definition_of,
     half_precision,
     keywords_of,
+    options_from,
     packed_batch,
     problem_of,
     three_ways,
 )
 
-RELEASES = {"flash_attn": 8, "flash_attn_interface": 9, "flash_attn.cute": 10}  # module: a GPU that takes it
+LENGTHS = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+OF_2 = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
+OF_3 = (
+    "softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa "
+    "deterministic sm_margin return_attn_probs"
+)
+OF_4 = "softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa deterministic"
+
+
+class Release(NamedTuple):
+    generation: int  # of a GPU that takes it
+    dense: str  # the arguments of flash_attn_func behind q, k, v
+    packed: str  # those of flash_attn_varlen_func
+    asks: str  # the argument that asks for the lse
+    unlimited: int | None  # a window's side without limit
+    dead: float  # the lse of a row without keys
+
+
+RELEASES = {
+    "flash_attn": Release(8, OF_2, f"{LENGTHS} {OF_2} block_table", "return_attn_probs", -1, torch.inf),
+    "flash_attn_interface": Release(
+        9, OF_3, f"{LENGTHS} seqused_q seqused_k {OF_3}", "return_attn_probs", -1, -torch.inf
+    ),
+    "flash_attn.cute": Release(
+        10,
+        f"{OF_4} mask_mod return_lse",
+        f"{LENGTHS} seqused_q seqused_k page_table {OF_4} return_lse",
+        "return_lse",
+        None,
+        -torch.inf,
+    ),
+}
 
 
 def compute(q, k, v, scale, causal, window, softcap, cu=(None, None), dead=-torch.inf):
@@ -44,85 +79,43 @@ def compute(q, k, v, scale, causal, window, softcap, cu=(None, None), dead=-torc
     return out, lse.detach().float().masked_fill(lse == -torch.inf, dead)
 
 
-def check_lengths(cu, longest):
-    for lengths, limit in zip(cu, longest, strict=True):
-        assert lengths.dtype == torch.int32 and lengths.is_contiguous() and limit >= lengths.diff().max()
+def stand_in(release: Release, names: str):
+    """A function with the signature of one of the release's, which holds its caller to the release's conventions."""
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("q", "k", "v")]
+    parameters += [parameters[0].replace(name=name, default=None) for name in names.split()]
+    signature = inspect.Signature(parameters)
+
+    def function(*arguments, **keywords):
+        given = signature.bind(*arguments, **keywords).arguments
+        window, cu = given["window_size"], (given.get("cu_seqlens_q"), given.get("cu_seqlens_k"))
+        assert given[release.asks] and given.get("dropout_p", 0.0) == 0.0
+        assert (-1 if release.unlimited is None else None) not in window
+        for side, lengths in zip("qk", cu, strict=True):
+            if lengths is not None:
+                assert lengths.dtype == torch.int32 and lengths.is_contiguous()
+                assert given[f"max_seqlen_{side}"] >= lengths.diff().max()
+        options = (given["softmax_scale"], given["causal"], window, given["softcap"])
+        found = compute(given["q"], given["k"], given["v"], *options, cu, release.dead)
+        return found if release.generation > 8 else (*found, None)
+
+    function.__signature__ = signature
+    return function
 
 
-def release_2(module):
-    def flash_attn_func(
-        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
-        assert return_attn_probs and dropout_p == 0.0 and None not in window_size
-        return *compute(q, k, v, softmax_scale, causal, window_size, softcap, dead=torch.inf), None
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-        return_attn_probs=False, block_table=None,
-    ):  # fmt: skip
-        assert return_attn_probs and None not in window_size
-        cu = (cu_seqlens_q, cu_seqlens_k)
-        check_lengths(cu, (max_seqlen_q, max_seqlen_k))
-        return *compute(q, k, v, softmax_scale, causal, window_size, softcap, cu, torch.inf), None
-
-    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-
-
-def release_3(module):
-    def flash_attn_func(
-        q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-        sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
-        assert return_attn_probs and None not in window_size
-        return compute(q, k, v, softmax_scale, causal, window_size, softcap)
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-        sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
-        assert return_attn_probs and None not in window_size
-        cu = (cu_seqlens_q, cu_seqlens_k)
-        check_lengths(cu, (max_seqlen_q, max_seqlen_k))
-        return compute(q, k, v, softmax_scale, causal, window_size, softcap, cu)
-
-    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-
-
-def release_4(module):
-    def flash_attn_func(
-        q, k, v, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
-        num_splits=1, pack_gqa=None, deterministic=False, mask_mod=None, return_lse=False,
-    ):  # fmt: skip
-        assert return_lse and -1 not in window_size
-        return compute(q, k, v, softmax_scale, causal, window_size, softcap)
-
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_q=None,
-        seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(None, None),
-        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, return_lse=False,
-    ):  # fmt: skip
-        assert return_lse and -1 not in window_size
-        cu = (cu_seqlens_q, cu_seqlens_k)
-        check_lengths(cu, (max_seqlen_q, max_seqlen_k))
-        return compute(q, k, v, softmax_scale, causal, window_size, softcap, cu)
-
-    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+def provide(module: ModuleType, release: Release) -> None:
+    module.flash_attn_func = stand_in(release, release.dense)
+    module.flash_attn_varlen_func = stand_in(release, release.packed)
 
 
 def install(monkeypatch, name: str) -> ModuleType:
     """The stand-in of one release, the table's rows opened to the CPU."""
     module = ModuleType(name)
     module.__spec__, module.__version__ = ModuleSpec(name, None), "9.9"
-    {"flash_attn": release_2, "flash_attn_interface": release_3, "flash_attn.cute": release_4}[name](module)
+    provide(module, RELEASES[name])
     for other in RELEASES:
         monkeypatch.setitem(sys.modules, other, None)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(flash_attn, "_capability", lambda device: RELEASES[name])
+    monkeypatch.setattr(flash_attn, "_capability", lambda device: RELEASES[name].generation)
     rows = [
         row._replace(devices=("cpu",), dtypes=backends.FLOATS, missing="") if row.backend == "flash-attn+mass" else row
         for row in backends.TABLE
@@ -150,18 +143,14 @@ def test_it_meets_the_definition(case, release, seed):
     three_ways(lambda *t: FLASH_ATTN.attend(*t, **keywords), definition_of(options), tensors, seed, lse, given=True)
 
 
-@pytest.mark.parametrize("keywords", [{}, {"window_size": (3, 0)}, {"causal": False, "softcap": 2.0}], ids=str)
+@PACKED_OPTIONS
 @pytest.mark.parametrize("limits", [{}, {"max_seqlen_q": 17, "max_seqlen_k": 20}], ids=["read", "given"])
 def test_packed_meets_the_definition(keywords, limits, release, seed):
     if release == "flash_attn.cute" and keywords.get("softcap"):
         pytest.skip("release 4 has no gradient under a soft cap")
     tensors, cu = packed_batch(seed)
     cu = {name: x.long() for name, x in cu.items()}
-    left, right = keywords.get("window_size", (-1, -1))
-    options = AttentionOptions(
-        left, 0 if keywords.get("causal", True) else right, 8**-0.5, keywords.get("softcap", 0.0)
-    )
-    definition = definition_of(options, Masks(**cu))
+    definition = definition_of(options_from(keywords, 8), Masks(**cu))
     lse = definition(*tensors)[2]
     assert (lse == -torch.inf).any(), "a row without keys, whose lse release 2 reports as +inf"
     call = lambda *t: FLASH_ATTN.attend(*t, **cu, **limits, **keywords)  # noqa: E731
@@ -189,7 +178,7 @@ def test_an_unknown_release_is_refused_with_what_was_found(monkeypatch, seed):
     del module.flash_attn_func
     with pytest.raises(ValueError, match="whose flash_attn_func takes nothing: it does not exist"):
         FLASH_ATTN.attend(*tensors)
-    release_2(module)
+    provide(module, RELEASES["flash_attn"])
     monkeypatch.setattr(sys.modules[__name__], "compute", lambda q, *_, **__: (q, q[..., 0]))
     with pytest.raises(ValueError, match=r"got a lse of shape \(1, 9, 2\) from flash_attn, expected \(1, 2, 9\)"):
         FLASH_ATTN.attend(*tensors)

@@ -100,31 +100,6 @@ def test_a_mask_and_padding_seen_through_odd_strides(device, seed):
         torch.testing.assert_close(found, wanted)
 
 
-@on_devices
-def test_opcheck(device, seed):
-    case = AttentionCase("opcheck", 1, 9, 11, 2, 1, 8, weights="float", groups=2)
-    inputs = attention_inputs(case, dtype=torch.float16, seed=seed)
-    q, k, v, weights = (inputs[name].to(device).requires_grad_() for name in ("q", "k", "v", "key_weights"))
-    band = (-1, 0, 0.3, 0.0)
-    torch.library.opcheck(
-        torch.ops.mmrpt_kernels.triton_attention.default, (q, k, v, weights, None, None, None, None, None, *band)
-    )
-    wanted = torch.rand(1, 9, device=device) < 0.6
-    lse = torch.randn(1, 2, 9, device=device)
-    torch.library.opcheck(
-        torch.ops.mmrpt_kernels.triton_visual_mass.default, (q, k, lse, weights, None, None, wanted, None, None, *band)
-    )
-
-
-@interpreted
-def test_it_is_traced_whole(fresh_compiler, seed):
-    tensors, *_ = problem_of(AttentionCase("traced", 1, 9, 11, 2, 1, 8), seed, torch.float32)
-    traced = torch.compile(TRITON.attend, fullgraph=True, backend="aot_eager")
-    expected = with_gradients(TRITON.attend, tensors, seed)
-    for name, value in with_gradients(traced, tensors, seed).items():
-        assert torch.equal(value, expected[name]), name
-
-
 @pytest.mark.gpu
 def test_the_same_bits_every_time(seed):
     tensors, padding, _, lse = problem_of(GPU_CASES[1], seed, torch.bfloat16)

@@ -11,12 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from benchmarks.measure import peak_bytes  # noqa: E402
 from mmrpt_kernels.integrations import transformers as integration  # noqa: E402
-from mmrpt_kernels.integrations.caches import cache_keyword  # noqa: E402
-from mmrpt_kernels.integrations.transformers import (  # noqa: E402
-    enable_visual_mass,
-    record_visual_mass,
-    register_attention,
-)
+from mmrpt_kernels.integrations.transformers import record_visual_mass, register_attention  # noqa: E402
 from tests.kernels.integrations.vlm_families import (  # noqa: E402
     BUILDERS,
     IMAGE,
@@ -24,27 +19,14 @@ from tests.kernels.integrations.vlm_families import (  # noqa: E402
     LAYERS,
     LENGTH,
     TEXT,
-    enabled,
+    eager,
     inputs_of,
     model_of,
+    recorded,
     switch_checkpointing,
 )
 
 families = pytest.mark.parametrize("family", BUILDERS)
-
-
-def eager(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
-    """logits, and the visual mass (L, B, Hq, T) from the weights of eager attention; the model is left enabled."""
-    model.set_attn_implementation("eager")
-    try:
-        found = model(**inputs, output_attentions=True)
-    finally:
-        enabled(model)
-    visual = (inputs["input_ids"] == IMAGE)[:, None, None, :]
-    mass = [
-        (weights * visual[..., -weights.shape[-1] :]).sum(-1) for weights in found.attentions if weights is not None
-    ]
-    return found.logits, torch.stack(mass)
 
 
 @contextlib.contextmanager
@@ -92,14 +74,15 @@ def test_masses_are_those_of_eager_attention(family, padding):
     torch.testing.assert_close(found.logits[real], logits[real], rtol=1e-4, atol=1e-5)
     assert masses.isfinite().all() and found.logits.isfinite().all(), "rows with nothing to attend to stay finite"
     assert masses[rows].max() > 0.05
-    with record_visual_mass(model) as record:
-        model(**inputs)
+    record = recorded(model, inputs)
     torch.testing.assert_close(record.stacked(), masses.mean(2))
 
 
 @families
 def test_without_a_recording_it_is_sdpa(family):
     model, inputs = model_of(family), inputs_of(family, "left")
+    assert model.config.get_text_config()._attn_implementation == "mmrpt_visual_mass"
+    assert model.config.vision_config._attn_implementation == "sdpa"
     ours = model(**inputs).logits
     gradients = gradients_of(model, ours.square().mean())
     model.set_attn_implementation("sdpa")
@@ -108,13 +91,6 @@ def test_without_a_recording_it_is_sdpa(family):
     assert torch.equal(ours, theirs) and gradients.keys() == expected.keys()
     for name in expected:
         assert torch.equal(gradients[name], expected[name]), name
-
-
-@families
-def test_only_the_text_model_is_enabled(family):
-    model = model_of(family)
-    assert model.config.get_text_config()._attn_implementation == "mmrpt_visual_mass"
-    assert model.config.vision_config._attn_implementation == "sdpa"
 
 
 @families
@@ -159,8 +135,7 @@ def test_differentiable_masses_have_eager_gradients(family):
     factors = torch.rand(LAYERS, 2, 4, LENGTH, generator=torch.Generator().manual_seed(0))
     _, mass = eager(model, inputs)
     expected = gradients_of(model, (mass * factors).sum())
-    with record_visual_mass(model, differentiable=True, head_reduction="none") as record:
-        model(**inputs)
+    record = recorded(model, inputs, differentiable=True, head_reduction="none")
     assert_same_gradients(gradients_of(model, (record.stacked() * factors).sum()), expected)
     switch_checkpointing(model.train(), {"use_reentrant": False})
     refused = pytest.raises(ValueError, match="differentiable: got True under gradient checkpointing")
@@ -194,26 +169,13 @@ def test_generate_records_each_step(family, cache):
 
 
 @torch.no_grad()
-def test_several_answers_to_a_prompt():
-    model, inputs = model_of("llava"), inputs_of("llava")
-    torch.manual_seed(0)
-    with record_visual_mass(model) as record:
-        model.generate(**inputs, do_sample=True, num_return_sequences=3, max_new_tokens=3, min_new_tokens=3)
-    assert record.stacked().shape == (LAYERS, 6, 1)
-
-
-@torch.no_grad()
 def test_key_weights_of_every_kind():
     model, inputs = model_of("llava"), inputs_of("llava", "left")
     ids = inputs["input_ids"]
-    with record_visual_mass(model) as record:
-        model(**inputs)
-    image = record.stacked()
+    image = recorded(model, inputs).stacked()
     groups = torch.stack([ids == IMAGE, (ids != IMAGE) & (ids != 0)], dim=-1)
     for weights in (groups, groups.double(), lambda ids: torch.stack([ids == IMAGE, (ids != IMAGE) & (ids != 0)], -1)):
-        with record_visual_mass(model, key_weights=weights) as record:
-            model(**inputs)
-        found = record.stacked()
+        found = recorded(model, inputs, key_weights=weights).stacked()
         assert found.shape == (*image.shape, 2)
         torch.testing.assert_close(found[..., 0], image, rtol=1e-5, atol=1e-6)
         real = inputs["attention_mask"].bool()[None].expand(LAYERS, -1, -1)
@@ -227,11 +189,8 @@ def test_calls_with_embeddings_need_weights():
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     with record_visual_mass(model, key_weights=visual) as record:
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
-    model.set_attn_implementation("eager")
-    attentions = model(inputs_embeds=embeds, output_attentions=True).attentions
-    expected = torch.stack([(a * visual[:, None, None]).sum(-1).mean(1) for a in attentions])
+    expected = eager(model, {"inputs_embeds": embeds}, visual)[1].mean(2)
     torch.testing.assert_close(record.stacked(), expected, rtol=1e-5, atol=1e-6)
-    enabled(model)
     with record_visual_mass(model), pytest.raises(ValueError, match="without input_ids"):
         model(inputs_embeds=embeds)
 
@@ -257,12 +216,9 @@ def test_every_forward_starts_afresh_and_base_model_calls_count():
 def test_query_mask_blanks_the_other_rows():
     model, inputs = model_of("llava"), inputs_of("llava")
     wanted = torch.arange(LENGTH).expand(2, -1) >= LAST_IMAGE
-    with record_visual_mass(model) as record:
-        model(**inputs)
-    every = record.stacked()
+    every = recorded(model, inputs).stacked()
     for reduction in ("mean", "none"):
-        with record_visual_mass(model, query_mask=wanted, head_reduction=reduction) as record:
-            model(**inputs)
+        record = recorded(model, inputs, query_mask=wanted, head_reduction=reduction)
         found = record.stacked() if reduction == "mean" else record.stacked().mean(2)
         torch.testing.assert_close(found, every * wanted)
     with record_visual_mass(model, query_mask=wanted[:, 1:]), pytest.raises(ValueError, match="query_mask: got shape"):
@@ -290,9 +246,7 @@ def test_the_record_is_layers_times_tokens_and_no_layer_holds_all_pairs():
 @torch.no_grad()
 def test_a_gpu_records_what_a_cpu_does():
     model, inputs = model_of("qwen2_5_vl"), inputs_of("qwen2_5_vl", "left")
-    with record_visual_mass(model) as record:
-        model(**inputs)
-    expected = record.stacked()
+    expected = recorded(model, inputs).stacked()
     try:
         model.cuda()
         with record_visual_mass(model) as record:
@@ -341,17 +295,14 @@ def test_soft_capped_attention(checkpointing):
     text = TEXT | {"head_dim": 8, "attn_logit_softcapping": 0.05, "sliding_window": 6, "query_pre_attn_scalar": 8}
     model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**text)).eval()
     ids = inputs_of("gemma3")["input_ids"]
-    model.set_attn_implementation("eager")
-    found = model(ids, output_attentions=True)
-    expected = torch.stack([(a * (ids == IMAGE)[:, None, None]).sum(-1).mean(1) for a in found.attentions])
-    gradients = gradients_of(model, found.logits.square().mean())
-    enable_visual_mass(model)
+    expected_logits, expected = eager(model, {"input_ids": ids})
+    gradients = gradients_of(model, expected_logits.square().mean())
     if checkpointing:
         switch_checkpointing(model.train(), {"use_reentrant": False})
-    torch.testing.assert_close(model(ids, use_cache=False).logits, found.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected_logits, rtol=1e-4, atol=1e-5)
     with record_visual_mass(model, key_weights=lambda ids: ids == IMAGE) as record:
         logits = model(ids, use_cache=False).logits
-    torch.testing.assert_close(record.stacked(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(record.stacked(), expected.mean(2), rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients_of(model, logits.square().mean()), gradients)
 
 
@@ -367,25 +318,26 @@ def test_an_error_in_the_model_ends_its_recording():
     assert sorted(record.masses) == list(range(LAYERS))
 
 
+VISUAL = inputs_of("llava")["input_ids"] == IMAGE
+BAD_RECORDINGS = [
+    ({"layers": [3]}, r"layers: got \[3\]"),
+    ({"layers": []}, r"layers: got \[\]"),
+    ({"head_reduction": "max"}, "head_reduction: got 'max'"),
+    ({"key_weights": VISUAL.repeat(2, 1)[:3]}, r"key_weights: got shape \(3, 14\) for a batch of 2"),
+    ({"key_weights": torch.nn.functional.pad(VISUAL, (0, 1))}, "key_weights: got 15 keys, expected at most 14"),
+    ({"key_weights": lambda ids: ids[:, 1:] == IMAGE}, r"key_weights\(input_ids\): got"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "message"), BAD_RECORDINGS, ids=lambda value: value if type(value) is str else "")
+def test_bad_recordings_are_refused(keywords, message):
+    model = model_of("llava")
+    with pytest.raises(ValueError, match=message), record_visual_mass(model, **keywords):
+        model(**inputs_of("llava"))
+
+
 def test_bad_calls_are_refused():
     model, inputs = model_of("llava"), inputs_of("llava")
-    visual = inputs["input_ids"] == IMAGE
-    refused = {
-        r"layers: got \[3\]": {"layers": [3]},
-        r"layers: got \[\]": {"layers": []},
-        "head_reduction: got 'max'": {"head_reduction": "max"},
-    }
-    for message, keywords in refused.items():
-        with pytest.raises(ValueError, match=message), record_visual_mass(model, **keywords):
-            pass
-    refused = {
-        r"key_weights: got shape \(3, 14\) for a batch of 2": visual.repeat(2, 1)[:3],
-        "key_weights: got 15 keys, expected at most 14": torch.nn.functional.pad(visual, (0, 1)),
-        r"key_weights\(input_ids\): got": lambda ids: ids[:, 1:] == IMAGE,
-    }
-    for message, weights in refused.items():
-        with record_visual_mass(model, key_weights=weights), pytest.raises(ValueError, match=message):
-            model(**inputs)
     with record_visual_mass(model), pytest.raises(ValueError, match="being recorded already"):
         record_visual_mass(model).__enter__()
     with record_visual_mass(model), pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
@@ -396,16 +348,3 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="call enable_visual_mass"), record_visual_mass(model):
         pass
     assert register_attention() == register_attention() == "mmrpt_visual_mass"
-
-
-@torch.no_grad()
-def test_a_cache_that_the_recording_has_not_seen_is_refused():
-    model, inputs = model_of("llava"), inputs_of("llava")
-    keyword = cache_keyword(model.forward)
-    cache = getattr(model(**inputs, use_cache=True), keyword)
-    following = {"input_ids": torch.tensor([[9], [9]]), keyword: cache}
-    with record_visual_mass(model), pytest.raises(ValueError, match="after 14 cached tokens"):
-        model(**following)
-    with record_visual_mass(model, key_weights=inputs["input_ids"] == IMAGE) as record:
-        model(**following)
-    assert record.stacked().shape == (LAYERS, 2, 1) and (record.stacked() > 0).all()

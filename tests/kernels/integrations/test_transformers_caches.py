@@ -16,26 +16,17 @@ from tests.kernels.integrations.vlm_families import (  # noqa: E402
     IMAGE,
     LAYERS,
     LENGTH,
+    eager,
     enabled,
     inputs_of,
     model_of,
 )
 
 
-def eager_mass(model: torch.nn.Module, inputs: dict, weights: torch.Tensor) -> torch.Tensor:
-    """(L, B, T) of the weights of eager attention over the whole sequence; the model is left enabled."""
-    model.set_attn_implementation("eager")
-    try:
-        found = model(**inputs, output_attentions=True)
-    finally:
-        enabled(model)
-    return torch.stack([(a * weights[:, None, None, -a.shape[-1] :]).sum(-1).mean(1) for a in found.attentions])
-
-
 def text_of(family: str, **settings) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     """The family's text model, ids (2, LENGTH) without padding, and their masses (L, 2, LENGTH) by eager attention."""
     model, ids = model_of(family).get_decoder(), inputs_of(family)["input_ids"]
-    return enabled(model), ids, eager_mass(model, {"input_ids": ids}, ids == IMAGE)
+    return enabled(model), ids, eager(model, {"input_ids": ids})[1].mean(2)
 
 
 def cache_of(kind: str, model: torch.nn.Module):
@@ -123,15 +114,24 @@ def test_a_static_cache_that_does_not_tell_its_size_is_refused():
 
 
 @torch.no_grad()
-def test_two_sequences_in_turns_are_refused():
-    model, ids, _ = text_of("llava")
-    first, second = cache_of("dynamic", model), cache_of("dynamic", model)
+def test_a_cache_that_the_recording_has_not_seen_is_refused():
+    """Of another sequence, which began meanwhile or before: without ids of the whole, or weights for it."""
+    model, ids, expected = text_of("llava")
+    first, second, third, fourth = (cache_of("dynamic", model) for _ in range(4))
     keyword = cache_keyword(model.forward)
+    for cache in (third, fourth):
+        model(ids[:, :-1], **{keyword: cache})
     with record_visual_mass(model, key_weights=lambda ids: ids == IMAGE):
-        model(ids, **{keyword: first})
+        model(ids[:, :-1], **{keyword: first})
         model(ids.flip(1), **{keyword: second})
         with pytest.raises(ValueError, match="expected it to start with the prompt and to go on with the same cache"):
-            model(ids[:, :1], **{keyword: first})
+            model(ids[:, -1:], **{keyword: first})
+    refused = pytest.raises(ValueError, match="after 13 cached tokens")
+    with record_visual_mass(model, key_weights=lambda ids: ids == IMAGE), refused:
+        model(ids[:, -1:], **{keyword: third})
+    with record_visual_mass(model, key_weights=ids == IMAGE) as record:
+        model(ids[:, -1:], **{keyword: fourth})
+    torch.testing.assert_close(record.stacked(), expected[..., -1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -155,7 +155,7 @@ def test_beam_search(family, cache, monkeypatch):
     ids = seen[-1]
     whole = inputs_of(family, "left", extra=torch.zeros(2, ids.shape[1] - LENGTH, dtype=torch.long))
     whole = {name: value.repeat_interleave(3, 0) for name, value in whole.items()} | {"input_ids": ids}
-    expected = eager_mass(model, whole, ids == IMAGE)[..., -1:]
+    expected = eager(model, whole)[1].mean(2)[..., -1:]
     torch.testing.assert_close(record.stacked(), expected, rtol=1e-4, atol=1e-5)
     refused = pytest.raises(ValueError, match="rows were exchanged")
     with record_visual_mass(model, key_weights=lambda ids: ids % 2 == 0), refused:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import inspect
-import types
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from trl.trainer import utils  # noqa: E402
 
 from mmrpt_kernels.integrations import guards, trl  # noqa: E402
 from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError  # noqa: E402
-from mmrpt_kernels.lm_head import gemm  # noqa: E402
 from mmrpt_kernels.logprobs import LogProbs  # noqa: E402
 from mmrpt_kernels.testing import assert_close_to_truth  # noqa: E402
 
@@ -121,13 +119,6 @@ def test_no_rows_give_no_rows_and_a_loss_that_still_reaches_the_weights():
     assert [grad.shape for grad in grads] == [t.shape for t in tensors[:3]] and not any(g.any() for g in grads)
 
 
-def test_a_frozen_head_gets_no_gradient():
-    hidden, weight, _, targets = inputs(6, 11, bias=False)
-    with trl.fused_head():
-        _, grads = run(utils._ChunkedLogProbFunction, (hidden, weight.detach(), None, targets), OPTIONS["plain"])
-    assert len(grads) == 1 and grads[0].abs().sum() > 0
-
-
 def test_the_first_of_equal_logits_is_the_first():
     """Without a clear winner, where the shortcut does not decide, and in a tie."""
     weight = torch.zeros(4, 2)
@@ -137,28 +128,20 @@ def test_the_first_of_equal_logits_is_the_first():
     assert results[4].tolist() == [True, False, False, False]
 
 
-def test_rows_without_gradient_cost_nothing(monkeypatch):
+def test_rows_without_gradient_cost_nothing(products):
     """Three rows have a gradient: the backward multiplies those three, and makes no logits again."""
     hidden, weight, _, targets = inputs(50, 17, bias=False)
     hidden.data[3] = float("nan")  # its gradient is zero: nothing of it may reach the weights
-    rows: dict[str, int] = {"logits": 0, "d_hidden": 0}
-
-    def counting(name, product, first, *rest, **options):
-        rows[name] += first.shape[0]
-        return product(first, *rest, **options)
-
     with trl.fused_head(self_check=False):
-        for name in rows:
-            monkeypatch.setattr(gemm, name, functools.partial(counting, name, getattr(gemm, name)))
-        logps, entropy, *_ = utils._ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets, 1.0, 8, None, 1.0, ("entropy",)
-        )
+        products()
+        head = utils._ChunkedLogProbFunction
+        logps, entropy, *_ = head.apply(hidden, weight, None, targets, 1.0, 8, None, 1.0, ("entropy",))
         entropy.mean().item()  # logged, as trainers do
-        assert rows == {"logits": 50, "d_hidden": 0}
+        assert products() == (50, 0, 0)
         advantages = torch.zeros(50)
         advantages[[7, 20, 21]] = torch.tensor([1.0, -2.0, 0.5])
         (logps * advantages).sum().backward()
-    assert rows == {"logits": 50, "d_hidden": 3}
+    assert products() == (0, 3, 3)
     assert hidden.grad.isfinite().all() and hidden.grad.any(-1).nonzero().flatten().tolist() == [7, 20, 21]
     assert weight.grad.isfinite().all()
 
@@ -184,55 +167,46 @@ def test_the_block_restores_what_it_found_also_after_an_error():
     assert utils._ChunkedLogProbFunction is outer
 
 
-@pytest.mark.parametrize("version", ["1.15.3", "2.0.0", "2.0.0.dev0", "0.27"])
-def test_another_version_is_refused(monkeypatch, version):
-    monkeypatch.setattr(guards.importlib.metadata, "version", lambda name: version)
-    with pytest.raises(UnsupportedError, match=rf"trl: got {version}, expected >=1.16,<2"):
+def installed(version: str | None):
+    def found(name: str) -> str:
+        if version is None:
+            raise guards.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    return guards.importlib.metadata, "version", found
+
+
+ORIGINAL = ChunkedLogProbFunction.forward
+
+
+def other_meaning(ctx, hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+    """The same signature, but the temperature acts before the soft cap."""
+    return ORIGINAL(ctx, hidden, weight, bias, targets, 1.0, chunk_size, softcap, scale / temperature, outputs)
+
+
+other_meaning.__signature__ = inspect.signature(ORIGINAL)
+# What is replaced by what, and what is said then.
+UNKNOWN = [(installed(v), f"trl: got {v}, expected >=1.16,<2") for v in ("1.15.3", "2.0.0", "2.0.0.dev0", "0.27")]
+UNKNOWN += [
+    (installed(None), "trl: not installed.*pip install"),
+    (
+        (ChunkedLogProbFunction, "forward", staticmethod(lambda ctx, hidden, weight, targets: None)),
+        r"takes \(ctx, hidden, weight, targets\), expected \(ctx, hidden",
+    ),
+    ((utils, "add_fused_lm_head", lambda model: None), "no longer calls"),
+    (
+        (ChunkedLogProbFunction, "forward", staticmethod(other_meaning)),
+        "gives log-probs .* on a tiny case, expected",
+    ),
+]
+
+
+@pytest.mark.parametrize(("replaced", "words"), UNKNOWN, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_unknown_release_is_refused(monkeypatch, replaced, words):
+    monkeypatch.setattr(*replaced)
+    with pytest.raises(UnsupportedError, match=words):
         trl.enable_fused_head()
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
-
-
-def test_a_missing_trl_is_said(monkeypatch):
-    def missing(name):
-        raise guards.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(guards.importlib.metadata, "version", missing)
-    with pytest.raises(UnsupportedError, match="trl: not installed.*pip install"):
-        trl.enable_fused_head()
-
-
-def test_another_signature_is_refused(monkeypatch):
-    def forward(ctx, hidden, weight, targets):
-        raise AssertionError("never called")
-
-    monkeypatch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
-    with pytest.raises(UnsupportedError, match=r"takes \(ctx, hidden, weight, targets\), expected \(ctx, hidden"):
-        trl.enable_fused_head()
-
-
-def test_a_head_that_is_looked_up_elsewhere_is_refused(monkeypatch):
-    monkeypatch.setattr(utils, "add_fused_lm_head", lambda model: None)
-    with pytest.raises(UnsupportedError, match="no longer calls"):
-        trl.enable_fused_head()
-
-
-def test_a_head_that_means_something_else_is_refused(monkeypatch):
-    """The same signature, but the temperature acts before the soft cap."""
-    original = ChunkedLogProbFunction.forward
-    parameters = inspect.signature(original)
-
-    def forward(
-        ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
-    ):
-        return original(
-            ctx, hidden, weight, bias, targets, 1.0, chunk_size, final_logit_softcapping, logit_scale / temperature,
-            outputs,
-        )  # fmt: skip
-
-    forward.__signature__ = parameters
-    monkeypatch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
-    with pytest.raises(UnsupportedError, match="gives log-probs .* on a tiny case, expected"):
-        trl.enable_fused_head()
 
 
 def test_an_unknown_output_is_refused():
@@ -327,24 +301,22 @@ def test_the_first_batch_is_checked(monkeypatch, break_it, law, dtype):
 
 
 def test_later_batches_are_not_checked_and_an_unreadable_one_leaves_it_open(monkeypatch):
-    hidden, weight, bias, targets = inputs(5, 53, bias=True)
+    hidden, *rest = inputs(5, 53, bias=True)
     trl.enable_fused_head()
-    head = utils._ChunkedLogProbFunction
-    run(head, (torch.full_like(hidden, torch.nan), weight, bias, targets), OPTIONS["plain"], ("entropy",))
-    true = trl.linear_logprobs
-    broken = types.SimpleNamespace(wrong=True)
+    head, true = utils._ChunkedLogProbFunction, trl.linear_logprobs
+    refused = pytest.raises(SelfCheckError)
 
-    def half_broken(*args, **kwargs):
+    def wrong(*args, **kwargs) -> LogProbs:
         found = true(*args, **kwargs)
-        return LogProbs(found.logps - 1.0, found.entropy) if broken.wrong else found
+        return found._replace(logps=found.logps - 1.0)
 
-    monkeypatch.setattr(trl, "linear_logprobs", half_broken)
-    with pytest.raises(SelfCheckError):
-        run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
-    broken.wrong = False
-    run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
-    broken.wrong = True
-    run(head, (hidden, weight, bias, targets), OPTIONS["plain"], ("entropy",))
+    unreadable, fine = torch.full_like(hidden, torch.nan), contextlib.nullcontext()
+    for rows, logprobs, outcome in (
+        (unreadable, true, fine), (hidden, wrong, refused), (hidden, true, fine), (hidden, wrong, fine),
+    ):  # fmt: skip
+        monkeypatch.setattr(trl, "linear_logprobs", logprobs)
+        with outcome:
+            run(head, (rows, *rest), OPTIONS["plain"], ("entropy",))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

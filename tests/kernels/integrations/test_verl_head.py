@@ -1,12 +1,11 @@
 """verl's heads and ours in their place: against the released verl where it is installed, else against a stand-in.
 
 The stand-in has the names and parameters of verl 0.9.1 and computes in eager PyTorch, so the adapter is tested without
-Ray; what needs verl itself is skipped without it.
+Ray; what needs verl itself is skipped without it. Its head over a process group is a case of sharded_heads.py.
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import os
 import subprocess
@@ -17,11 +16,9 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mmrpt_kernels.integrations import guards, verl
 from mmrpt_kernels.integrations.guards import SelfCheckError, UnsupportedError
-from mmrpt_kernels.lm_head.head_gradients import HeadGradients
 from mmrpt_kernels.logprobs import LogProbs
 from mmrpt_kernels.testing import assert_close_to_truth
 
@@ -114,23 +111,16 @@ def test_results_and_gradients_are_those_of_verl(modules, shape, temperature, dt
             assert_close_to_truth(own, other, true, name="gradient", **rule)
 
 
-def test_rows_without_gradient_cost_nothing(modules, monkeypatch):
+def test_rows_without_gradient_cost_nothing(modules, products):
     functional, _ = modules
-    learnt: list[int] = []
-    add = HeadGradients.add
-
-    def counting(self, rows, *rest, **how):
-        learnt.append(len(rows))
-        return add(self, rows, *rest, **how)
-
-    monkeypatch.setattr(HeadGradients, "add", counting)
     hidden, weight, ids = inputs((3, 20), 17)
     with verl.fused_head():
         logps, entropy = functional.FusedLinearForPPO().forward(hidden, weight, ids)
     advantages = torch.zeros(3, 20)
     advantages[1, 5:9] = 1.0
+    products()
     (logps * advantages).sum().backward()
-    assert learnt == [4] and hidden.grad.any(-1).sum() == 4
+    assert products() == (0, 4, 4) and hidden.grad.any(-1).sum() == 4
 
 
 def test_enable_disable_and_blocks(modules):
@@ -176,96 +166,6 @@ def test_modules_that_hold_the_function_get_ours_and_their_own_back(modules, mon
         assert sys.modules[name].linear_cross_entropy is theirs
 
 
-# ---- the vocabulary over a process group, as verl's Megatron workers call it ----
-
-WORLD, WORDS = 2, 131  # uneven parts
-
-
-def own_words(rank: int) -> slice:
-    return slice(0, 50) if rank == 0 else slice(50, WORDS)
-
-
-def megatron_inputs(dtype):
-    """hidden (S, 1, H) as after gather_from_sequence_parallel_region, the whole weight, labels (1, S)."""
-    torch.manual_seed(3)
-    hidden, weight, ids = inputs((17, 1), WORDS, dtype)
-    return hidden, weight, ids.view(1, 17)
-
-
-class GatherFromSequenceParallelRegion(torch.autograd.Function):
-    """Every rank's positions to all; backward the sum over ranks of what they have of a rank's positions' gradient."""
-
-    @staticmethod
-    def forward(ctx, own):
-        parts = [torch.empty_like(own) for _ in range(WORLD)]
-        dist.all_gather(parts, own)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(WORLD)[dist.get_rank()]
-
-
-def megatron_rank(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=100),
-    )
-    torch.set_num_threads(1)
-    if PRESENT:
-        from verl.utils.kernel import linear_cross_entropy as kernel
-    else:
-        _, kernel = stand_in(pytest.MonkeyPatch())
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        hidden, weight, ids = megatron_inputs(dtype)
-        hidden = hidden[:16].chunk(WORLD)[rank].detach().requires_grad_()
-        weight = weight[own_words(rank)].detach().requires_grad_()
-        with verl.fused_head():
-            whole = GatherFromSequenceParallelRegion.apply(hidden)
-            results = kernel.linear_cross_entropy(whole, weight, ids[:, :16], 0.8, "none", dist.group.WORLD)
-        found[dtype] = [t.detach() for t in (*results, *gradients(results, (hidden, weight)))]
-    true = verl.linear_logprobs
-    verl.linear_logprobs = lambda *a, **k: LogProbs(true(*a, **k).logps - 0.5, true(*a, **k).entropy)
-    with verl.fused_head(), pytest.raises(SelfCheckError, match="log-probability: max error"):
-        kernel.linear_cross_entropy(whole, weight, ids[:, :16], 0.8, "none", dist.group.WORLD)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo")
-def test_a_head_over_a_process_group_equals_plain_pytorch(tmp_path):
-    # By its path: verl installs a package `tests` of its own, which would hide this module from a spawned process.
-    command = (sys.executable, __file__, str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(WORLD)]
-    assert [process.wait() for process in processes] == [0] * WORLD
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
-    for dtype in (torch.float32, torch.bfloat16):
-        (logps, entropy, *_), other = (rank[dtype] for rank in ranks)
-        assert torch.equal(logps, other[0]) and torch.equal(entropy, other[1]) and logps.dtype == torch.float32
-        ours = (logps, entropy, *(torch.cat(parts) for parts in zip(*(rank[dtype][2:] for rank in ranks), strict=True)))
-        made = []
-        for wide in (True, False):
-            hidden, weight, ids = megatron_inputs(dtype)
-            leaves = [(t.double() if wide else t).detach().requires_grad_() for t in (hidden[:16], weight)]
-            z = (leaves[0] @ leaves[1].T).view(16, WORDS) / 0.8
-            lp = torch.log_softmax(z if wide else z.float(), -1)
-            results = (lp.gather(-1, ids[0, :16, None])[:, 0], -(lp.exp() * lp).sum(-1))
-            made.append([t.detach() for t in (*results, *gradients(results, leaves))])
-        for name, own, true, eager in zip(("log-prob", "entropy", "d_hidden", "d_weight"), ours, *made, strict=True):
-            rule = (
-                {"dtype": dtype, "floor": 10.0 * ids.numel()} if name in ("d_hidden", "d_weight") else {"floor": 10.0}
-            )
-            assert_close_to_truth(own, eager, true, name=name, **({"dtype": torch.float32, "eager_cap": 1e6} | rule))
-
-
 def test_the_first_batch_is_checked(modules, monkeypatch):
     functional, kernel = modules
     true = verl.linear_logprobs
@@ -278,25 +178,27 @@ def test_the_first_batch_is_checked(modules, monkeypatch):
         functional.FusedLinearForPPO().forward(*inputs((2, 13), 31))
 
 
-@pytest.mark.parametrize("version", ["0.8.3", "0.10.0", "1.0"])
-def test_another_version_is_refused(monkeypatch, version):
-    functional, _ = stand_in(monkeypatch, version)
-    before = functional.FusedLinearForPPO.forward
-    with pytest.raises(UnsupportedError, match=rf"verl: got {version}, expected >=0.9,<0.10"):
-        verl.enable_fused_head()
-    assert functional.FusedLinearForPPO.forward is before
+def other_forward(functional, kernel) -> None:
+    functional.FusedLinearForPPO.forward = lambda self, hidden_states, weight, ids: None
 
 
-@pytest.mark.parametrize("which", ["forward", "kernel"])
-def test_another_signature_is_refused(monkeypatch, which):
-    functional, kernel = stand_in(monkeypatch)
-    if which == "forward":
-        functional.FusedLinearForPPO.forward = lambda self, hidden_states, weight, ids: None
-    else:
-        kernel.LinearCrossEntropy = type("Other", (), {"forward": staticmethod(lambda ctx, hidden, weight: None)})
-    with pytest.raises(UnsupportedError, match="expected .*: an unknown release"):
+def other_kernel(functional, kernel) -> None:
+    kernel.LinearCrossEntropy = type("Other", (), {"forward": staticmethod(lambda ctx, hidden, weight: None)})
+
+
+UNKNOWN = [(version, None, f"verl: got {version}, expected >=0.9,<0.10") for version in ("0.8.3", "0.10.0", "1.0")]
+UNKNOWN += [("0.9.1", change, "expected .*: an unknown release") for change in (other_forward, other_kernel)]
+
+
+@pytest.mark.parametrize(("version", "change", "words"), UNKNOWN)
+def test_an_unknown_release_is_refused(monkeypatch, version, change, words):
+    modules = stand_in(monkeypatch, version)
+    if change is not None:
+        change(*modules)
+    before = modules[0].FusedLinearForPPO.forward
+    with pytest.raises(UnsupportedError, match=words):
         verl.enable_fused_head()
-    assert not verl._replaced
+    assert modules[0].FusedLinearForPPO.forward is before and not verl._replaced
 
 
 # ---- the entry point ----
@@ -394,7 +296,3 @@ def test_a_model_that_verl_patched(backend):
         ours, our_grads = run(backend)
     for own, other in zip((*ours, *our_grads), (*theirs, *their_grads), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    megatron_rank(int(sys.argv[2]), sys.argv[1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from mmrpt_kernels.integrations.transformers import enable_visual_mass
+from mmrpt_kernels.integrations.transformers import VisualMassRecord, enable_visual_mass, record_visual_mass
 
 IMAGE, VOCAB, LENGTH, LAYERS = 3, 64, 14, 3
 FIRST_IMAGE, LAST_IMAGE = 4, 8  # image tokens stand at [4, 8) of a row without padding
@@ -26,25 +26,10 @@ TEXT = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-QWEN_VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 32,
-}
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "in_channels": 3}
+QWEN_VISION |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32}
 QWEN_IDS = {"image_token_id": IMAGE, "vision_start_token_id": 4, "vision_end_token_id": 5, "video_token_id": 6}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "patch_size": 4,
-}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 
 
 def build_qwen2_5_vl():
@@ -110,26 +95,27 @@ def build_gemma3():
 
 
 BUILDERS = {
-    "qwen2_5_vl": (build_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
-    "qwen3_vl": (build_qwen3_vl, "Qwen3VLForConditionalGeneration"),
-    "llava": (build_llava, "LlavaForConditionalGeneration"),
-    "internvl": (build_internvl, "InternVLForConditionalGeneration"),
-    "smolvlm": (build_smolvlm, "SmolVLMForConditionalGeneration"),
-    "gemma3": (build_gemma3, "Gemma3ForConditionalGeneration"),
+    "qwen2_5_vl": build_qwen2_5_vl,
+    "qwen3_vl": build_qwen3_vl,
+    "llava": build_llava,
+    "internvl": build_internvl,
+    "smolvlm": build_smolvlm,
+    "gemma3": build_gemma3,
 }
 
 
 @functools.cache
 def _built(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    return BUILDERS[family][0]()
+    return BUILDERS[family]()
 
 
 def model_of(family: str) -> torch.nn.Module:
     """The family's model in evaluation mode, enabled, without gradients; built once."""
-    if not hasattr(transformers, BUILDERS[family][1]):
-        pytest.skip(f"transformers {transformers.__version__} has no {BUILDERS[family][1]}")
-    model = _built(family).eval()
+    try:
+        model = _built(family).eval()
+    except AttributeError as error:
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
     model.zero_grad()
     switch_checkpointing(model, None)
     return enabled(model)
@@ -147,6 +133,26 @@ def switch_checkpointing(model: torch.nn.Module, settings: dict | None) -> None:
 def enabled(model: torch.nn.Module) -> torch.nn.Module:
     model.set_attn_implementation("sdpa")  # also the vision tower's
     return enable_visual_mass(model)
+
+
+def eager(model: torch.nn.Module, inputs: dict[str, torch.Tensor], weights: torch.Tensor | None = None):
+    """The model's first result, and the mass (L, B, Hq, T) of keys of `weights` (B, S), image tokens by default, from
+    the weights of eager attention over the whole sequence; the model is left enabled."""
+    weights = inputs["input_ids"] == IMAGE if weights is None else weights
+    model.set_attn_implementation("eager")
+    try:
+        found = model(**inputs, output_attentions=True)
+    finally:
+        (enabled if hasattr(model.config, "vision_config") else enable_visual_mass)(model)
+    shares = [a for a in found.attentions if a is not None]
+    return found[0], torch.stack([(a * weights[:, None, None, -a.shape[-1] :]).sum(-1) for a in shares])
+
+
+def recorded(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **settings) -> VisualMassRecord:
+    """What a forward pass records."""
+    with record_visual_mass(model, **settings) as record:
+        model(**inputs)
+    return record
 
 
 def pixels(family: str, batch: int) -> dict[str, torch.Tensor]:
@@ -174,6 +180,6 @@ def inputs_of(family: str, padding: str = "none", extra: torch.Tensor | None = N
     made = {"input_ids": ids, "attention_mask": attended, **pixels(family, 2)}
     if family == "gemma3":
         made["token_type_ids"] = (ids == IMAGE).long()
-    elif "mm_token_type_ids" in inspect.signature(getattr(transformers, BUILDERS[family][1]).forward).parameters:
+    elif "mm_token_type_ids" in inspect.signature(_built(family).forward).parameters:
         made["mm_token_type_ids"] = (ids == IMAGE).long()
     return made

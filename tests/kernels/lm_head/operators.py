@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmrpt_kernels import backends, linear_logprobs, linear_policy_loss, linear_token_divergence, linear_token_loss
 from mmrpt_kernels.divergence.api import KINDS
@@ -81,8 +83,8 @@ def policy_loss(made: dict, entropy: bool = False, statistics: bool = False, **o
 
 
 def divergence(made: dict, kind=KINDS, **options) -> dict:
-    """A result for every kind by its name."""
-    keywords = {"targets": made["targets"], "bias": made["bias"], "kind": kind}
+    """A result for every kind by its name; made["weight_q"] is another head for the second view."""
+    keywords = {"targets": made["targets"], "bias": made["bias"], "kind": kind, "weight_q": made.get("weight_q")}
     views = (made["hidden"], made["hidden_q"], made["weight"])
     out = linear_token_divergence(*views, **keywords, **(made["options"] | options))
     names = [name + " again" * kind[:place].count(name) for place, name in enumerate(kind)]
@@ -185,6 +187,17 @@ def assert_by_the_rule(operator: Operator, case: HeadCase, seed: int, dtype: tor
         return run(operator, draw(case, seed, dtype=dtype, wide=wide), seed, backend=backend, **options)
 
     judge(operator, case, dtype, found_by(backend), found_by("reference"), found_by("reference", wide=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in tree_leaves(result):
+            if isinstance(part, torch.Tensor):
+                self.size = max(self.size, part.numel())
+        return result
 
 
 def judge(operator: Operator, case: HeadCase, dtype: torch.dtype, found: dict, eager: dict, truth: dict) -> None:

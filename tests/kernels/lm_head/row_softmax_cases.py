@@ -10,8 +10,6 @@ from mmrpt_kernels.lm_head.options import HeadOptions, transform_logits
 from mmrpt_kernels.lm_head.row_softmax import Slopes, Softmax, finish_exponentials, finish_partials, row_kernels
 from mmrpt_kernels.testing import assert_close_to_truth, poisoned_memory, sum_cap
 
-__all__ = ["PLAIN", "Place", "Rows", "assert_same_bits", "assert_true", "draw", "draw_slopes", "truth", "view_of"]
-
 PLAIN = HeadOptions()
 
 

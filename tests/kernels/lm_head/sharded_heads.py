@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from mmrpt_kernels.backends import TABLE
-from mmrpt_kernels.divergence import operator as divergence_operator
 from mmrpt_kernels.divergence.api import KINDS
+from mmrpt_kernels.integrations import verl
+from mmrpt_kernels.integrations.guards import SelfCheck, SelfCheckError
 from mmrpt_kernels.lm_head import chunk_sizes, vocab_parallel
-from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
-from mmrpt_kernels.logprobs import operator as logprobs_operator
+from mmrpt_kernels.logprobs import LogProbs, linear_logprobs
 from mmrpt_kernels.testing import HeadCase, on_a_grid, poisoned_memory
 from mmrpt_kernels.testing.interpreter import mend_interpreter
 from tests.kernels.lm_head.operators import DOUBLE, OPERATORS, Operator, draw, leaves_of, mixed_sum, run
@@ -129,22 +129,15 @@ def another_head(learns: bool, part: Part) -> dict:
     """A head of another hidden size for the second view."""
     made = inputs(BIASED, part)
     whole = inputs(BIASED, part._replace(rank=None))["weight"].detach().roll(1, 0)
-    head_q = whole[part.words(BIASED.vocab), :-1].clone().requires_grad_(learns)
+    made["weight_q"] = whole[part.words(BIASED.vocab), :-1].clone().requires_grad_(learns)
     made["hidden_q"] = made["hidden_q"].detach()[:, :-1].requires_grad_(learns)
-    found = DIVERGENCE.call(made, weight_q=head_q)
-    sources = {"hidden": made["hidden"], "weight": made["weight"]}
-    sources |= {"hidden_q": made["hidden_q"], "weight_q": head_q} if learns else {}
-    grads = torch.autograd.grad(mixed_sum(found, 3), list(sources.values()))
-    return found | {f"d_{name}": grad for name, grad in zip(sources, grads, strict=True)}
+    return run(DIVERGENCE._replace(leaves=("hidden", "weight", "hidden_q", "weight_q")), made, 3)
 
 
 def learning_alone(names: tuple[str, ...], part: Part) -> dict:
     """A loss of some of the results."""
-    made = inputs(RICH, part)
-    found = DIVERGENCE.call(made)
-    wrt = leaves_of(DIVERGENCE, made)
-    grads = torch.autograd.grad(mixed_sum({name: found[name] for name in names}, 3), list(wrt.values()))
-    return found | {f"d_{name}": grad for name, grad in zip(wrt, grads, strict=True)}
+    call = lambda made: {name: value for name, value in DIVERGENCE.call(made).items() if name in names}  # noqa: E731
+    return plain(DIVERGENCE._replace(call=call), RICH, part)
 
 
 def chunked_by_budget(operator: Operator, part: Part) -> dict:
@@ -168,6 +161,39 @@ def checkpointed(operator: Operator, part: Part) -> dict:
     loss = checkpoint(total, *wrt.values(), use_reentrant=False)
     grads = torch.autograd.grad(loss, list(wrt.values()))
     return {"loss": loss} | {f"d_{name}": grad for name, grad in zip(wrt, grads, strict=True)}
+
+
+def verls_head(part: Part) -> dict:
+    """That of verl's Megatron workers: every rank has all hidden states (S, 1, H), and its part of their gradient."""
+    made = inputs(PLAIN._replace(ignored="none"), part)
+    wrt, targets = (made["hidden"], made["weight"]), made["targets"]
+    if part.rank is None:
+        found = linear_logprobs(*wrt, targets, temperature=0.8, return_entropy=True, backend="reference")
+    else:
+        kernel = verl._make_heads(SelfCheck(True), None)[1]
+        found = kernel(wrt[0][:, None], wrt[1], targets[None], 0.8, "none", part.group)
+    named = dict(zip(("logps", "entropy"), found, strict=True))
+    d_hidden, d_weight = torch.autograd.grad(mixed_sum(named, 3), wrt)
+    if part.rank is not None:
+        dist.all_reduce(d_hidden)
+    return named | {"d_hidden": d_hidden, "d_weight": d_weight}
+
+
+def verls_alarm(part: Part) -> str:
+    """What the self-check of verl's head says to log-probabilities of another size, on every rank."""
+
+    def broken(*arguments, **options) -> LogProbs:
+        found = linear_logprobs(*arguments, **options)
+        return found._replace(logps=found.logps - 0.5)
+
+    verl.linear_logprobs = broken
+    try:
+        verls_head(part)
+    except SelfCheckError as error:
+        return str(error)
+    finally:
+        verl.linear_logprobs = linear_logprobs
+    return "no error"
 
 
 def compiled(operator: Operator, part: Part) -> dict:
@@ -213,6 +239,7 @@ EXACT |= {
     "entropies_alone_learn": case(learning_alone, ("entropy_p", "entropy_q")),
     "divergence_alone_learns": case(learning_alone, KINDS),
     "equal_views": case(plain, DIVERGENCE, RICH, change=equal_views),
+    "verls_head": verls_head,
 }
 # Row kernels that a CPU can run besides: Triton's interpreter, slowly, and csrc's host build where it was built.
 LOW_PRECISION = [
@@ -267,21 +294,7 @@ def refusals(operator: Operator, part: Part) -> list[tuple[str, str]]:
         return [*asked, ("tokens with work", said(targets=fewer))]
     narrow = made["weight"].float() if last else None
     kinds = said(options={"kind": ("kl",) if last else ("js",)})
-    return [*asked, ("differ in their options", kinds), ("their options", said(options={"weight_q": narrow}))]
-
-
-def opchecks(part: Part) -> None:
-    made, tests = inputs(RICH, part), {"test_utils": ("test_schema", "test_faketensor")}
-    hidden, hidden_q, weight, bias = (made[n].detach() for n in DIVERGENCE.leaves)
-    options = (*HeadOptions(0.8, 4.0, 1.3), *LoopOptions("portable", 4, vocab_group=part.group.group_name))
-    head, ones = (hidden, weight, bias, made["targets"]), torch.ones(24, dtype=DOUBLE)
-    torch.library.opcheck(logprobs_operator.linear_logprobs, (*head, -100, True, *options), **tests)
-    backward = (*head, ones, None, -100, [True] * 3, *options)
-    torch.library.opcheck(logprobs_operator.linear_logprobs_backward, backward, **tests)
-    views = (hidden, hidden_q, weight, None, bias, made["targets"], "kl,js,k3", *options)
-    torch.library.opcheck(divergence_operator.linear_token_divergence, views, **tests)
-    backward = (torch.ones(24, 3, dtype=DOUBLE), None, ones, None, ones, *views, [True, True, True, False, True])
-    torch.library.opcheck(torch.ops.mmrpt_kernels.linear_token_divergence_backward.default, backward, **tests)
+    return [*asked, ("differ in their options", kinds), ("their options", said(weight_q=narrow))]
 
 
 def count_collectives(calls: list[str]) -> None:
@@ -323,7 +336,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
         same = all(torch.equal(values[0][key].nan_to_num(7.0), values[-1][key].nan_to_num(7.0)) for key in values[0])
         found[name] = {"values": values[0], "repeats": same, "collectives": list(calls)}
     found["refusals"] = refusals(LOGPROBS, part) + refusals(DIVERGENCE, part)
-    opchecks(part)
+    found["refusals"].append(("log-probability: max error", verls_alarm(part)))
     torch.save(found, f"{folder}/{world}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmrpt_kernels.divergence import fused as divergence_fused
-from mmrpt_kernels.lm_head import chunk_loop, gemm
+from mmrpt_kernels.lm_head import chunk_loop
 from mmrpt_kernels.lm_head.chunk_sizes import ChunkRows
 from mmrpt_kernels.testing import HeadCase
 from tests.kernels.lm_head.operators import ONE_VIEW, by_operator, draw, judge, name_of, run
@@ -15,12 +15,6 @@ ROWS = 21  # three tall chunks of 8, 8 and 5 rows; neither size of the head is a
 CASE = HeadCase("chunks", ROWS, 24, 75, bias=True, ignored="none")
 HEIGHTS = (ChunkRows(3, 8), ChunkRows(8, 8), ChunkRows(4, 9, padded=True), ChunkRows(1, ROWS), ChunkRows(ROWS, ROWS))
 by_dtype = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-
-
-@pytest.fixture(params=(True, False), ids=("half_products", "single_products"))
-def multiplies(request, monkeypatch) -> None:
-    """As on a CPU with instructions for bfloat16 products, whose matrix is bfloat16, and as on one without."""
-    monkeypatch.setattr(gemm, "_cpu_multiplies_bfloat16", lambda: request.param)
 
 
 def chunks_of(monkeypatch, height: ChunkRows) -> None:

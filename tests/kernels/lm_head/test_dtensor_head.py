@@ -10,54 +10,38 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from torch import nn
 
-from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_divergence, linear_token_loss
 from mmrpt_kernels.lm_head import vocab_parallel
+from mmrpt_kernels.testing import HeadCase
+from tests.kernels.lm_head.operators import DIVERGENCE, DOUBLE, OPERATORS, Operator, assert_same, draw, mixed_sum, run
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
 )
 
-D = torch.float64
 WORLD = 2
 TIMEOUT = datetime.timedelta(seconds=150)  # what would deadlock raises
-WORDS, WIDTH, TOKENS = 23, 6, 10  # an odd vocabulary: uneven parts
-
-
-def by_eager(hidden, weight, bias, targets):
-    return F.cross_entropy(F.linear(hidden, weight, bias), targets)
-
-
-def by_logprobs(hidden, weight, bias, targets, **how):
-    return -linear_logprobs(hidden, weight, targets, bias=bias, **how).logps.mean()
-
-
-def by_token_loss(hidden, weight, bias, targets, **how):
-    return linear_token_loss(hidden, weight, targets, lambda lp, _h, _rows: -lp / TOKENS, bias=bias, **how)
-
-
-def by_policy_loss(hidden, weight, bias, targets, **how):
-    """Strictly on-policy with advantage 1: the value is -1, the gradient cross-entropy's."""
-    ones = torch.ones(1, TOKENS, dtype=D)
-    shaped = (hidden[None], weight, targets[None], ones)
-    return linear_policy_loss(*shaped, response_mask=ones.bool(), bias=bias, **how).loss
-
-
-def by_divergence(hidden, weight, bias, targets, **how):
-    """The same view twice, by two heads that are one tensor: half of cross-entropy each."""
-    given = {"weight_q": weight, "targets": targets, "bias": bias, "kind": ("js", "kl")}
-    out = linear_token_divergence(hidden, hidden, weight, **given, **how)
-    return -0.5 * (out.logps_p + out.logps_q).mean() + out.divergence.sum()
-
-
-LOSSES = {
-    "logprobs": by_logprobs,
-    "token_loss": by_token_loss,
-    "policy_loss": by_policy_loss,
-    "divergence": by_divergence,
+CASE = HeadCase("shards", 10, 6, 23, bias=True, ignored="none")  # an odd vocabulary: uneven parts
+CALLED = {o.name: o for o in OPERATORS if o.name in ("logprobs", "token_loss", "policy_loss", "divergence")}
+MESHES = {
+    "tp": ((2,), ("tp",)),
+    "unnamed": ((2,), None),
+    "dp_tp": ((1, 2), ("dp", "tp")),
+    "dp_tp_2_1": ((2, 1), ("dp", "tp")),
+    "replicated": ((2, 1), ("dp_replicate", "dp_shard")),
 }
+
+
+def inputs() -> dict:
+    return draw(CASE, 7, device="cpu")
+
+
+def loss_of(operator: Operator, hidden, weight, bias, targets, **options) -> torch.Tensor:
+    """Of two views by two heads that are one tensor, where the operator takes two."""
+    made = inputs() | {"hidden": hidden, "hidden_q": hidden.roll(1, 0), "weight": weight, "bias": bias}
+    made |= {"weight_q": weight}
+    return mixed_sum(operator.call(made | {"targets": targets}, **options), 0)
 
 
 class Model(nn.Module):
@@ -66,9 +50,9 @@ class Model(nn.Module):
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.embed = nn.Embedding(WORDS, WIDTH, dtype=D)
-        self.trunk = nn.Linear(WIDTH, WIDTH, dtype=D)
-        self.lm_head = nn.Linear(WIDTH, WORDS, dtype=D)
+        self.embed = nn.Embedding(CASE.vocab, CASE.hidden, dtype=DOUBLE)
+        self.trunk = nn.Linear(CASE.hidden, CASE.hidden, dtype=DOUBLE)
+        self.lm_head = nn.Linear(CASE.hidden, CASE.vocab, dtype=DOUBLE)
         if tied:
             self.lm_head.weight = self.embed.weight
 
@@ -78,7 +62,7 @@ class Model(nn.Module):
 
 
 def batch(rank: int) -> torch.Tensor:
-    return torch.randint(WORDS, (TOKENS,), generator=torch.Generator().manual_seed(rank))
+    return torch.randint(CASE.vocab, (CASE.rows,), generator=torch.Generator().manual_seed(rank))
 
 
 def gradients(model: Model) -> dict[str, torch.Tensor]:
@@ -115,127 +99,88 @@ def fsdp(kind: str, tied: bool, loss, meshes: dict) -> dict:
     return gradients(model)
 
 
-def fsdp_expected(tied: bool) -> dict:
+def fsdp_expected(operator: Operator, tied: bool) -> dict:
     """What one process with both ranks' batches finds: the mean over ranks."""
     model = Model(tied)
     for step in range(2):
         for rank in range(WORLD):
-            (model(batch(rank + 10 * step), by_eager) / WORLD).backward()
+            loss = functools.partial(loss_of, operator, backend="reference")
+            (model(batch(rank + 10 * step), loss) / WORLD).backward()
     return gradients(model)
 
 
 FSDP = {
-    f"{name}_{kind}{'_tied' * tied}": (functools.partial(fsdp, kind, tied, loss), tied)
-    for name, loss in {"eager": by_eager, **LOSSES}.items()
+    f"{name}_{kind}{'_tied' * tied}": (kind, tied, operator)
+    for name, operator in CALLED.items()
     for kind in ("inside_group", "inside_apart", "outside_kept", "outside_group", "outside_apart", "outside_hybrid")
     for tied in (False, True)
     if not (tied and kind.endswith("apart"))  # a tied weight belongs to one FSDP group
-    and not (name == "eager" and kind != "inside_group")  # eager: fully_shard's own doing, the yardstick
 }
 
 
-def head() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randn(*shape, generator=generator, dtype=D) for shape in ((TOKENS, WIDTH), (WORDS, WIDTH), (WORDS,))]
+def tensor_parallel(mesh_name: str, cuts: str, operator: Operator, meshes: dict, group: bool = False) -> dict:
+    """Results and gradients of a head on a mesh whose ranks see the same tokens, and how many merges it took. cuts: for
+    each dimension of the mesh whether it cuts the vocabulary."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-
-def tensor_parallel(mesh_name: str, placed, loss, meshes: dict, group: bool = False) -> dict:
-    """Loss and gradients of a head on a mesh whose ranks see the same tokens, and how many merges it took."""
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = meshes[mesh_name]
-    hidden, weight, bias = head()
-    hidden.requires_grad_()
-    weight, bias = (distribute_tensor(t, mesh, placed()).requires_grad_() for t in (weight, bias))
-    how = {"vocab_group": mesh.get_group(mesh.ndim - 1)} if group else {}
+    mesh, made = meshes[mesh_name], inputs()
+    placed = [Shard(0) if cut == "S" else Replicate() for cut in cuts]
+    made |= {n: distribute_tensor(made[n].detach(), mesh, placed).requires_grad_() for n in ("weight", "bias")}
+    options = {"vocab_group": mesh.get_group(mesh.ndim - 1)} if group else {}
+    made["weight_q"] = made["weight"]
     merges, gather = [], vocab_parallel.Shard.gather
     vocab_parallel.Shard.gather = lambda self, own: (merges.append(1), gather(self, own))[1]
-    value = loss(hidden, weight, bias, batch(0), **how)
-    value.backward()
+    found = run(operator, made, **options)
     vocab_parallel.Shard.gather = gather
-    for tensor in (weight, bias):
-        assert tensor.grad.placements == tensor.placements
-    found = {"loss": value.detach(), "hidden": hidden.grad, "merges": torch.tensor(len(merges))}
-    return found | {"weight": weight.grad.full_tensor(), "bias": bias.grad.full_tensor()}
+    for name in ("weight", "bias"):
+        assert found[f"d_{name}"].placements == made[name].placements
+        found[f"d_{name}"] = found[f"d_{name}"].full_tensor()
+    return found | {"merges": torch.tensor(len(merges))}
 
 
-def cut():
-    from torch.distributed.tensor import Shard
-
-    return [Shard(0)]
-
-
-def whole():
-    from torch.distributed.tensor import Replicate
-
-    return [Replicate()]
-
-
-def cut_last():
-    return [*whole(), *cut()]
-
-
-def cut_both():
-    return [*cut(), *cut()]
-
-
-PARALLEL = {
-    f"{loss_name}_{name}": (functools.partial(tensor_parallel, mesh, placed, loss, group=group), merged)
-    for loss_name, loss in LOSSES.items()
-    for name, (mesh, placed, group, merged) in {
-        "by_name": ("tp", cut, False, True),
-        "by_group": ("unnamed", cut, True, True),
-        "gathered": ("unnamed", cut, False, False),
-        "replicated": ("tp", whole, False, False),
-        "beside_replicas": ("dp_tp", cut_last, False, True),
-        "behind_parts": ("dp_tp", cut_both, False, True),
-        "two_by_one": ("dp_tp_2_1", cut_both, False, True),
-    }.items()
+# The mesh, what of it cuts the vocabulary, whether a group is given, and whether the parts are merged or gathered.
+PLACES = {
+    "by_name": ("tp", "S", False, True),
+    "by_group": ("unnamed", "S", True, True),
+    "gathered": ("unnamed", "S", False, False),
+    "replicated": ("tp", "R", False, False),
+    "beside_replicas": ("dp_tp", "RS", False, True),
+    "behind_parts": ("dp_tp", "SS", False, True),
+    "two_by_one": ("dp_tp_2_1", "SS", False, True),
 }
+PARALLEL = {f"{o.name}_{place}": (o, *PLACES[place]) for o in CALLED.values() for place in PLACES}
 
 
-def compiled(meshes: dict) -> dict:
+def compiled(meshes: dict, mesh: str) -> dict:
     torch._dynamo.reset()
-    return {
-        name: tensor_parallel(mesh, cut, torch.compile(by_policy_loss, fullgraph=True, backend="aot_eager"), meshes)
-        for name, mesh in (("tp", "tp"), ("unnamed", "unnamed"))
-    }
-
-
-def message_of(call) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    operator = CALLED["policy_loss"]
+    call = torch.compile(operator.call, fullgraph=True, backend="aot_eager")
+    return tensor_parallel(mesh, "S", operator._replace(call=call), meshes)
 
 
 def refusals(meshes: dict) -> dict[str, str]:
-    from torch.distributed.tensor import distribute_tensor
+    """What is said, by words that it should have."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    hidden, weight, bias = head()
-    mesh = meshes["tp"]
-    spread = distribute_tensor(weight, mesh, cut())
-    replicated = distribute_tensor(weight, mesh, whole())
-    alone = meshes["dp_tp"].get_group(0)
-
-    def two_heads(weight, weight_q):
-        return lambda: linear_token_divergence(hidden, hidden, weight, weight_q=weight_q)
-
-    return {
-        "weight_q: got a head cut over the vocabulary": message_of(two_heads(weight, spread)),
-        "(mesh ('tp',), placements (Replicate(),))": message_of(two_heads(spread, replicated)),
-        "hidden: got a DTensor": message_of(
-            lambda: by_logprobs(distribute_tensor(hidden, mesh, whole()), weight, bias, batch(0))
-        ),
-        "targets: got a DTensor": message_of(
-            lambda: by_logprobs(hidden, weight, bias, distribute_tensor(batch(0), mesh, whole()))
-        ),
-        "cuts no vocabulary": message_of(
-            lambda: by_logprobs(hidden, replicated, None, batch(0), vocab_group=mesh.get_group())
-        ),
-        "get_group(<dimension>)": message_of(lambda: by_logprobs(hidden, spread, None, batch(0), vocab_group=alone)),
+    made, mesh = inputs(), meshes["tp"]
+    spread, replicated = (distribute_tensor(made["weight"].detach(), mesh, [p]) for p in (Shard(0), Replicate()))
+    hidden, targets = (distribute_tensor(made[name].detach(), mesh, [Replicate()]) for name in ("hidden", "targets"))
+    logprobs, alone = CALLED["logprobs"], meshes["dp_tp"].get_group(0)
+    calls = {
+        "weight_q: got a head cut over the vocabulary": (DIVERGENCE, {"weight_q": spread}, {}),
+        "(mesh ('tp',), placements (Replicate(),))": (DIVERGENCE, {"weight": spread, "weight_q": replicated}, {}),
+        "hidden: got a DTensor": (logprobs, {"hidden": hidden}, {}),
+        "targets: got a DTensor": (logprobs, {"targets": targets}, {}),
+        "cuts no vocabulary": (logprobs, {"weight": replicated}, {"vocab_group": mesh.get_group()}),
+        "get_group(<dimension>)": (logprobs, {"weight": spread}, {"vocab_group": alone}),
     }
+    said = {}
+    for words, (operator, changes, options) in calls.items():
+        try:
+            operator.call(made | {"bias": None} | changes, **options)
+        except ValueError as error:
+            said[words] = str(error)
+    return {words: said.get(words, "no error") for words in calls}
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -243,16 +188,11 @@ def rank_main(rank: int, folder: str) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=TIMEOUT)
     torch.set_num_threads(1)
-    named = {
-        "tp": ((2,), ("tp",)),
-        "unnamed": ((2,), None),
-        "dp_tp": ((1, 2), ("dp", "tp")),
-        "dp_tp_2_1": ((2, 1), ("dp", "tp")),
-        "replicated": ((2, 1), ("dp_replicate", "dp_shard")),
-    }
-    meshes = {name: init_device_mesh("cpu", shape, mesh_dim_names=names) for name, (shape, names) in named.items()}
-    found = {name: case(meshes=meshes) for name, (case, _) in (FSDP | PARALLEL).items()}
-    found["compiled"] = compiled(meshes)
+    meshes = {name: init_device_mesh("cpu", shape, mesh_dim_names=names) for name, (shape, names) in MESHES.items()}
+    found = {n: fsdp(kind, tied, functools.partial(loss_of, o), meshes) for n, (kind, tied, o) in FSDP.items()}
+    for name, (operator, mesh, cuts, group, _) in PARALLEL.items():
+        found[name] = tensor_parallel(mesh, cuts, operator, meshes, group)
+    found |= {f"compiled_{mesh}": compiled(meshes, mesh) for mesh in ("tp", "unnamed")}
     found["refusals"] = refusals(meshes)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -266,45 +206,29 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
-
-
 @pytest.mark.parametrize("name", FSDP)
 def test_gradients_are_fully_shards(name, ranks):
+    _, tied, operator = FSDP[name]
     for rank in ranks:
-        assert_same(rank[name], fsdp_expected(FSDP[name][1]))
+        assert_same(rank[name], fsdp_expected(operator, tied), rtol=1e-12, atol=1e-12)
 
 
-def parallel_expected() -> dict:
-    hidden, weight, bias = (t.requires_grad_() for t in head())
-    loss = by_eager(hidden, weight, bias, batch(0))
-    loss.backward()
-    return {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+COMPILED = {f"compiled_{mesh}": (CALLED["policy_loss"], mesh == "tp") for mesh in ("tp", "unnamed")}
 
 
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize("name", (*PARALLEL, *COMPILED))
 def test_a_mesh_whose_ranks_see_the_same_tokens(name, ranks):
+    """Compiled without a graph break too."""
+    operator, *_, merged = (PARALLEL | COMPILED)[name]
+    made = inputs()
+    expected = run(operator, made | {"weight_q": made["weight"]}, backend="reference")
     for rank in ranks:
         found = dict(rank[name])
-        assert (found.pop("merges") > 0) == PARALLEL[name][1]
-        if name.startswith("policy_loss"):
-            del found["loss"]  # whose value is not cross-entropy's
-        assert_same(found, {key: value for key, value in parallel_expected().items() if key in found})
-
-
-@pytest.mark.parametrize("mesh", ("tp", "unnamed"))
-def test_compiles_without_a_graph_break(mesh, ranks):
-    for rank in ranks:
-        found = dict(rank["compiled"][mesh])
-        assert (found.pop("merges") > 0) == (mesh == "tp")
-        del found["loss"]
-        assert_same(found, {key: value for key, value in parallel_expected().items() if key != "loss"})
+        assert (found.pop("merges") > 0) == merged
+        assert_same(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_what_cannot_be_meant_is_refused(ranks):
     for rank in ranks:
-        for part, message in rank["refusals"].items():
-            assert part in message, (part, message)
+        for words, message in rank["refusals"].items():
+            assert words in message, (words, message)

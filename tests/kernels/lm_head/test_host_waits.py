@@ -11,14 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from mmrpt_kernels.lm_head.options import HeadOptions, LoopOptions
 from mmrpt_kernels.lm_head.row_softmax import row_kernels
 from mmrpt_kernels.logprobs import fused as logprobs_fused
 from mmrpt_kernels.policy_loss import fused, linear_policy_loss
-from mmrpt_kernels.policy_loss.options import PolicyOptions, PolicyTokens
-from mmrpt_kernels.policy_loss.surrogate import PolicyTokenLoss
-from mmrpt_kernels.testing import HeadCase, head_inputs
-from tests.kernels.lm_head.operators import DEVICE, ONE_VIEW, draw
+from mmrpt_kernels.testing import HeadCase
+from tests.kernels.lm_head.operators import DEVICE, ONE_VIEW, draw, name_of
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
 CASE = HeadCase("plain", 24, 16, 131, chunk_size=9)
@@ -84,41 +81,20 @@ def waiting(monkeypatch) -> NoWaiting:
     return mode
 
 
-@pytest.mark.parametrize("see_all", (False, True), ids=("learning", "see_all"))
-@pytest.mark.parametrize(
-    ("options", "compacted"),
-    [
-        (PolicyOptions(kl_coef=0.1, entropy_coef=0.1), 1),
-        (PolicyOptions(), 1),
-        (PolicyOptions(ratio_level="sequence"), 2),
-    ],
-    ids=("entropy", "one_sweep", "sequence"),
-)
-def test_how_often_the_host_waits(options, compacted, see_all, waiting, seed):
-    """Once a call that counts its tokens, once more for sequence ratios; never where it takes all."""
-    made = head_inputs(CASE._replace(ignored="none"), device=DEVICE, seed=seed)
-    masks = torch.rand(2, CASE.rows, device=DEVICE) < 0.7
-    floats = [torch.randn(CASE.rows, device=DEVICE) for _ in range(4)]
-    tokens = PolicyTokens(masks[0], masks[0] & masks[1], floats[0], floats[1], floats[2], None)
-    tensors, loss = (
-        (made["hidden"].view(4, 6, -1), made["weight"], None),
-        PolicyTokenLoss.of(tokens, floats[3], options),
-    )
-    for compact in (True, False):
-        loop = LoopOptions("triton", chunk_size=9, compact=compact)
-        arguments = (made["targets"].view(4, 6), loss, see_all, (True, True, False), HeadOptions(), loop)
-        with torch.no_grad(), waiting:
-            fused.policy_loss(*tensors, *arguments)
-        assert len(waiting.waits) == (compacted if compact else 0), waiting.waits
-        waiting.waits.clear()
+CALLS = [(operator, {}, 1) for operator in ONE_VIEW]
+CALLS += [(operator, {"return_statistics": True}, 1) for operator in ONE_VIEW[4:]]
+CALLS += [(operator, {"ratio_level": "sequence"}, 2) for operator in ONE_VIEW[4:]]
 
 
-@pytest.mark.parametrize("operator", ONE_VIEW[:2], ids=lambda operator: operator.name)
-def test_how_often_the_host_waits_for_log_probabilities(operator, waiting, seed):
-    """Once in each pass, to count its rows; never with compact=False."""
+@pytest.mark.parametrize(("operator", "options", "counts"), CALLS, ids=name_of)
+def test_how_often_the_host_waits(operator, options, counts, waiting, seed):
+    """Once a call that counts its rows, once more for sequence ratios, and once in a backward that counts its own;
+    never with compact=False."""
     made = draw(CASE, seed, dtype=torch.float32)
     for compact in (True, False):
         with waiting:
-            sum(part.sum() for part in operator.call(made, compact=compact, backend="triton").values()).backward()
-        assert len(waiting.waits) == (2 if compact else 0), waiting.waits
+            results = operator.call(made, compact=compact, backend="triton", **options)
+            if operator.by_rows:
+                sum(part.sum() for part in results.values()).backward()
+        assert len(waiting.waits) == ((counts + operator.by_rows) if compact else 0), waiting.waits
         waiting.waits.clear()

@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 
-from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels import linear_token_loss
 from mmrpt_kernels.lm_head import sparse_vocab
 from mmrpt_kernels.lm_head.sparse_vocab import MOST_KEPT, MULTIPLE, WHOLE, split
-from mmrpt_kernels.testing import HEADS, assert_close_to_truth, draw_head, kept_words, poisoned_memory
+from mmrpt_kernels.testing import HEADS, HeadCase, assert_close_to_truth, draw_head, kept_words, poisoned_memory
+from tests.kernels.lm_head.operators import ONE_VIEW, draw, name_of, run
 
 ROWS, VOCAB, HIDDEN = 96, 4099, 64
 HALVES = (torch.bfloat16, torch.float16)
@@ -244,40 +245,14 @@ def test_a_row_of_nan_reaches_no_other(entropy, seed):
     assert d_hidden[5].isnan().all() and torch.equal(d_hidden[others], clean[others])
 
 
-def test_every_operator_takes_it(kept, seed):
-    """linear_logprobs' backward, the policy loss, and a head whose weight or hidden states are frozen."""
-    inputs = made("peaked")
-    exact, _ = token_gradients(inputs)
+@pytest.mark.parametrize("operator", ONE_VIEW, ids=name_of)
+def test_every_operator_takes_it_with_a_frozen_head_too(operator, kept, seed):
+    case = HeadCase("peaked", 24, HIDDEN, VOCAB, logit_size=30.0, ignored="none")
     for frozen in ("hidden", "weight", None):
-        leaves = {n: inputs[n].clone().requires_grad_(n != frozen) for n in ("hidden", "weight")}
-        out = linear_logprobs(**leaves, targets=inputs["targets"], skip_below="auto")
-        out.logps.sum().backward()
-        loss = linear_policy_loss(
-            leaves["hidden"][None],
-            leaves["weight"],
-            inputs["targets"][None],
-            torch.ones(1),
-            response_mask=torch.ones(1, ROWS, dtype=torch.bool),
-            skip_below="auto",
-        ).loss
-        loss.backward()
-        for name, leaf in leaves.items():
-            assert (leaf.grad is None) == (name == frozen)
-            assert leaf.grad is None or (leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0)
-    assert len(kept) == 6 and max(kept) <= 0.45
-
-
-def test_leaving_words_out_waits_for_the_device():
-    with pytest.raises(ValueError, match="compact=False asks that nothing does"):
-        linear_logprobs(**made("flat", rows=3), skip_below="auto", compact=False)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.0, "always", float("nan")])
-def test_refusals(value):
-    inputs = made("flat", rows=3)
-    for call in (
-        lambda: linear_logprobs(**inputs, skip_below=value),
-        lambda: linear_token_loss(**inputs, token_loss=lambda logps, entropy, rows: logps, skip_below=value),
-    ):
-        with pytest.raises(ValueError, match="skip_below.*'auto'"):
-            call()
+        made, before = draw(case, seed, dtype=torch.bfloat16, device="cpu"), len(kept)
+        for name in ("hidden", "hidden_q", "weight"):
+            made[name].requires_grad_(frozen is None or not name.startswith(frozen))
+        made["active"][:], made["kept"][:] = True, True
+        grads = [g for name, g in run(operator, made, seed, skip_below="auto").items() if name.startswith("d_")]
+        assert grads and all(g.isfinite().all() and g.any() for g in grads)
+        assert len(kept) > before and max(kept) <= MOST_KEPT, kept

@@ -38,14 +38,18 @@ def by_hand(scores, mask, keep_ratio: str):
 
 
 class TestMask:
-    @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.parametrize("keep_ratio", ["0.4", "0.1", "0.55", "1", "0.000001"])
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (6, 23), (3, 200)])
-    def test_against_a_plain_sort(self, backend, keep_ratio, shape, seed):
+    @settings(max_examples=100, deadline=None)
+    @given(
+        seed=st.integers(0, 10_000),
+        keep_ratio=st.sampled_from(("0.4", "0.1", "0.55", "1", "0.000001")) | st.floats(1e-4, 1.0).map(str),
+        shape=st.sampled_from(((1, 1), (1, 5), (6, 23), (3, 200))),
+    )
+    def test_against_a_plain_sort(self, seed, keep_ratio, shape):
         scores, mask = sample(*shape, seed=seed)
-        mask[0] = True
-        out = perception_weights(scores, mask, keep_ratio=float(keep_ratio), backend=backend)
-        assert torch.equal(out.perception_mask, by_hand(scores, mask, keep_ratio)), f"seed {seed}"
+        expected = by_hand(scores, mask, keep_ratio)
+        for backend in BACKENDS:
+            out = perception_weights(scores, mask, keep_ratio=float(keep_ratio), backend=backend)
+            assert torch.equal(out.perception_mask, expected), backend
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_counts_are_exact_for_every_length(self, backend):
@@ -58,18 +62,6 @@ class TestMask:
             assert torch.equal(out.perception_mask.sum(-1), expected), ratio
         third = perception_weights(torch.zeros(150, 150), mask, keep_ratio=2 / 3, backend=backend)
         assert torch.equal(third.perception_mask.sum(-1), (2 * lengths + 2) // 3)
-
-    @settings(max_examples=50, deadline=None)
-    @given(seed=st.integers(0, 10_000), keep_ratio=st.floats(1e-4, 1.0), length=st.integers(1, 40))
-    def test_laws(self, seed, keep_ratio, length):
-        scores, mask = sample(4, length, seed)
-        masks = [perception_weights(scores, mask, keep_ratio=keep_ratio, backend=b).perception_mask for b in BACKENDS]
-        assert torch.equal(*masks)
-        kept, dropped = masks[0], mask & ~masks[0]
-        assert not (kept & ~mask).any()
-        assert ((kept.sum(-1) > 0) == mask.any(-1)).all()
-        lowest_kept = scores.masked_fill(~kept, torch.inf).amin(-1)
-        assert (lowest_kept >= scores.masked_fill(~dropped, -torch.inf).amax(-1)).all()
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_infinite_scores_rank_at_the_ends_and_stay_inside_the_response(self, backend):
@@ -100,23 +92,17 @@ class TestMask:
 
 
 class TestTrajectoryWeights:
-    def test_the_equation(self, seed):
-        scores, mask = sample(seed=seed, dtype=torch.float64)
-        weights = perception_weights(scores, mask, min_weight=0.7).trajectory_weights
-        means = torch.stack([row[keep].mean() for row, keep in zip(scores, mask, strict=True) if keep.any()])
-        expected = 0.7 + 0.3 * (means - means.min()) / (means.mean() - means.min())
-        torch.testing.assert_close(weights[mask.any(-1)], expected)
-        assert weights[~mask.any(-1)].tolist() == [1.0]
-
-    def test_it_is_the_paper_s_with_its_maximum_cancelled(self, seed):
+    @pytest.mark.parametrize("low", (0.9, 0.7))
+    def test_it_is_the_paper_s_with_its_maximum_cancelled(self, low, seed):
         scores, mask = sample(seed=seed, dtype=torch.float64)
         rows = mask.any(-1)
-        ours = perception_weights(scores, mask).trajectory_weights[rows]
+        ours = perception_weights(scores, mask, min_weight=low).trajectory_weights
+        assert ours[~rows].tolist() == [1.0]
         means = (scores * mask).sum(-1)[rows] / mask.sum(-1)[rows]
         scaled = (means - means.min()) / (means.max() - means.min())
-        beta_max = 0.9 + (1 - 0.9) / scaled.mean()
-        torch.testing.assert_close(ours, 0.9 + (beta_max - 0.9) * scaled)
-        given = perception_weights(scores, mask, max_weight=beta_max.item()).trajectory_weights[rows]
+        high = low + (1 - low) / scaled.mean()
+        torch.testing.assert_close(ours[rows], low + (high - low) * scaled)
+        given = perception_weights(scores, mask, min_weight=low, max_weight=high.item()).trajectory_weights
         torch.testing.assert_close(given, ours)
 
     @settings(max_examples=50, deadline=None)
@@ -143,13 +129,11 @@ class TestTrajectoryWeights:
             out = perception_weights(scores, mask, max_weight=max_weight)
             assert out.trajectory_weights.tolist() == [1.0] * 5
 
-    def test_no_response_at_all(self):
-        out = perception_weights(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.bool))
-        assert not out.perception_mask.any() and out.trajectory_weights.tolist() == [1.0] * 3
-
-    def test_no_columns(self):
-        out = perception_weights(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool))
-        assert out.perception_mask.shape == (2, 0) and out.trajectory_weights.tolist() == [1.0] * 2
+    def test_no_response_and_no_columns(self):
+        for columns in (4, 0):
+            out = perception_weights(torch.rand(3, columns), torch.zeros(3, columns, dtype=torch.bool))
+            assert not out.perception_mask.any() and out.perception_mask.shape == (3, columns)
+            assert out.trajectory_weights.tolist() == [1.0] * 3
 
     def test_an_infinite_trajectory_does_not_spoil_the_others(self, seed):
         scores, mask = sample(seed=seed)
@@ -238,30 +222,3 @@ class TestIntegration:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = perception_weights(scores, mask)
         assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"scores": torch.zeros(4)}, ("scores", "(4,)", "(B, T)")),
-        ({"scores": torch.zeros(0, 3)}, ("scores", "empty batch")),
-        ({"scores": torch.zeros(2, 3, dtype=torch.int64)}, ("scores", "torch.int64")),
-        ({"scores": torch.tensor([[0.0, float("nan"), 0.0], [0.0, 0.0, 0.0]])}, ("NaN", "1 response tokens")),
-        ({"response_mask": torch.ones(2, 4, dtype=torch.bool)}, ("response_mask", "(2, 4)", "(2, 3)")),
-        ({"response_mask": torch.ones(2, 3)}, ("response_mask", "torch.bool")),
-        ({"keep_ratio": 0.0}, ("keep_ratio", "(0.0, 1.0]")),
-        ({"keep_ratio": 1.5}, ("keep_ratio", "1.5")),
-        ({"min_weight": -0.1}, ("min_weight",)),
-        ({"max_weight": 0.5}, ("max_weight", "[0.9, inf)")),
-        ({"scope": "global"}, ("scope", "'global'", "batch, local")),
-        ({"scope": "local", "group": object()}, ("group", "local")),
-        ({"backend": "cuda"}, ("perception", "'cuda'", "portable")),
-    ],
-)
-def test_refusal_says_what_and_how(change, words):
-    good = {"scores": torch.zeros(2, 3), "response_mask": torch.ones(2, 3, dtype=torch.bool)}
-    perception_weights(**good)
-    with pytest.raises(ValueError) as error:
-        perception_weights(**(good | change))
-    for word in words:
-        assert word in str(error.value)

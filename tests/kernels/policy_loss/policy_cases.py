@@ -12,7 +12,6 @@ from tests.kernels.lm_head.operators import draw
 D = torch.float64
 BATCH = HeadCase("batch", 24, 8, 53, ignored="some", chunk_size=5)
 SMALL = HeadCase("small", 8, 4, 9, bias=True, temperature=0.8, softcap=4.0, logit_scale=1.3, ignored="none")
-HEAD_OPTIONS = ("temperature", "softcap", "logit_scale", "chunk_size")
 LEAVES = ("hidden", "weight", "bias")
 PER_TOKEN = ("old_logps", "ref_logps", "sampler_weights", "perception_mask")
 
@@ -49,11 +48,6 @@ def run(made: dict, *, scale: float = 1.0, **overrides) -> dict:
     if out.entropy is not None:
         named["entropy"] = out.entropy
     return named | {f"d_{name}": grad for name, grad in zip(wrt, grads, strict=True)}
-
-
-def assert_same(one: dict, other: dict, *, leave_out=(), what: str = "", **tolerance) -> None:
-    for name in (one.keys() | other.keys()) - set(leave_out):
-        torch.testing.assert_close(one[name], other[name], msg=lambda m, n=name: f"{what} {n}: {m}", **tolerance)
 
 
 VARIANTS = {

@@ -5,41 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrpt_kernels import linear_policy_loss, linear_token_loss
 from mmrpt_kernels.testing import HeadCase, assert_close_to_truth
-from tests.kernels.lm_head.operators import DEVICE, ONE_VIEW, draw, served
+from tests.kernels.lm_head.operators import DEVICE, ONE_VIEW, draw, leaves_of, name_of, served
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # `make gpu` runs what is marked
-POLICY, POLICY_WITH_ENTROPY = ONE_VIEW[4:]
+TOKEN, POLICY, POLICY_WITH_ENTROPY = ONE_VIEW[2], *ONE_VIEW[4:]
 
 FACTOR = 1.0 / 12.0  # gradient accumulation over 12 batches; 0.2 % from the next bfloat16
 
 
-def policy_loss(hidden, weight, bias, targets):
-    shaped = (hidden[None], weight, targets[None], torch.ones(1))
-    return linear_policy_loss(*shaped, bias=bias, response_mask=torch.ones_like(targets)[None].bool()).loss
+CASE = HeadCase("scaled", 9, 16, 40, bias=True, ignored="none")
 
 
-def token_loss(hidden, weight, bias, targets):
-    return linear_token_loss(hidden, weight, targets, lambda logps, entropy, rows: -logps, bias=bias)
-
-
-def gradients(loss, factor: float, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((9, 16), (40, 16), (40,))
-    wrt = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    return list(torch.autograd.grad(loss(*wrt, torch.arange(9)), wrt, torch.tensor(factor)))
-
-
-@pytest.mark.parametrize("route", (policy_loss, token_loss, "compiled"))
+@pytest.mark.parametrize(("operator", "compiled"), [(TOKEN, False), (POLICY, False), (POLICY, True)], ids=name_of)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_gradients_are_rounded_once_after_the_factor(route, dtype, seed, fresh_compiler):
+def test_gradients_are_rounded_once_after_the_factor(operator, compiled, dtype, seed, fresh_compiler):
     """factor * gradient as the exact product of the two rounds to: what a rounded factor misses in most entries."""
-    loss = torch.compile(policy_loss, fullgraph=True, backend="aot_eager") if route == "compiled" else route
-    whole, scaled = gradients(loss, 1.0, dtype, seed), gradients(loss, FACTOR, dtype, seed)
+    call = torch.compile(operator.call, fullgraph=True, backend="aot_eager") if compiled else operator.call
+    made, factor = draw(CASE, seed, dtype=dtype), torch.tensor(FACTOR, device=DEVICE)
+    wrt = list(leaves_of(operator, made).values())
+    whole, scaled = (torch.autograd.grad(call(made)["loss"], wrt, by) for by in (torch.ones_like(factor), factor))
     for one, found in zip(whole, scaled, strict=True):
-        assert found.dtype == dtype
-        assert torch.equal(found, (one.double() * torch.tensor(FACTOR).double()).float().to(dtype))
+        assert found.dtype == dtype and one.any()
+        assert torch.equal(found, (one.double() * factor.double()).float().to(dtype))
 
 
 @pytest.mark.parametrize("backend", ("portable", "triton"))

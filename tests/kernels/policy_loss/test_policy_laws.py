@@ -1,4 +1,4 @@
-"""linear_policy_loss against losses written by hand, statistics, linear_token_loss, and what is refused."""
+"""linear_policy_loss against losses written by hand, statistics, linear_token_loss, and torch's habits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from mmrpt_kernels.logprobs import linear_logprobs
 from mmrpt_kernels.policy_loss import linear_policy_loss, linear_token_loss
+from tests.kernels.lm_head.operators import HEAD_OPTIONS, assert_same
 from tests.kernels.policy_loss.policy_cases import (
     BATCH,
-    HEAD_OPTIONS,
     LEAVES,
     PER_TOKEN,
     SMALL,
     VARIANTS,
     D,
-    assert_same,
     call,
     make,
     run,
@@ -37,9 +36,10 @@ class TestLaws:
         by_token = made["perception_mask"] * (made["trajectory_weights"] * made["advantages"])[:, None]
         plain = made | {"advantages": by_token, "trajectory_weights": None}
         options.pop("perception_mask", None)
-        one, other = run(made, **options), run(plain | {"perception_mask": None}, **options)
-        statistics = ("kept_fraction", "clip_fraction_low", "clip_fraction_high")
-        assert_same(one, other, leave_out=statistics, what=f"{variant} seed {seed}", rtol=1e-10, atol=1e-12)
+        found, expected = run(made, **options), run(plain | {"perception_mask": None}, **options)
+        for name in ("kept_fraction", "clip_fraction_low", "clip_fraction_high"):
+            del found[name], expected[name]
+        assert_same(found, expected, what=f"{variant} seed {seed}", rtol=1e-10, atol=1e-12)
 
     @settings(max_examples=15, deadline=None)
     @given(seed=st.integers(0, 10_000), variant=st.sampled_from(sorted(VARIANTS)), batches=st.sampled_from([1, 2, 4]))
@@ -65,25 +65,23 @@ class TestLaws:
     def test_is_cross_entropy(self, seed):
         """Advantage 1, on-policy: the gradient of F.cross_entropy; the loss itself is the constant -1."""
         made = make(BATCH, seed, batch=4)
-        logits = made["hidden"] @ made["weight"].T
         wrt = (made["hidden"], made["weight"])
-        expected = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), wrt)
+        loss = F.cross_entropy((wrt[0] @ wrt[1].T).flatten(0, 1), made["targets"].flatten())
+        expected = torch.autograd.grad(loss, wrt)
         every = torch.ones(made["targets"].shape, dtype=torch.bool)
         out = linear_policy_loss(*wrt, made["targets"], torch.ones(4), response_mask=every)
         assert out.loss.item() == pytest.approx(-1.0)
         torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), expected)
         by_token = linear_token_loss(*wrt, made["targets"], lambda logps, entropy, rows: -logps)
-        count = (made["targets"] != -100).sum()
-        torch.testing.assert_close(
-            by_token / count, F.cross_entropy(logits.flatten(0, 1), made["targets"].flatten()), rtol=1e-9, atol=0
-        )
-        torch.testing.assert_close(torch.autograd.grad(by_token / count, wrt), expected)
+        by_token = by_token / (made["targets"] != -100).sum()
+        torch.testing.assert_close(by_token, loss, rtol=1e-9, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(by_token, wrt), expected)
 
     def test_cispo_by_hand(self, seed):
         """Values and gradients of constant(clip(r)) A logp; beyond the clip a token still learns."""
         made = make(BATCH, seed, batch=4)
         made |= {"perception_mask": None, "sampler_weights": None, "trajectory_weights": None}
-        made["old_logps"] = made["old_logps"] - 3.0  # ratios near 20
+        made["old_logps"] = made["old_logps"] + torch.tensor([[-3.0], [3.0], [-3.0], [0.0]], dtype=D)  # ratios of 20
         response = made["response_mask"] & (made["targets"] != -100)
         logps = linear_logprobs(made["hidden"], made["weight"], made["targets"]).logps
         ratio = (logps - made["old_logps"]).exp().detach().clamp(0.8, 1.28)
@@ -93,7 +91,8 @@ class TestLaws:
         wrt = (made["hidden"], made["weight"])
         found, expected = (torch.autograd.grad(x, wrt) for x in (out.loss, manual))
         torch.testing.assert_close(found, expected)
-        assert (found[0][response].abs().amax(-1) > 0).all() and out.statistics["clip_fraction_high"] > 0.9
+        assert (found[0][response].abs().amax(-1) > 0).all()
+        assert out.statistics["clip_fraction_high"] > 0.3 and out.statistics["clip_fraction_low"] > 0.1
 
     def test_gspo_equals_the_papers_formula(self, seed):
         """Without filter, GSPO's own gradient flows through the mean log-ratio: the same numbers."""
@@ -115,86 +114,57 @@ class TestLaws:
         torch.testing.assert_close(torch.autograd.grad(out.loss, wrt), torch.autograd.grad(manual, wrt))
         assert (ratio != clipped).tolist() == [True, True, False, False]
 
-    def test_statistics(self, seed):
+    @pytest.mark.parametrize("whole", (True, False))
+    def test_statistics(self, whole, seed):
+        """Of all response tokens; without a forward of their own, of those that learn."""
         made = make(BATCH, seed, batch=4)
         response = made["response_mask"] & (made["targets"] != -100)
         kept = response & made["perception_mask"]
-        out = call(made)
+        out = call(made, return_statistics=whole)
         full = linear_logprobs(made["hidden"], made["weight"], made["targets"], return_entropy=True)
-        gap = (full.logps - made["old_logps"])[response]
         ratio = (full.logps - made["old_logps"]).exp()
         low = (ratio < 0.8) & (made["advantages"][:, None] < 0)
         high = (ratio > 1.2) & (made["advantages"][:, None] > 0)
-        ref_gap = (made["ref_logps"] - full.logps)[response]
+        seen = response if whole else kept
+        logps, ratio, ref_gap = full.logps[seen], ratio[seen], (made["ref_logps"] - full.logps)[seen]
         expected = {
-            "tokens": response.sum().double(),
+            "tokens": response.sum(),
             "kept_fraction": kept.sum() / response.sum(),
-            "logp_mean": full.logps[response].mean(),
-            "max_logp": full.logps[response].max(),
-            "entropy_mean": full.entropy[response].mean(),
-            "ratio_mean": ratio[response].mean(),
-            "ratio_max": ratio[response].max(),
-            "approx_kl": (gap.exp() - gap - 1).mean(),
+            "logp_mean": logps.mean(),
+            "max_logp": logps.max(),
+            "ratio_mean": ratio.mean(),
+            "ratio_max": ratio.max(),
+            "approx_kl": (ratio - ratio.log() - 1).mean(),
             "clip_fraction_low": low[kept].double().mean(),
             "clip_fraction_high": high[kept].double().mean(),
             "ref_kl": (ref_gap.exp() - ref_gap - 1).mean(),
         }
-        assert out.statistics.keys() == expected.keys()
+        if whole:
+            expected["entropy_mean"] = full.entropy[seen].mean()
+            assert (out.logps[~response] == 0).all() and (out.entropy[~response] == 0).all()
+        assert out.statistics.keys() == expected.keys() and (out.entropy is not None) == whole
         for name, value in expected.items():
             assert out.statistics[name].shape == () and not out.statistics[name].requires_grad
             torch.testing.assert_close(out.statistics[name], value.detach().to(D), rtol=1e-6, atol=1e-9, msg=name)
-        assert (out.logps[~response] == 0).all() and (out.entropy[~response] == 0).all()
-
-    def test_statistics_without_a_forward_of_their_own_cover_the_tokens_that_learn(self, seed):
-        made = make(BATCH, seed, batch=4)
-        response = made["response_mask"] & (made["targets"] != -100)
-        kept = response & made["perception_mask"]
-        out = call(made, return_statistics=False)
-        full = call(made)
-        assert out.entropy is None and out.statistics.keys() == full.statistics.keys() - {"entropy_mean"}
-        for name in ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high"):
-            assert out.statistics[name] == full.statistics[name]
-        logps = full.logps[kept]
-        gap, ref_gap = logps - made["old_logps"][kept], made["ref_logps"][kept] - logps
-        expected = {
-            "logp_mean": logps.mean(),
-            "max_logp": logps.max(),
-            "ratio_mean": gap.exp().mean(),
-            "ratio_max": gap.exp().max(),
-            "approx_kl": (gap.exp() - gap - 1).mean(),
-            "ref_kl": (ref_gap.exp() - ref_gap - 1).mean(),
-        }
-        for name, value in expected.items():
-            torch.testing.assert_close(out.statistics[name], value, rtol=1e-6, atol=1e-9, msg=name)
-        assert call(made, return_statistics=False, entropy_coef=0.1).statistics["entropy_mean"] > 0
+        assert call(made, return_statistics=whole, entropy_coef=0.1).statistics["entropy_mean"] > 0
 
 
 class TestTokenLoss:
     @pytest.mark.parametrize("backend", ("portable", "reference"))
     def test_own_objective(self, backend, seed):
         made = make(SMALL, seed, batch=2)
-        head = {name: made[name] for name in HEAD_OPTIONS} | {"bias": made["bias"]}
-        active = made["response_mask"]
-        factors = torch.randn(8, dtype=D)
-        wrt = [made[name] for name in LEAVES]
+        head = {name: made[name] for name in (*LEAVES, "targets", *HEAD_OPTIONS)}
+        active, factors = made["response_mask"], torch.randn(8, dtype=D)
 
         def focal(logps, entropy, rows):
             return -factors[rows] * (1 - logps.exp()) ** 2 * logps + 0.1 * entropy**2
 
-        total = linear_token_loss(
-            made["hidden"],
-            made["weight"],
-            made["targets"],
-            focal,
-            active_mask=active,
-            backend=backend,
-            **(head | {"chunk_size": 3}),
-        )
-        plain = linear_logprobs(
-            made["hidden"], made["weight"], made["targets"], return_entropy=True, backend="reference", **head
-        )
+        options = {"token_loss": focal, "active_mask": active, "backend": backend, "chunk_size": 3}
+        total = linear_token_loss(**(head | options))
+        plain = linear_logprobs(**head, return_entropy=True, backend="reference")
         manual = focal(plain.logps.view(-1), plain.entropy.view(-1), torch.arange(8))[active.view(-1)].sum()
         torch.testing.assert_close(total, manual)
+        wrt = [made[name] for name in LEAVES]
         torch.testing.assert_close(torch.autograd.grad(total * 3, wrt), torch.autograd.grad(manual * 3, wrt))
 
     def test_without_compaction(self, seed):
@@ -228,80 +198,6 @@ class TestTokenLoss:
         grads = torch.autograd.grad(total, (made["hidden"], made["weight"]))
         assert total == 0 and all((grad == 0).all() for grad in grads)
 
-    @pytest.mark.parametrize(
-        ("function", "words"),
-        [
-            (lambda logps, entropy, rows: logps.sum(), r"token_loss: got \(\)"),
-            (lambda logps, entropy, rows: 1.0, "token_loss: got float"),
-            (lambda logps, entropy, rows: logps[:, None] + logps, "token_loss: got"),
-            (lambda logps, entropy, rows: logps * FOREIGN, "captured tensor that requires a gradient"),
-            (lambda logps, entropy, rows: FOREIGN.exp() + 0 * rows, "captured tensor that requires a gradient"),
-        ],
-    )
-    def test_refuses(self, function, words, seed):
-        made = make(BATCH, seed)
-        with pytest.raises(ValueError, match=words):
-            linear_token_loss(made["hidden"], made["weight"], made["targets"], function)
-
-
-FOREIGN = torch.tensor(2.0, dtype=D, requires_grad=True)
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("change", "words"),
-        [
-            ({"hidden": torch.zeros(6, 4)}, r"hidden: got shape \(6, 4\), expected \(B, T, H\)"),
-            ({"targets": torch.zeros(2, 4).long()}, "targets: got shape"),
-            ({"targets": torch.full((2, 3), 9)}, "targets: got ids from 9 to 9, expected 0 to 8"),
-            ({"advantages": torch.zeros(3)}, "advantages: got shape"),
-            ({"advantages": torch.zeros(2, 3, 1)}, "advantages: "),
-            ({"response_mask": torch.ones(2, 3)}, "response_mask: got dtype"),
-            ({"response_mask": torch.ones(3, 2, dtype=torch.bool)}, "response_mask: got shape"),
-            ({"perception_mask": torch.ones(2, 3)}, "perception_mask: got dtype"),
-            ({"trajectory_weights": torch.ones(2, 3)}, "trajectory_weights: got shape"),
-            ({"old_logps": torch.ones(2)}, "old_logps: got shape"),
-            ({"kl_coef": 0.1}, "ref_logps: got None"),
-            ({"kl_coef": float("nan")}, "kl_coef: got nan"),
-            ({"entropy_coef": float("-inf")}, "entropy_coef: got -inf"),
-            ({"kl_estimator": "k4"}, "kl_estimator: got 'k4', expected one of k1, k2, k3"),
-            ({"clip_low": 1.5}, "clip_low: got 1.5"),
-            ({"clip_high": -0.1}, "clip_high: got -0.1"),
-            ({"dual_clip": 1.0}, "dual_clip: got 1.0"),
-            ({"entropy_scope": "all"}, "entropy_scope: got 'all'"),
-            ({"entropy_kind": "true"}, "entropy_kind: got 'true'"),
-            ({"ratio_level": "gspo"}, "ratio_level: got 'gspo'"),
-            ({"surrogate": "ppo"}, "surrogate: got 'ppo', expected one of clip, cispo"),
-            ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: got 3.0 with surrogate 'cispo'"),
-            ({"aggregation": "mean"}, "aggregation: got 'mean'"),
-            ({"normalizer": 0.0}, "normalizer: got 0.0"),
-            ({"normalizer": float("inf")}, "normalizer: got inf"),
-            ({"normalizer": torch.ones(2)}, "normalizer: got shape"),
-            ({"normalizer": torch.ones((), device="meta")}, "normalizer: got device meta, expected cpu"),
-            ({"temperature": -1.0}, "temperature: got -1.0"),
-            ({"compact": 3}, "compact: got 3, expected True"),
-        ],
-    )
-    def test_message_names_the_argument(self, change, words):
-        made = {
-            "hidden": torch.zeros(2, 3, 4),
-            "weight": torch.zeros(9, 4),
-            "targets": torch.zeros(2, 3).long(),
-            "advantages": torch.ones(2),
-            "response_mask": torch.ones(2, 3, dtype=torch.bool),
-        }
-        with pytest.raises(ValueError, match=words):
-            linear_policy_loss(**(made | change))
-
-    @pytest.mark.parametrize("first", (1.0, 3.0))
-    def test_a_second_backward_is_refused(self, first, seed):
-        made = make(BATCH, seed)
-        args = made["hidden"], made["weight"], made["targets"]
-        for loss in (call(made).loss, linear_token_loss(*args, lambda logps, entropy, rows: -logps)):
-            (loss if first == 1.0 else loss * first).backward(retain_graph=True)
-            with pytest.raises(RuntimeError, match="second backward"):
-                loss.backward()
-
 
 class TestTorch:
     def test_annealed_coefficients_compile_without_graph_break(self, seed, fresh_compiler):
@@ -322,3 +218,12 @@ class TestTorch:
         for scale in (1.0, 0.5, 1.0):
             (call(made).loss * scale).backward()
         torch.testing.assert_close(made["weight"].grad, 2.5 * once)
+
+    @pytest.mark.parametrize("first", (1.0, 3.0))
+    def test_a_second_backward_is_refused(self, first, seed):
+        made = make(BATCH, seed)
+        args = made["hidden"], made["weight"], made["targets"]
+        for loss in (call(made).loss, linear_token_loss(*args, lambda logps, entropy, rows: -logps)):
+            (loss if first == 1.0 else loss * first).backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="second backward"):
+                loss.backward()

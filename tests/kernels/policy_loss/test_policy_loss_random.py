@@ -101,3 +101,6 @@ def test_any_options_together(shape, number, data):
     if "d_hidden" in found:
         outside = ~made["response_mask"] | (made["targets"] == IGNORED)
         assert not found["d_hidden"][outside].any()
+        everywhere = made["kl_coef"] or made["entropy_coef"] and made["entropy_scope"] == "response"
+        if made["perception_mask"] is not None and not everywhere:
+            assert not found["d_hidden"][~made["perception_mask"]].any()
