@@ -10,13 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from mmrpt.masking.build import random_masks, truth_masks
-from mmrpt.masking.sentences import sentence_spans
 from mmrpt.policy import Policy
-from mmrpt.rollout.prompts import restore_text
+from mmrpt.rollout.prompts import begun_thought, restore_text
 from mmrpt.settings import PromptSettings
 from mmrpt.types import Batch, Example, MaskedSample, PairSource
-
-THINK_WORDS = 3  # words before the span that the wanted thought repeats: enough to name the thing in question
 
 
 def caption_batch(
@@ -47,9 +44,8 @@ def caption_batch(
 
 def restored_response(example: Example, sample: MaskedSample) -> str:
     """The wanted completion of a masked sample: think by restoring the words up to the span, then give it alone."""
-    start = next((a for a, b in sentence_spans(example.caption) if a <= sample.start < b), 0)
-    before = example.caption[start : sample.start].split()[-THINK_WORDS:]
-    return f"<think> {' '.join([*before, sample.answer])}</think><answer> {sample.answer}</answer>"
+    thought = begun_thought(example.caption, sample)
+    return f"{thought} {sample.answer}</think><answer> {sample.answer}</answer>"
 
 
 def _row(

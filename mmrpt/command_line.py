@@ -57,7 +57,7 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
         given = flatten(given_settings(options.config, options.overrides))
         settings = resolve_run(settings, resume=options.resume, given=given)
     except (OSError, ValueError) as error:
-        return _tell(error)
+        return tell(error)
     # Only now: torch takes seconds to load, and a misspelt setting is told before.
     from torch import OutOfMemoryError
     from transformers.utils import logging as transformers_logging
@@ -73,22 +73,22 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
             run = open_run(settings)
         except (OSError, ValueError) as error:
             if not options.resume:  # the mended command must find its name free
-                _give_back(settings.run_dir)
-            return _tell(error)
+                give_back(settings.run_dir)
+            return tell(error)
         run.stop.install()
         (folder / ERROR_FILE).unlink(missing_ok=True)
         print(f"report: {work(run)}")
         return 0
     except RunError as error:
-        return _tell(error)
+        return tell(error)
     except (OSError, ValueError, OutOfMemoryError) as error:
         (folder / ERROR_FILE).write_text(traceback.format_exc())
-        return _tell(error, f" (traceback in {folder / ERROR_FILE}; go on with --resume)")
+        return tell(error, f" (traceback in {folder / ERROR_FILE}; go on with --resume)")
     finally:
         folder.unlock()
 
 
-def _tell(error: BaseException, where: str = "") -> int:
+def tell(error: BaseException, where: str = "") -> int:
     print(f"error: {error}{where}", file=sys.stderr)
     return 2
 
@@ -134,13 +134,13 @@ def _stored_settings(settings: Settings, named: bool, given: Collection[str]) ->
     return stored
 
 
-def _give_back(folder: Path) -> None:
+def give_back(folder: Path) -> None:
     """Removes the folder of a run that has not begun; what such a run does not write stays, and the folder with it."""
     for name in (CONFIG_FILE, "corpus.json", "rejected.jsonl", ".lock"):
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        (folder / "checkpoints").rmdir()
-        folder.rmdir()
+    for part in (folder / "checkpoints", folder):
+        with suppress(OSError):
+            part.rmdir()
 
 
 def _differ(new: Settings, stored: Settings, given: Collection[str]) -> list[str]:

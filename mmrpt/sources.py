@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mmrpt.corpus import CorpusError, GoodRows, Limits, RejectedRows, hold_to_corpus, open_corpus, split_held_out
-from mmrpt.settings import DataSettings, Settings, SettingsError
+from mmrpt.corpus import (
+    Corpus,
+    CorpusError,
+    GoodRows,
+    Limits,
+    RejectedRows,
+    hold_to_corpus,
+    open_corpus,
+    split_held_out,
+)
+from mmrpt.settings import Settings, SettingsError
 from mmrpt.types import PairSource
 from mmrpt.world import World
 
@@ -47,10 +56,19 @@ def open_sources(settings: Settings) -> Sources:
         simple = World(replace(settings.demo.world, min_cards=1, max_cards=1))
         first = simple.source("train", settings.demo.size)
         return Sources(world.source("train", settings.demo.size), first, held_out, world)
-    return _open_files(settings, settings.data)
+    corpus = open_given(settings)
+    try:
+        parts = split_held_out(corpus, settings.data.held_out)
+    except CorpusError as error:
+        raise SettingsError(f"data.pairs: {error}") from error
+    rejected = RejectedRows(settings.run_dir / "rejected.jsonl", settings.data.max_rejected)
+    train, held_out = (GoodRows(part, rejected) for part in parts)
+    return Sources(train, train, {"held_out": held_out}, None, rejected)
 
 
-def _open_files(settings: Settings, data: DataSettings) -> Sources:
+def open_given(settings: Settings) -> Corpus:
+    """All rows of data.pairs. Raises SettingsError where they cannot be used or are not those the run began with."""
+    data = settings.data
     limits = Limits(
         root=data.root,
         max_megapixels=data.max_megapixels,
@@ -59,12 +77,9 @@ def _open_files(settings: Settings, data: DataSettings) -> Sources:
     )
     try:
         corpus = open_corpus(data.pairs, limits)
-        parts = split_held_out(corpus, data.held_out)
         hold_to_corpus(settings.run_dir / "corpus.json", corpus)
     except CorpusError as error:
         raise SettingsError(f"data.pairs: {error}") from error
     for note in corpus.notes:
         print(f"{data.pairs}: {note}")
-    rejected = RejectedRows(settings.run_dir / "rejected.jsonl", data.max_rejected)
-    train, held_out = (GoodRows(part, rejected) for part in parts)
-    return Sources(train, train, {"held_out": held_out}, None, rejected)
+    return corpus

@@ -53,7 +53,10 @@ class PairSource(Protocol):
 
 @dataclass(frozen=True)
 class SentenceScore:
-    """How much one sentence leans on the image (`mmrpt.masking.score`); MMRPT's D_vis. One line of scores.jsonl."""
+    """How much one sentence leans on the image (`mmrpt.masking.score`). One line of scores.jsonl.
+
+    MMRPT's D_vis with `masking.attention_row=own` and `masking.baseline=none`.
+    """
 
     example_id: str
     sentence: int
@@ -61,8 +64,9 @@ class SentenceScore:
     end: int
     score: float
     token_spans: tuple[tuple[int, int], ...]  # character offsets in the caption, one per token of the sentence
-    token_masses: tuple[float, ...]  # visual mass of each of those tokens, layers averaged
+    token_masses: tuple[float, ...]  # visual share of each of those tokens, layers averaged
     needs_image: bool | None = None  # truth, where the source knows it
+    kl: float | None = None  # mean KL of its tokens' distributions with and without the image, where it was asked for
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmrpt.captions import caption_batch
-from mmrpt.corpus import items_at, seed_of, write_json, write_jsonl
-from mmrpt.engines.masking_stage import mask, score
+from mmrpt.corpus import items_at, iter_jsonl, read_jsonl, seed_of, write_json, write_jsonl
 from mmrpt.engines.phase import Phase
 from mmrpt.engines.rl_step import fill_buffer, train_on_groups
 from mmrpt.engines.run import Run
 from mmrpt.evaluate import evaluate_policy, held_out_samples
+from mmrpt.masking.forward import PolicyModel
+from mmrpt.masking.pipeline import score_corpus
+from mmrpt.masking.select import MASKED, SCORES, SUMMARY, select_masks
+from mmrpt.masking.shards import Shards
 from mmrpt.objective import supervised_loss
 from mmrpt.perception import perturbed_picture
 from mmrpt.report.images import write_images
@@ -39,7 +42,7 @@ def train(run: Run) -> Path:
         with run.folder.timed(name):
             phase(run)
     with run.folder.timed("scoring"):
-        samples = mask(run, score(run))
+        samples = mask(run)
     with run.folder.timed("rl"):
         reinforce(run, samples)
     with run.folder.timed("control"):
@@ -80,6 +83,19 @@ def warm_up(run: Run) -> None:
         )
 
     descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, loss)
+
+
+def mask(run: Run) -> list[MaskedSample]:
+    """Masked samples of the training captions, whose sentences are scored under the warm start."""
+    rows = run.sources.rows
+    shards = Shards(run.folder / "scores", run.settings.captions_to_score(len(rows)))
+    if not (run.folder / SUMMARY).exists():
+        run.load("warmup")
+        model = PolicyModel(run.policy)
+        score_corpus(model, rows, shards, run.settings)
+        select_masks(model, rows, shards, run.settings, run.folder.path)
+    shards.remove()
+    return [MaskedSample(**row) for row in read_jsonl(run.folder / MASKED)]
 
 
 def reinforce(run: Run, samples: list[MaskedSample]) -> None:
@@ -178,8 +194,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     patches = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
     perturbed = partial(perturbed_picture, run.policy, **patches)
     write_images(run.folder.path, run.sources.train, run.sources.held_out, perturbed)
-    scores = [s for s in score(run) if s.needs_image is not None]
-    auc = roc_auc([s.needs_image for s in scores], [s.score for s in scores]) if scores else None
+    scores = iter_jsonl(run.folder / SCORES)
+    known = [(row["needs_image"], row["score"]) for row in scores if row["needs_image"] is not None]
+    auc = roc_auc(*map(list, zip(*known, strict=True))) if known else None
     result = {"rows": rows, "dependency_auc": auc}
     write_json(path, result)
     return result

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmrpt.masking.spans import FUNCTION_WORDS, Span, choose_spans
-from mmrpt.masking.words import visual_phrases
+from mmrpt.masking.leaks import is_repeated
+from mmrpt.masking.spans import Span, choose_spans
+from mmrpt.masking.words import is_content, visual_phrases, word_spans
 from mmrpt.types import Example, MaskedSample, SentenceScore, Word
 
 
@@ -21,11 +22,13 @@ def build_masked_samples(
     spans_per_caption: int,
     max_span_words: int,
     used: Counter[str] | None = None,
+    dropped: Counter[str] | None = None,
 ) -> list[MaskedSample]:
     """The masked samples of one caption: its best spans, from the sentences that score `threshold` or more.
 
-    Spans go by mass. With `used`, a count of the word classes hidden so far that this call adds to, they go by class
-    first, the class least used: a model looks most at what it can already tell, and would never be asked for the rest.
+    Spans go by mass. With `used`, a count of the word classes hidden so far that this call adds to, the least hidden
+    class goes first, so that classes the model does not attend to yet are asked too. With `dropped`, spans whose words
+    stand elsewhere in the caption are passed over, and counted there as "repeated".
     """
     candidates = [
         (score, span)
@@ -37,6 +40,9 @@ def build_masked_samples(
     while candidates and len(chosen) < spans_per_caption:
         best = min(candidates, key=lambda c: (used[c[1].word_class] if used is not None else 0, -c[1].mass, c[1].start))
         candidates.remove(best)
+        if dropped is not None and is_repeated(example.caption, best[1].start, best[1].end):
+            dropped["repeated"] += 1
+            continue
         chosen.append(best)
         if used is not None:
             used[best[1].word_class] += 1
@@ -51,8 +57,8 @@ def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Gene
     """
     caption = example.caption
     listed = [phrase[:2] for phrase in visual_phrases(caption, 0, len(caption), max_words=2)]
-    words = [w for w in word_offsets(caption) if not any(w[0] < end and start < w[1] for start, end in listed)]
-    others = [(a, b) for a, b in words if caption[a:b].casefold() not in FUNCTION_WORDS]
+    words = [w for w in word_spans(caption) if not any(w[0] < end and start < w[1] for start, end in listed)]
+    others = [(a, b) for a, b in words if is_content(caption[a:b])]
     spans = sorted([*listed, *others])
     chosen = rng.choice(len(spans), size=min(count, len(spans)), replace=False) if spans else []
     samples = []
@@ -67,19 +73,6 @@ def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Gene
 def truth_masks(example: Example, *, mask: str) -> list[MaskedSample]:
     """One sample for each word that truly needs the image: what evaluation asks, whatever a model attends to."""
     return [_sample(example, None, w.start, w.end, 0.0, mask) for w in example.words if w.needs_image]
-
-
-def word_offsets(caption: str) -> list[tuple[int, int]]:
-    """(start, end) of each word, punctuation left out."""
-    spans, position = [], 0
-    for piece in caption.split():
-        start = caption.index(piece, position)
-        position = start + len(piece)
-        body = piece.strip(".,;:!?\"'()[]")
-        if body:
-            offset = start + piece.index(body)
-            spans.append((offset, offset + len(body)))
-    return spans
 
 
 def _sample(

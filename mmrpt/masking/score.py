@@ -1,28 +1,67 @@
-"""How much each sentence leans on the image: MMRPT's D_vis, from one forward pass with recorded visual mass.
+"""How much each sentence leans on the image, from one forward pass with recorded attention.
 
-    D_vis(s_i) = 1 / (|s_i| |L|) * sum_{l in L} sum_{t in s_i} mass_l(t, V) / (mass_l(t, V) + mass_l(t, T))
+    share(t) = 1/|L| * sum_{l in L} mass_l(t, V) / (mass_l(t, V) + mass_l(t, T))        score(s_i) = mean of its tokens
 
-V are the image's tokens and T the caption's; markers, instruction and template belong to neither.
+V are the image's tokens and T the caption's; markers, instruction and template belong to neither. With the token's own
+attention row and no baseline taken off, the score is MMRPT's D_vis(s_i).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mmrpt.masking.forward import CaptionModel, Prompt
 from mmrpt.masking.sentences import sentence_spans
-from mmrpt.policy import Policy
 from mmrpt.types import Example, SentenceScore
-from mmrpt_kernels.integrations.transformers import record_visual_mass
+from mmrpt_kernels import linear_token_divergence
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """A caption behind its prompt, ready for the model. `blanked`: the same prompt with a blanked image."""
+
+    example: Example
+    prompt: Prompt
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    blanked: Prompt | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt.ids) + len(self.ids)
 
 
 @torch.no_grad()
+def score_rows(
+    model: CaptionModel, rows: Sequence[CaptionRow], *, layers: Sequence[int], attention_row: Literal["before", "own"]
+) -> list[list[SentenceScore]]:
+    """The sentences of each row's caption with their scores; the rows go through the model as one batch.
+
+    `attention_row` "own" takes a token's own attention row; "before" that of the token before it, which predicts it:
+    the look that precedes the word. Where rows have a `blanked` prompt, each sentence also gets `kl`: the mean over its
+    tokens of KL(with the image || without), over the whole vocabulary, at the cost of another forward pass.
+    """
+    prompts, responses = [row.prompt for row in rows], [row.ids for row in rows]
+    hidden, masses = model.forward(prompts, responses, layers)
+    shares = _visual_share(masses)
+    divergences: list[list[float] | None] = [None] * len(rows)
+    if all(row.blanked is not None for row in rows):
+        blanked, _ = model.forward([row.blanked for row in rows], responses)
+        divergences = [_divergences(model, row, hidden[i], blanked[i]) for i, row in enumerate(rows)]
+    found = []
+    for i, row in enumerate(rows):
+        start = len(row.prompt.ids) - (attention_row == "before")
+        found.append(_sentences(row, shares[i, start : start + len(row.ids)].tolist(), divergences[i]))
+    return found
+
+
 def score_sentences(
-    policy: Policy,
+    model: CaptionModel,
     examples: Sequence[Example],
     images: Sequence[Image.Image],
     *,
@@ -30,40 +69,33 @@ def score_sentences(
     layers: Sequence[float] = (0.5, 1.0),
     attention_row: Literal["before", "own"] = "before",
 ) -> list[SentenceScore]:
-    """One `SentenceScore` per sentence of the examples, which go through the model as one batch.
+    """The sentences of a few examples, as one batch; a whole corpus goes through `mmrpt.masking.pipeline`."""
+    rows = [
+        CaptionRow(example, model.prompt(instruction, image), *model.encode(example.caption))
+        for example, image in zip(examples, images, strict=True)
+    ]
+    scores = score_rows(model, rows, layers=layer_indices(layers, model.depth), attention_row=attention_row)
+    return [score for caption in scores for score in caption]
 
-    `layers`: see `layer_indices`. `attention_row` "own" takes the attention of the token itself; "before" that of the
-    position before it, which decides which token comes.
+
+def layer_indices(layers: Sequence[float], depth: int) -> list[int]:
+    """Indices of text layers: as given, or of two fractions of the depth (0.5, 1.0 of five: [2, 3, 4]), at least one.
+
+    Integers are indices, negative ones from the end. Raises ValueError for layers that the model has not.
     """
-    pixels = policy.pixels(images)
-    tokens = pixels.tokens_per_image(policy.merge_size).tolist()
-    prompts = [policy.encode_prompt(instruction, count) for count in tokens]
-    encoded = [policy.encode_with_offsets(e.caption) for e in examples]
-    batch = policy.batch(prompts, [ids for ids, _ in encoded], pixels, range(len(examples)))
-    visual = batch.input_ids == policy.image_token_id
-    groups = torch.stack((visual, batch.response_mask), -1)
-    indices = layer_indices(policy.model.config.get_text_config().num_hidden_layers, layers)
-    with record_visual_mass(policy.text_model, key_weights=groups, layers=indices, head_reduction="mean") as record:
-        policy.hidden(batch, padded=True)
-    ratio = _visual_share(record.stacked())
-    scores: list[SentenceScore] = []
-    for row, (example, (ids, offsets)) in enumerate(zip(examples, encoded, strict=True)):
-        start = len(prompts[row]) - (attention_row == "before")
-        masses = ratio[row, start : start + len(ids)].tolist()
-        scores += _sentences_of(example, offsets, masses)
-    return scores
-
-
-def layer_indices(depth: int, layers: Sequence[float]) -> list[int]:
-    """Indices of the layers that count: `layers` itself where all are integers, else those between two fractions of
-    the depth, at least one: 0.5 to 1.0 of five layers is [2, 3, 4]."""
-    if all(isinstance(layer, int) for layer in layers):
-        if max(layers) >= depth:
-            raise ValueError(f"masking.layers is {list(layers)}: the model has {depth} layers, 0 to {depth - 1}.")
-        return sorted(layers)
-    first, last = layers
-    low, high = int(first * depth), max(int(first * depth) + 1, round(last * depth))
-    return list(range(low, high))
+    if len(layers) == 2 and any(isinstance(layer, float) for layer in layers):
+        first, last = layers
+        if not 0 <= first < last <= 1:
+            raise ValueError(f"layers are {list(layers)}: expected two fractions of the depth, 0 <= first < last <= 1.")
+        low = min(int(first * depth), depth - 1)
+        return list(range(low, max(low + 1, round(last * depth))))
+    indices = sorted({int(layer) % depth for layer in layers if layer == int(layer) and -depth <= layer < depth})
+    if not layers or len(indices) < len(layers):
+        raise ValueError(
+            f"layers are {list(layers)}: expected two fractions of the depth such as [0.5, 1.0], or different indices "
+            f"below {depth}, which this model has."
+        )
+    return indices
 
 
 def _visual_share(masses: Tensor) -> Tensor:
@@ -72,16 +104,27 @@ def _visual_share(masses: Tensor) -> Tensor:
     return torch.where(total > 0, masses[..., 0] / total.clamp_min(1e-12), 0.0).mean(0)
 
 
-def _sentences_of(example: Example, offsets: Sequence[tuple[int, int]], masses: Sequence[float]) -> list[SentenceScore]:
-    scores = []
+def _divergences(model: CaptionModel, row: CaptionRow, hidden: Tensor, blanked: Tensor) -> list[float]:
+    """KL of each caption token's distribution; `hidden` and `blanked` are (T, H) of one row."""
+    views = []
+    for prompt, states in ((row.prompt, hidden), (row.blanked, blanked)):
+        start = len(prompt.ids) - 1  # the state before a token predicts it
+        views.append(states[start : start + len(row.ids)])
+    return linear_token_divergence(*views, model.head_weight, bias=model.head_bias).divergence.tolist()
+
+
+def _sentences(row: CaptionRow, shares: Sequence[float], divergences: Sequence[float] | None) -> list[SentenceScore]:
+    """A token that overlaps two sentences belongs to the first, so that it counts once."""
+    scores, first = [], 0
+    example = row.example
     for index, (start, end) in enumerate(sentence_spans(example.caption)):
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        inside = [i for i in range(first, len(row.offsets)) if row.offsets[i][0] < end and row.offsets[i][1] > start]
         if not inside:
             continue
-        truth = None
-        if example.words:
-            truth = any(w.needs_image for w in example.words if start <= w.start < end)
-        own = [masses[i] for i in inside]
-        spans = tuple(tuple(offsets[i]) for i in inside)
-        scores.append(SentenceScore(example.id, index, start, end, sum(own) / len(own), spans, tuple(own), truth))
+        first = inside[-1] + 1
+        truth = any(w.needs_image for w in example.words if start <= w.start < end) if example.words else None
+        own = [shares[i] for i in inside]
+        spans = tuple(tuple(row.offsets[i]) for i in inside)
+        kl = None if divergences is None else sum(divergences[i] for i in inside) / len(inside)
+        scores.append(SentenceScore(example.id, index, start, end, sum(own) / len(own), spans, tuple(own), truth, kl))
     return scores

@@ -1,31 +1,21 @@
 """Which words of a vision-dependent sentence are hidden: content words, ranked by their tokens' mass on the image.
 
 Colours, numbers, sides and relations are told from a list (`mmrpt.masking.words`) and hidden whole; everything else,
-names of things above all, is of class "other".
+names of things above all, is of class "other". A span leaves at least half of its sentence's words standing, and a
+content word among them: what is asked must be asked about something.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmrpt.masking.words import visual_phrases
+from mmrpt.masking.words import has_letters, is_content, visual_phrases, word_spans
 from mmrpt.types import SentenceScore
 
-# Words that carry no visual content by themselves. A plain list instead of a tagger: no model, no download, any speed.
-FUNCTION_WORDS = frozenset(
-    """
-    a an the this that these those some any each every all both no not nor and or but so as if than then too
-    very also only just there here it its they them their he she his her him we us our you your i my me who whom
-    whose which what when where why how is are was were be been being am do does did has have had having can
-    could may might must shall should will would of to in on at by for from with without into onto upon about
-    over through during before after again once one's 's
-    """.split()  # noqa: SIM905
-)
-# Half of a name gives the other half away, so spans must not stop early.
+# A span grows over a neighbour with at least this share of its mass, so that "fire truck" is hidden whole: half of a
+# name gives the other half away.
 GROWTH = 0.25
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*", re.UNICODE)
 
 
 @dataclass(frozen=True)
@@ -38,36 +28,30 @@ class Span:
     word_class: str = "other"
 
 
-def choose_spans(
-    caption: str,
-    score: SentenceScore,
-    *,
-    max_words: int,
-    count: int | None = None,
-    stop_words: frozenset[str] = FUNCTION_WORDS,
-) -> list[Span]:
+def choose_spans(caption: str, score: SentenceScore, *, max_words: int, count: int | None = None) -> list[Span]:
     """The spans of the sentence, highest mass first, none overlapping; at most `count` of them where it is given.
 
     A listed phrase ("red", "top left", "left of") is one span. Any other span starts as one content word and grows over
     an adjacent one, up to `max_words`, while that word's own mass is at least `GROWTH` of the span's.
     """
+    words = [Span(start, end, _mass(score, start, end)) for start, end in word_spans(caption, score.start, score.end)]
+    max_words = min(max_words, len(words) // 2)
+    if max_words == 0 or not has_letters(caption[score.start : score.end]):
+        return []
     listed = [
         Span(start, end, _mass(score, start, end), word_class)
         for start, end, word_class in visual_phrases(caption, score.start, score.end, max_words=max_words)
     ]
-    words = [
-        Span(m.start(), m.end(), _mass(score, m.start(), m.end()))
-        for m in _WORD.finditer(caption, score.start, score.end)
-    ]
-    taken = [any(w.start < phrase.end and phrase.start < w.end for phrase in listed) for w in words]
-    content = [caption[w.start : w.end].casefold() not in stop_words for w in words]
+    taken = [any(_overlap(word, phrase) for phrase in listed) for word in words]
+    content = [is_content(caption[w.start : w.end]) for w in words]
     spans = list(listed)
     for best in sorted((i for i, keep in enumerate(content) if keep), key=lambda i: (-words[i].mass, i)):
         if taken[best]:
             continue
         low = high = best
+        free = [keep and not gone for keep, gone in zip(content, taken, strict=True)]
         while high - low + 1 < max_words:
-            side = _neighbour(words, content, taken, low, high, floor=GROWTH * words[best].mass)
+            side = _neighbour(caption, words, free, (low, high), floor=GROWTH * words[best].mass)
             if side is None:
                 break
             low, high = min(low, side), max(high, side)
@@ -75,19 +59,34 @@ def choose_spans(
             taken[i] = True
         mass = sum(w.mass for w in words[low : high + 1]) / (high - low + 1)
         spans.append(Span(words[low].start, words[high].end, mass))
+    told = [word for word, keep in zip(words, content, strict=True) if keep]
+    spans = [span for span in spans if not all(_overlap(word, span) for word in told)]
     return sorted(spans, key=lambda span: (-span.mass, span.start))[:count]
 
 
+def _overlap(a: Span, b: Span) -> bool:
+    return a.start < b.end and b.start < a.end
+
+
 def _neighbour(
-    words: Sequence[Span], content: Sequence[bool], taken: Sequence[bool], low: int, high: int, floor: float
+    caption: str, words: Sequence[Span], free: Sequence[bool], span: tuple[int, int], floor: float
 ) -> int | None:
-    options = [i for i in (low - 1, high + 1) if 0 <= i < len(words) and content[i] and not taken[i]]
-    options = [i for i in options if words[i].mass >= floor]
+    """The free word beside words span[0] to span[1] with the largest mass, at least `floor`, and no comma between."""
+    low, high = span
+    gaps = {low - 1: (low - 1, low), high + 1: (high, high + 1)}
+    options = [
+        side
+        for side, (left, right) in gaps.items()
+        if 0 <= side < len(words)
+        and free[side]
+        and words[side].mass >= floor
+        and not caption[words[left].end : words[right].start].strip()
+    ]
     return max(options, key=lambda i: words[i].mass, default=None)
 
 
 def _mass(score: SentenceScore, start: int, end: int) -> float:
-    """The mass of a word's first token: the later ones of a word read on from the first."""
+    """Mass of the word's first token: its later tokens mostly attend to that one."""
     for (token_start, token_end), mass in zip(score.token_spans, score.token_masses, strict=True):
         if token_start < end and start < token_end:
             return mass

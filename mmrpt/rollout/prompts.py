@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmrpt.masking.sentences import sentence_at
+from mmrpt.masking.sentences import sentence_at, sentence_spans
 from mmrpt.policy import Policy
 from mmrpt.settings import PromptSettings
 from mmrpt.types import MaskedSample, PixelBatch
+
+THINK_WORDS = 3  # enough to say which thing is meant
 
 
 def restore_text(sample: MaskedSample, prompts: PromptSettings) -> str:
@@ -15,6 +17,12 @@ def restore_text(sample: MaskedSample, prompts: PromptSettings) -> str:
     return prompts.restore.format(
         masked_caption=sample.masked_caption, masked_sentence=sentence_at(sample.masked_caption, sample.start)
     )
+
+
+def begun_thought(caption: str, sample: MaskedSample) -> str:
+    """A completion's thought up to its answer: the `THINK_WORDS` words before the span in its sentence."""
+    start = next((a for a, b in sentence_spans(caption) if a <= sample.start < b), 0)
+    return " ".join(["<think>", *caption[start : sample.start].split()[-THINK_WORDS:]])
 
 
 def restore_prompts(

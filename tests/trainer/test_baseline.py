@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import groupby
+
 import numpy as np
 import pytest
 
-from mmrpt.masking import subtract_position_baseline
+from mmrpt.masking.baseline import PositionBaseline
 from mmrpt.types import SentenceScore
 
 
@@ -22,6 +25,14 @@ def corpus(effect: float, captions: int = 200, seed: int = 0) -> list[SentenceSc
             mean = float(masses.mean())
             scores.append(SentenceScore(str(c), s, 5 * s, 5 * s + 5, mean, spans, tuple(masses.tolist()), looks))
     return scores
+
+
+def subtract_position_baseline(scores: list[SentenceScore], window: int = 7) -> list[SentenceScore]:
+    baseline = PositionBaseline(window)
+    captions = [list(group) for _, group in groupby(scores, key=lambda score: score.example_id)]
+    for caption in captions:
+        baseline.add(caption, [True] * len(caption))
+    return [score for caption in captions for score in baseline.subtract(caption)]
 
 
 def test_place_alone_leaves_nothing():
@@ -43,4 +54,21 @@ def test_scores_are_means_of_the_corrected_masses_and_average_to_zero():
     for score in corrected:
         assert score.score == pytest.approx(np.mean(score.token_masses))
     assert np.mean([m for s in corrected for m in s.token_masses]) == pytest.approx(0.0, abs=1e-12)
-    assert subtract_position_baseline([]) == []
+
+
+def test_sentences_that_do_not_count_take_their_places_and_add_nothing():
+    scores = corpus(effect=0.0, captions=50)
+    captions = [list(group) for _, group in groupby(scores, key=lambda score: score.example_id)]
+    baseline, other = PositionBaseline(window=1), PositionBaseline(window=1)
+    for caption in captions:
+        odd = replace(caption[0], token_masses=(9.0,) * 5)
+        baseline.add(caption, [True] * len(caption))
+        other.add([odd, *caption[1:]], [False] + [True] * (len(caption) - 1))
+    # From the second sentence on the sums are those of the captions as they were; the first places were never added.
+    masses = [[m for s in b.subtract(captions[0])[1:] for m in s.token_masses] for b in (baseline, other)]
+    assert masses[0] == masses[1] and max(map(abs, masses[0])) < 1e-12
+    assert other.subtract(captions[0])[0].token_masses == captions[0][0].token_masses
+    longer = replace(scores[0], token_masses=(0.25,) * 40, token_spans=((0, 1),) * 40)
+    (found,) = baseline.subtract([longer])  # places that no caption reached take the last known mean
+    assert found.token_masses[-1] == pytest.approx(0.25 - 16 / (17 + 19))
+    assert PositionBaseline().subtract([longer])[0].token_masses == longer.token_masses

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmrpt.captions import caption_batch, restored_response
 from mmrpt.corpus import epoch_order, items_at
-from mmrpt.masking import random_masks
+from mmrpt.masking.build import random_masks
 from mmrpt.objective import supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.rewards.exact import is_exact

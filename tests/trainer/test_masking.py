@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
-from mmrpt.masking import build_masked_samples, choose_spans, choose_threshold, random_masks, score_sentences
-from mmrpt.masking.build import truth_masks, word_offsets
-from mmrpt.masking.score import layer_indices
+from mmrpt.masking.build import build_masked_samples, random_masks, truth_masks
+from mmrpt.masking.forward import PolicyModel, Prompt
+from mmrpt.masking.score import CaptionRow, _sentences, layer_indices, score_sentences
 from mmrpt.masking.sentences import sentence_spans
-from mmrpt.masking.spans import FUNCTION_WORDS, GROWTH
-from mmrpt.masking.words import PHRASES
+from mmrpt.masking.spans import GROWTH, choose_spans
+from mmrpt.masking.threshold import choose_threshold
+from mmrpt.masking.words import FUNCTION_WORDS, PHRASES, is_content, word_spans
 from mmrpt.types import Example, SentenceScore, Word
 from tests.trainer.conftest import ColourPairs, forward_inputs, make_policy
 
@@ -51,7 +52,7 @@ def shares_by_hand(policy, eager_model, example, image, layers, attention_row):
     text[len(prompt) :] = 1
     shares = []
     for position in range(len(prompt), len(prompt) + len(ids)):
-        row = position - (attention_row == "before")
+        row = position - 1 if attention_row == "before" else position
         per_layer = []
         for layer in layers:
             weights = out.attentions[layer][0, :, row].double().mean(0)  # heads averaged
@@ -62,21 +63,19 @@ def shares_by_hand(policy, eager_model, example, image, layers, attention_row):
 
 
 @pytest.mark.parametrize("attention_row", ["before", "own"])
-@pytest.mark.parametrize(
-    ("layers", "indices"), [((0.0, 1.0), [0, 1]), ((0.5, 1.0), [1]), ((0.0, 0.5), [0]), ((1,), [1]), ((1, 0), [0, 1])]
-)
-def test_dependency_equals_eager_attention(eager, attention_row, layers, indices):
+@pytest.mark.parametrize(("given", "layers"), [((0.0, 1.0), [0, 1]), ((0.5, 1.0), [1]), ([0], [0]), ([-1, 0], [0, 1])])
+def test_dependency_equals_eager_attention(eager, attention_row, given, layers):
     policy, model = eager
     pairs = ColourPairs()
     longer = Example("x", "a blue card. Paper is thin. Cards are red, 3.5 times!", ())
     examples = [pairs[0], longer, pairs[1]]  # of unequal length: the batch is padded
     images = [pairs.image(pairs[i].id) for i in (0, 6, 1)]
     scores = score_sentences(
-        policy, examples, images, instruction="describe", layers=layers, attention_row=attention_row
+        PolicyModel(policy), examples, images, instruction="describe", layers=given, attention_row=attention_row
     )
     expected = []
     for example, image in zip(examples, images, strict=True):
-        shares, offsets = shares_by_hand(policy, model, example, image, indices, attention_row)
+        shares, offsets = shares_by_hand(policy, model, example, image, layers, attention_row)
         for number, (start, end) in enumerate(sentence_spans(example.caption)):
             inside = [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
             expected.append((example.id, number, start, end, [shares[i] for i in inside]))
@@ -92,7 +91,9 @@ def test_sentences_partition_the_captions_tokens_and_know_the_truth(eager):
     policy, _ = eager
     pairs = ColourPairs()
     examples = [pairs[i] for i in range(4)]
-    scores = score_sentences(policy, examples, [pairs.image(e.id) for e in examples], instruction="describe")
+    scores = score_sentences(
+        PolicyModel(policy), examples, [pairs.image(e.id) for e in examples], instruction="describe"
+    )
     for example in examples:
         own = [s for s in scores if s.example_id == example.id]
         tokens = policy.tokenizer(example.caption, add_special_tokens=False, return_offsets_mapping=True)
@@ -106,36 +107,51 @@ def test_scoring_does_not_depend_on_its_batch(eager):
     pairs = ColourPairs()
     examples = [pairs[i] for i in range(3)]
     images = [pairs.image(e.id) for e in examples]
-    together = score_sentences(policy, examples, images, instruction="describe")
+    together = score_sentences(PolicyModel(policy), examples, images, instruction="describe")
     alone = [
         s
         for example, image in zip(examples, images, strict=True)
-        for s in score_sentences(policy, [example], [image], instruction="describe")
+        for s in score_sentences(PolicyModel(policy), [example], [image], instruction="describe")
     ]
     assert [s.score for s in together] == pytest.approx([s.score for s in alone], abs=1e-6)
 
 
 @given(st.integers(1, 80), st.floats(0, 0.99), st.floats(0.01, 1))
-def test_the_layers_between_two_fractions_are_never_none_and_stay_inside(depth, first, width):
+def test_a_share_of_the_depth_is_never_empty_and_stays_inside(depth, first, width):
     last = min(1.0, first + width)
-    layers = layer_indices(depth, (first, last))
+    layers = layer_indices((first, last), depth)
     assert layers and layers == list(range(layers[0], layers[-1] + 1))
     assert layers[0] >= 0 and layers[-1] < depth
     assert layers[0] <= first * depth < layers[0] + 1
 
 
 @pytest.mark.parametrize(
-    ("depth", "first", "last", "layers"),
-    [(5, 0.5, 1.0, [2, 3, 4]), (28, 0.5, 0.75, list(range(14, 21))), (4, 0.9, 1.0, [3]), (1, 0.5, 1.0, [0])],
+    ("layers", "depth", "indices"),
+    [
+        ((0.5, 1.0), 5, [2, 3, 4]),
+        ((0.5, 0.75), 28, list(range(14, 21))),
+        ((0.9, 1), 4, [3]),
+        ((0, 1.0), 1, [0]),
+        ((0, 1), 4, [0, 1]),  # two integers are two layers
+        ((20, 14, -1), 28, [14, 20, 27]),
+    ],
 )
-def test_layers_between_fractions_by_hand(depth, first, last, layers):
-    assert layer_indices(depth, (first, last)) == layers
+def test_layers_by_hand(layers, depth, indices):
+    assert layer_indices(layers, depth) == indices
 
 
-def test_layers_that_the_model_lacks_are_refused():
-    assert layer_indices(4, (3, 0)) == [0, 3]
-    with pytest.raises(ValueError, match=r"masking.layers is \[0, 4\]: the model has 4 layers, 0 to 3"):
-        layer_indices(4, (0, 4))
+@pytest.mark.parametrize("layers", [(), (4,), (-5,), (1, 1), (3, -1), (0.5, 0.5), (0.5, 1.5), (0.5,), (1, 2, 2.5)])
+def test_layers_that_the_model_has_not_are_refused(layers):
+    with pytest.raises(ValueError, match="layers are .*expected"):
+        layer_indices(layers, 4)
+
+
+def test_a_token_of_two_sentences_counts_once_and_in_the_first():
+    offsets = [(0, 1), (1, 8), (8, 12), (12, 13)]  # the second token is " cat! A"
+    row = CaptionRow(Example("e", "a cat! A dog."), Prompt([1], {}), [1, 2, 3, 4], offsets)
+    first, second = _sentences(row, [0.1, 0.2, 0.3, 0.5], None)
+    assert (first.token_masses, second.token_masses) == ((0.1, 0.2), (0.3, 0.5))
+    assert (first.score, second.score) == (pytest.approx(0.15), pytest.approx(0.4))
 
 
 # ------------------------------------------------------------------------------------------------ thresholds
@@ -156,32 +172,51 @@ def between_variance(values, threshold):
 
 @given(SCORES)
 def test_otsu_is_the_best_of_all_cuts(values):
-    found = choose_threshold(values, "otsu")
+    found = choose_threshold(values, "otsu").value
     best = max(between_variance(values, cut) for cut in set(values))
     assert between_variance(values, found) == pytest.approx(best, rel=1e-6, abs=1e-12)
     assert min(values) <= found <= max(values)
 
 
 def test_otsu_cuts_between_two_heaps():
-    assert choose_threshold([0.9, 0.1, 0.11, 0.88, 0.12, 0.91]) == pytest.approx((0.12 + 0.88) / 2)
-    assert choose_threshold([0.9, 0.1, 0.1, 0.1, 0.1, 0.1]) == pytest.approx(0.5)  # one score is a class of its own
+    assert choose_threshold([0.9, 0.1, 0.11, 0.88, 0.12, 0.91]).value == pytest.approx((0.12 + 0.88) / 2)
+    assert choose_threshold([0.9, 0.1, 0.1, 0.1, 0.1, 0.1]).value == pytest.approx(0.5)  # one is a class of its own
 
 
-@pytest.mark.parametrize("rule", ["otsu", "quantile:0.3", "mean_std:0.5"])
-def test_equal_scores_all_pass(rule):
-    assert choose_threshold([0.5] * 7, rule) == 0.5  # so that `score >= tau` keeps them
+def test_otsu_says_where_there_is_one_class_alone():
+    rng = np.random.default_rng(0)
+    for share in (0.5, 0.1):
+        size = int(4_000 * share)
+        two = np.concatenate((rng.normal(0, 1, 4_000 - size), rng.normal(5, 1, size)))
+        found = choose_threshold(two)
+        assert found.warning is None
+        low, high = two[two < found.value], two[two >= found.value]
+        within = (low.var() * len(low) + high.var() * len(high)) / len(two)
+        assert found.between_share == pytest.approx(1 - within / two.var())
+    one = choose_threshold(rng.normal(0.3, 0.1, 4_000))
+    assert "one bell-shaped class" in one.warning and one.between_share == pytest.approx(2 / math.pi, abs=0.02)
+    assert "equal" in choose_threshold([0.5] * 4).warning
+
+
+@pytest.mark.parametrize("threshold", ["otsu", "quantile:0.3", "mean_std:1", "caption_std:2"])
+def test_equal_scores_all_pass(threshold):
+    assert choose_threshold([0.5] * 7, threshold).of_caption([0.5] * 3) == 0.5  # so that `score >= tau` keeps them
 
 
 @given(SCORES, st.floats(0.05, 0.95))
 def test_quantile_leaves_that_share_at_or_above(values, quantile):
-    threshold = choose_threshold(values, f"quantile:{quantile}")
+    threshold = choose_threshold(values, f"quantile:{quantile}").value
     n = len(values)
     assert sum(v >= threshold for v in values) >= math.floor((1 - quantile) * (n - 1))
     assert sum(v > threshold for v in values) <= math.ceil((1 - quantile) * (n - 1) + 1e-9)
 
 
-def test_mean_std_by_hand():
-    assert choose_threshold([1.0, 2.0, 3.0, 6.0], "mean_std:2") == pytest.approx(3 + 2 * math.sqrt(3.5))
+def test_mean_and_deviation_by_hand():
+    scores = [1.0, 2.0, 3.0, 6.0]
+    assert choose_threshold(scores, "mean_std:2").of_caption([5.0]) == pytest.approx(3 + 2 * math.sqrt(3.5))
+    own = choose_threshold(scores, "caption_std:-0.5")
+    assert own.value is None
+    assert own.of_caption([1.0, 3.0]) == pytest.approx(1.5) and own.of_caption([6.0]) == 6.0
 
 
 @pytest.mark.parametrize("scores", [[], [0.1, math.nan], [0.1, math.inf]])
@@ -190,12 +225,10 @@ def test_scores_that_cannot_be_ranked_are_refused(scores):
         choose_threshold(scores)
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"), [("median", "expected otsu, quantile:Q"), ("caption_std:1", "one per caption")]
-)
-def test_rules_that_give_no_threshold_of_a_corpus_are_refused(rule, expected):
-    with pytest.raises(ValueError, match=f"'{rule}'.*{expected}"):
-        choose_threshold([0.1], rule)
+@pytest.mark.parametrize("threshold", ["median", "otsu:1", "quantile", "quantile:1", "quantile:x", "mean_std:nan"])
+def test_an_unknown_threshold_is_refused(threshold):
+    with pytest.raises(ValueError, match=f"threshold is '{threshold}': expected otsu"):
+        choose_threshold([0.1], threshold)
 
 
 # ------------------------------------------------------------------------------------------------ spans
@@ -232,12 +265,13 @@ def test_spans_obey_their_laws(data, words, count, max_words):
     every = choose_spans(caption, score, count=99, max_words=max_words)
     assert choose_spans(caption, score, count=count, max_words=max_words) == every[:count]
     assert [s.mass for s in every] == sorted((s.mass for s in every), reverse=True)
-    mass_at = {start: m for (start, _), m in zip(word_offsets(caption), masses, strict=True)}
+    mass_at = {start: m for (start, _), m in zip(word_spans(caption), masses, strict=True)}
     taken = set()
     for span in every:
-        inside = [(a, b) for a, b in word_offsets(caption) if a >= span.start and b <= span.end]
+        inside = [(a, b) for a, b in word_spans(caption) if a >= span.start and b <= span.end]
         assert (span.start, span.end) == (inside[0][0], inside[-1][1])  # whole words
-        assert 1 <= len(inside) <= max_words
+        assert 1 <= len(inside) <= min(max_words, len(words) / 2)
+        assert any(is_content(caption[a:b]) and (a, b) not in inside for a, b in word_spans(caption))
         assert not taken & {a for a, _ in inside}, "two spans overlap"
         taken |= {a for a, _ in inside}
         own = [mass_at[a] for a, _ in inside]
@@ -248,9 +282,10 @@ def test_spans_obey_their_laws(data, words, count, max_words):
         else:
             assert caption[span.start : span.end].casefold() in PHRASES[span.word_class]
             assert span.mass == own[0]
-    # Every content word lies in a span, and so does every listed one.
-    left = [caption[a:b].casefold() for a, b in word_offsets(caption) if a not in taken]
-    assert all(word in FUNCTION_WORDS for word in left) and not {"red", "left", "top", "three"} & set(left)
+    content = [caption[a:b] for a, b in word_spans(caption) if is_content(caption[a:b])]
+    if len(content) > min(max_words, len(words) // 2) > 0:  # no span can hide all that the sentence says
+        left = [caption[a:b].casefold() for a, b in word_spans(caption) if a not in taken]
+        assert all(word in FUNCTION_WORDS for word in left) and not {"red", "left", "top", "three"} & set(left)
 
 
 def test_listed_phrases_are_hidden_whole_and_the_longest_wins():
@@ -269,6 +304,24 @@ def test_a_name_is_hidden_as_a_whole_where_its_masses_are_close():
     )
     assert texts(caption, choose_spans(caption, score, count=3, max_words=2)) == ["polar bear", "ice", "lies"]
     assert texts(caption, choose_spans(caption, score, count=3, max_words=1)) == ["polar", "bear", "ice"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "answers"),
+    [
+        ("red cat", ["red", "cat"]),  # half of the words at most, also of a name
+        ("cat", []),
+        ("it is red.", []),  # nothing else would say what is asked about
+        ("12 34 56 78", []),  # no letters
+        ("fox, dog, red fish", ["fish", "fox", "dog", "red"]),  # no span across a comma
+        ("一只红色的猫坐在沙发上。", ["一只红色", "沙发上", "猫坐"]),
+        ("猫。", []),
+    ],
+)
+def test_what_is_asked_is_asked_about_something(caption, answers):
+    spans = word_spans(caption)
+    score = SentenceScore("e", 0, 0, len(caption), 0.5, tuple(spans), (0.5,) * len(spans))
+    assert sorted(texts(caption, choose_spans(caption, score, max_words=2))) == sorted(answers)
 
 
 def test_spans_stay_inside_their_sentence():
@@ -333,8 +386,9 @@ def test_masked_samples_carry_the_truth_of_their_words():
 
 
 def test_a_span_of_two_words_takes_the_truth_that_needs_the_image():
-    example = Example("e", "polar bear", (Word(0, 5, "object", True), Word(6, 10, "plain", False)))
-    score = score_words("polar bear", [0.5, 0.5])
+    caption = "polar bear sits here"
+    example = Example("e", caption, (Word(0, 5, "object", True), Word(6, 10, "plain", False)))
+    score = score_words(caption, [0.5, 0.5, 0.0, 0.0])
     (sample,) = build_masked_samples(example, [score], 0.0, mask="<mask>", spans_per_caption=1, max_span_words=2)
     assert (sample.answer, sample.kind, sample.needs_image) == ("polar bear", "object", True)
 

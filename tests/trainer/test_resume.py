@@ -215,8 +215,8 @@ DEATHS = {
         "between the last checkpoint and the end": ("mmrpt.engines.phase.save_checkpoint", 1, False),
     },
     "masking and reinforcement": {
-        "while captions are scored": ("mmrpt.engines.masking_stage.score_sentences", 2, False),
-        "between scores and masks": ("mmrpt.engines.masking_stage.choose_threshold", 1, False),
+        "while captions are scored": ("mmrpt.masking.pipeline.score_rows", 2, False),
+        "between scores and masks": ("mmrpt.masking.select.choose_threshold", 1, False),
         "in a step of reinforcement": ("mmrpt.engines.rl_step.policy_loss", 4, False),
         "between a step of reinforcement and its log": ("mmrpt.engines.native.log_step", 2, False),
         "in a step on groups that waited": ("mmrpt.engines.native.train_on_groups", 1, False),

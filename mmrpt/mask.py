@@ -1,0 +1,196 @@
+"""The command line: `python -m mmrpt.mask [--shard i/n] [--parquet] [--config file.yaml] [--resume] [key=value ...]`.
+
+Turns image-caption pairs into masked samples with any vision-language model. It takes train's settings, of which it
+reads data, model, prompts and masking:
+
+    python -m mmrpt.mask data.pairs=rows.jsonl model.path=Qwen/Qwen2.5-VL-3B-Instruct device=cuda name=mine
+
+leaves masked.jsonl, scores.jsonl, rejected.jsonl, masking.json, card.md and card.html in runs/mine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mmrpt.command_line import CONFIG_FILE, give_back, option_parser, resolve_run, tell
+from mmrpt.settings import Settings, SettingsError, flatten, given_settings, load_settings, save_settings, to_yaml
+
+if TYPE_CHECKING:
+    from mmrpt.masking.forward import CaptionModel
+    from mmrpt.masking.shards import Shards
+    from mmrpt.types import PairSource
+
+LOCK = ".masking.lock"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Masks a corpus, or one process's part of it; 0 when it ended, 2 at an error that a user can mend."""
+    parser = option_parser("python -m mmrpt.mask", "Hide the words of captions that need their image.")
+    parser.add_argument("--parquet", action="store_true", help="also write masked.parquet, with the pictures")
+    parser.add_argument(
+        "--shard", metavar="i/n", help="work as process i of n on the run of that name; the last to end finishes it"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        settings = load_settings(options.config, options.overrides)
+        if options.show:
+            print(to_yaml(settings), end="")
+            return 0
+        part, parts = _part(options.shard)
+        given = flatten(given_settings(options.config, options.overrides))
+        settings = (
+            _joined_run(settings, given) if parts > 1 else resolve_run(settings, resume=options.resume, given=given)
+        )
+        try:
+            job = _open(settings, part, parts)
+        except (OSError, ValueError):
+            if parts == 1 and not options.resume:  # the mended command must find its name free
+                give_back(settings.run_dir)
+            raise
+        _work(job, parquet=options.parquet)
+    except (OSError, ValueError) as error:
+        return tell(error)
+    return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process masks: the shards whose number is `part` modulo `parts`."""
+
+    settings: Settings
+    source: PairSource
+    shards: Shards
+    model: CaptionModel | None  # None where nothing is left that needs it
+    part: int
+    parts: int
+
+
+def _open(settings: Settings, part: int, parts: int) -> Job:
+    """Opens pairs and model. Raises OSError or ValueError with the remedy."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from mmrpt.engines.run import check_device
+    from mmrpt.masking.select import SUMMARY
+    from mmrpt.masking.shards import Shards
+
+    transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
+    check_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    source = _open_source(settings)
+    shards = Shards(settings.run_dir / "scores", settings.captions_to_score(len(source)))
+    needed = bool(shards.missing(part, parts)) or settings.masking.max_blind is not None
+    done = (settings.run_dir / SUMMARY).exists()
+    model = _open_model(settings, source) if needed and not done else None
+    return Job(settings, source, shards, model, part, parts)
+
+
+def _work(job: Job, *, parquet: bool) -> None:
+    """Scores the job's shards, and where all are there makes the masked samples and the card."""
+    from mmrpt.masking.pipeline import score_corpus
+    from mmrpt.masking.select import SUMMARY
+
+    folder = job.settings.run_dir
+    if job.model is not None:
+        score_corpus(job.model, job.source, job.shards, job.settings, job.part, job.parts)
+    missing = job.shards.missing()
+    if missing and not (folder / SUMMARY).exists():  # which is written before another process removes the shards
+        print(
+            f"part {job.part} of {job.parts} is scored, {len(missing)} of {job.shards.count} shards are not: the "
+            "process that scores the last one goes on. Or run again with --resume and without --shard."
+        )
+        return
+    with _one_at_a_time(folder / LOCK):
+        _finish(job, parquet=parquet)
+
+
+def _finish(job: Job, *, parquet: bool) -> None:
+    from mmrpt.masking.card import PAGE, write_card
+    from mmrpt.masking.parquet import PARQUET, write_parquet
+    from mmrpt.masking.select import MASKED, select_masks
+
+    settings, folder = job.settings, job.settings.run_dir
+    summary = select_masks(job.model, job.source, job.shards, settings, folder)
+    if not (folder / PAGE).exists():
+        write_card(folder, job.source, settings)
+    if parquet and not (folder / PARQUET).exists():
+        write_parquet(folder, job.source, settings.prompts)
+    job.shards.remove()
+    if summary["warning"]:
+        print(f"warning: {summary['warning']}", file=sys.stderr)
+    rejected = sum(summary["rejected"].values())
+    print(f"{summary['samples']:,} masked samples of {summary['captions']:,} captions ({rejected:,} rows rejected)")
+    print(f"samples: {folder / MASKED}\ncard: {folder / PAGE}")
+
+
+def _part(shard: str | None) -> tuple[int, int]:
+    """(i, n) of --shard i/n, else of torchrun's environment, else (0, 1)."""
+    if shard is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    part, _, parts = shard.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise SettingsError(f"--shard is {shard!r}: expected i/n with 0 <= i < n, as 0/4 to 3/4.")
+    return int(part), int(parts)
+
+
+def _joined_run(settings: Settings, given: Collection[str]) -> Settings:
+    """The run that several processes work on: the first makes its folder, all must have been given its settings."""
+    if "name" not in given:
+        raise SettingsError("several processes need the name of their common run: add name=...")
+    saved = settings.run_dir / CONFIG_FILE
+    if not saved.is_file():
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(settings.run_dir / LOCK):
+            if not saved.is_file():
+                save_settings(settings, saved)
+    return resolve_run(settings, resume=True, given=given)
+
+
+def _open_source(settings: Settings) -> PairSource:
+    """All pairs of a corpus, those that training would hold out included; of the drawn world its training pairs."""
+    from mmrpt.sources import open_given, open_sources
+
+    return open_sources(settings).train if settings.data.pairs is None else open_given(settings)
+
+
+def _open_model(settings: Settings, source: PairSource) -> CaptionModel:
+    import torch
+
+    from mmrpt.corpus import GoodRows, RejectedRows
+    from mmrpt.masking.forward import PolicyModel
+    from mmrpt.masking.vlm import load_caption_model
+    from mmrpt.sources import Sources
+    from mmrpt.world.warm_start import build_start_policy
+
+    device = settings.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if settings.model.path is not None:
+        return load_caption_model(settings.model.path, getattr(torch, settings.model.dtype), device)
+    print("model.path is null: the tiny model scores untrained, which shows that all works and nothing else.")
+    with TemporaryDirectory() as folder:  # each process meets the first bad rows; they are named when all is scored
+        good = GoodRows(source, RejectedRows(Path(folder) / "rejected.jsonl", 1.0))
+        policy = build_start_policy(settings, Sources(good, good, {}, None))
+    policy.model.to(device)
+    return PolicyModel(policy)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits until no other process is inside."""
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
