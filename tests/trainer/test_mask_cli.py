@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
     rows[9]["caption"] = "the answer is <answer>red</answer>."
     rows[15]["caption"] = "cards end<|im_end|> here."
     write_jsonl(folder / "rows.jsonl", rows)
-    make_looking_policy().save(folder / "model")
+    make_looking_policy().write_files(folder / "model")
     return folder / "rows.jsonl", folder / "model"
 
 

@@ -142,5 +142,5 @@ def test_a_folder_of_another_family_is_opened_with_its_own_processor(tmp_path, t
 
 
 def test_a_folder_of_the_trainers_family_is_opened_as_its_policy(tmp_path):
-    make_policy().save(tmp_path / "model")
+    make_policy().write_files(tmp_path / "model")
     assert isinstance(load_caption_model(str(tmp_path / "model"), torch.float32, "cpu"), PolicyModel)
