@@ -178,8 +178,9 @@ def _open_model(settings: Settings, source: PairSource) -> CaptionModel:
         return load_caption_model(settings.model.path, getattr(torch, settings.model.dtype), device)
     print("model.path is null: the tiny model scores untrained, which shows that all works and nothing else.")
     with TemporaryDirectory() as folder:  # each process meets the first bad rows; they are named when all is scored
-        good = GoodRows(source, RejectedRows(Path(folder) / "rejected.jsonl", 1.0))
-        policy = build_start_policy(settings, Sources(good, good, {}, None))
+        if settings.data.pairs is not None:
+            source = GoodRows(source, RejectedRows(Path(folder) / "rejected.jsonl", 1.0))
+        policy = build_start_policy(settings, Sources(source, source, {}, None))
     policy.model.to(device)
     return PolicyModel(policy)
 

@@ -3,6 +3,7 @@ length, and each shard of the result is written once it is complete. Memory does
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from mmrpt.masking.score import CaptionRow, layer_indices, score_rows
 from mmrpt.masking.shards import ScoredCaption, Shards
 from mmrpt.perturbation import blank
 from mmrpt.settings import Settings
-from mmrpt.types import Example, PairSource
+from mmrpt.types import Example, PairSource, SentenceScore
 
 WINDOW_ROWS = 256  # within which rows are sorted by length
 WINDOW_BATCHES = 4  # the same in batches, for long rows
@@ -71,9 +72,17 @@ def score_shard(
             chosen = [good[i] for i in batch]
             scores = score_rows(model, [row for _, row in chosen], layers=layers, attention_row=options.attention_row)
             for (place, row), own in zip(chosen, scores, strict=True):
-                found[place] = ScoredCaption(row.example, tuple(own))
+                found[place] = _checked(row, own)
             update(len(batch))
     return [caption for caption in found if caption is not None]
+
+
+def _checked(row: CaptionRow, scores: Sequence[SentenceScore]) -> ScoredCaption:
+    """The row with its scores; rejected where the model gave none, so that it spoils no sum over the corpus."""
+    if all(math.isfinite(score.score) and math.isfinite(score.kl or 0.0) for score in scores):
+        return ScoredCaption(row.example, tuple(scores))
+    reason = "the model's attention or prediction is not finite. Try model.dtype=float32, or remove the row."
+    return ScoredCaption(None, (), BadRow(row.where, "not_finite", reason), row.example.id)
 
 
 def windows(
@@ -162,7 +171,7 @@ class _Reader:
         except ValueError as error:
             reason = f"the model's image processor refuses the image of {image.width} x {image.height}: {error}"
             raise BadRow(where, "unprocessable_image", reason) from error
-        return CaptionRow(example, prompt, ids, offsets, blanked)
+        return CaptionRow(example, prompt, ids, offsets, blanked, where)
 
     def _where(self, index: int) -> str:
         where = getattr(self._source, "where", None)

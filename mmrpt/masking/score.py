@@ -31,6 +31,7 @@ class CaptionRow:
     ids: list[int]
     offsets: list[tuple[int, int]]
     blanked: Prompt | None = None
+    where: str = ""  # "file:line"
 
     def __len__(self) -> int:
         return len(self.prompt.ids) + len(self.ids)
@@ -99,9 +100,9 @@ def layer_indices(layers: Sequence[float], depth: int) -> list[int]:
 
 
 def _visual_share(masses: Tensor) -> Tensor:
-    """(B, T): mass(V) / (mass(V) + mass(T)), averaged over layers, of masses (L, B, T, 2)."""
+    """(B, T): mass(V) / (mass(V) + mass(T)), averaged over layers, of masses (L, B, T, 2). NaN stays NaN."""
     total = masses.sum(-1)
-    return torch.where(total > 0, masses[..., 0] / total.clamp_min(1e-12), 0.0).mean(0)
+    return torch.where(total == 0, 0.0, masses[..., 0] / total.clamp_min(1e-12)).mean(0)
 
 
 def _divergences(model: CaptionModel, row: CaptionRow, hidden: Tensor, blanked: Tensor) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,7 @@ class Shards:
 
 
 def score_to_json(score: SentenceScore) -> dict[str, Any]:
-    row = asdict(score)
-    if score.kl is None:
-        del row["kl"]
-    return row
+    return {name: value for name, value in vars(score).items() if name != "kl" or value is not None}
 
 
 def score_from_json(row: dict[str, Any]) -> SentenceScore:

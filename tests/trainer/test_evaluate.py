@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmrpt.evaluate import CONDITIONS, answer_samples, evaluate_policy, held_out_samples, shown_images
-from mmrpt.masking.spans import FUNCTION_WORDS
+from mmrpt.masking.words import FUNCTION_WORDS
 from mmrpt.types import Example
 from mmrpt.world import World, WorldConfig
 from tests.trainer.conftest import COLOURS, ColourPairs, masked_colour

@@ -14,7 +14,7 @@ from mmrpt.masking import shards
 from mmrpt.masking.card import write_card
 from mmrpt.settings import load_settings
 from mmrpt.types import MaskedSample
-from tests.trainer.conftest import ColourPairs, make_looking_policy
+from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_looking_policy
 
 RESULTS = ("masked.jsonl", "scores.jsonl", "rejected.jsonl", "masking.json", "card.md", "card.html")
 OPTIONS = ("threads=1", "masking.threshold=mean_std:-9", "data.max_rejected=0.5")
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
     rows[9]["caption"] = "the answer is <answer>red</answer>."
     rows[15]["caption"] = "cards end<|im_end|> here."
     write_jsonl(folder / "rows.jsonl", rows)
-    make_looking_policy().save(folder / "model")
+    make_looking_policy().write_files(folder / "model")
     return folder / "rows.jsonl", folder / "model"
 
 
@@ -46,6 +46,17 @@ def mask(corpus, tmp_path, monkeypatch):
         return main([f"data.pairs={pairs}", f"model.path={model}", f"output={tmp_path}", *OPTIONS, *arguments])
 
     return run
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_without_a_model_the_tiny_one_shows_that_all_works(corpus, tmp_path, capsys, drawn):
+    pairs = [] if drawn else [f"data.pairs={corpus[0]}", "data.max_rejected=0.5"]
+    small = [item for item in SMALL_RUN if not item.startswith("masking.captions")]
+    assert main([*pairs, *small, f"output={tmp_path}", "name=it", "masking.captions=12"]) == 0
+    assert "scores untrained" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "it" / "masking.json").read_text())
+    assert summary["captions"] + sum(summary["rejected"].values()) == 12 and summary["samples"] > 0
+    assert len(read_jsonl(tmp_path / "it" / "rejected.jsonl")) == (0 if drawn else 2)
 
 
 def results(folder):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.score import score_sentences
-from mmrpt.masking.vlm import VisionLanguageModel, load_caption_model
+from mmrpt.masking.vlm import VisionLanguageModel, _joined, load_caption_model
 from mmrpt.types import Example
 from mmrpt.world.tiny_vlm import train_tokenizer
 from tests.kernels.integrations import vlm_families
@@ -141,6 +141,15 @@ def test_a_folder_of_another_family_is_opened_with_its_own_processor(tmp_path, t
     assert vlm.prompt("describe", photos[0]).ids.count(tokenizer.convert_tokens_to_ids("<image>")) == IMAGE_TOKENS
 
 
+def test_images_cut_into_different_numbers_of_tiles_are_one_batch():
+    parts = [torch.ones(1, 2, 3, 4, 4), 2 * torch.ones(1, 5, 3, 4, 4)]
+    joined = _joined(parts)
+    assert joined.shape == (2, 5, 3, 4, 4)
+    assert torch.equal(joined[0, :2], parts[0][0]) and not joined[0, 2:].any() and torch.equal(joined[1:], parts[1])
+    rows = [torch.ones(6, 12), torch.ones(4, 12)]  # patches of two images, one after another
+    assert _joined(rows).shape == (10, 12)
+
+
 def test_a_folder_of_the_trainers_family_is_opened_as_its_policy(tmp_path):
-    make_policy().save(tmp_path / "model")
+    make_policy().write_files(tmp_path / "model")
     assert isinstance(load_caption_model(str(tmp_path / "model"), torch.float32, "cpu"), PolicyModel)

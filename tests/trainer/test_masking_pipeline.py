@@ -267,6 +267,26 @@ class WordModel:
         return torch.zeros(len(prompts), width, 1), masses
 
 
+def test_a_row_whose_scores_are_not_finite_is_named_and_spoils_no_other(tmp_path, small_settings):
+    class Broken(WordModel):
+        def forward(self, prompts, responses, layers=None):
+            hidden, masses = super().forward(prompts, responses, layers)
+            for i, ids in enumerate(responses):
+                if len(ids) == 4:
+                    masses[:, i] = float("nan")
+            return hidden, masses
+
+    class Rows(ColourPairs):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            return Example(example.id, "not a number here." if index == 8 else example.caption)
+
+    summary = mask(tmp_path, Broken(), small_settings(), Rows())
+    (row,) = read_jsonl(tmp_path / REJECTED)
+    assert (row["where"], row["kind"], row["id"]) == ("row 8", "not_finite", "colour/008")
+    assert summary["captions"] == 23 and np.isfinite(summary["threshold"])
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path, small_settings, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_ROWS", 25)
     monkeypatch.setattr("mmrpt.masking.pipeline.AHEAD_ROWS", 8)

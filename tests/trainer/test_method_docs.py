@@ -12,16 +12,7 @@ from mmrpt.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-# Named before they were merged; strict, so that each leaves this list when it is there.
-PENDING = {
-    ("masking/baseline.py", "PositionBaseline"),
-    ("masking/leaks.py", "answer_probabilities"),
-    ("masking/leaks.py", "is_repeated"),
-}
-CODE = [
-    pytest.param(*item, marks=pytest.mark.xfail(item in PENDING, reason="not merged", strict=True))
-    for item in sorted(set(re.findall(r"`([\w/]+\.py):(\w+)`", TEXT)))
-]
+CODE = sorted(set(re.findall(r"`([\w/]+\.py):(\w+)`", TEXT)))
 GROUPS = "masking|prompts|warmup|rollout|reward|perception|rl"
 SPANS = re.findall(r"`([^`\n]+)`", TEXT)
 OVERRIDES = sorted({span for span in SPANS if re.match(rf"({GROUPS})\.\w+(=|$)", span)})
