@@ -12,7 +12,7 @@ from mmrpt.settings import threshold_rule
 
 # Otsu cuts any corpus in two. One normal distribution, cut anywhere, has a between-class share of variance that is
 # known; two classes have more.
-_ABOVE_ONE_CLASS = 1.1
+_ABOVE_ONE_CLASS = 1.05
 
 
 @dataclass(frozen=True)
