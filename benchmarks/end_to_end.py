@@ -56,8 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     wrong = [word for word in words if word.startswith("-") or "=" not in word]
     if wrong:
         parser.error(f"got {' '.join(wrong)}: expected settings of mmrpt.train such as rl.steps=50")
-    device = [] if args.device.type == "cpu" else [f"device={args.device}"]
-    args.overrides = [*(QUICK if args.quick else ()), *device, *words]
+    args.overrides = [*(QUICK if args.quick else ()), f"device={args.device}", *words]
     return args
 
 

@@ -7,15 +7,17 @@ positions of an image's tokens are its rows and columns.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoImageProcessor
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 OTHER_RELEASE = "This release of transformers has another name for it; install one from 4.57 to 5.24."
 
@@ -25,10 +27,11 @@ def make_image_processor(
     max_pixels: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    min_pixels: int | None = None,
 ) -> Any:
     """Qwen2-VL's image processor in its torchvision-free form, whatever the transformers version calls it.
 
-    `mean` and `std` of each channel in [0, 1]; None: the family's own (CLIP's).
+    `mean` and `std` of each channel in [0, 1]; None: the family's own (CLIP's). `min_pixels` None: those of one token.
     """
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
@@ -42,10 +45,13 @@ def make_image_processor(
                 "expected one of the two to need no torchvision; install transformers 4.57 to 5.24."
             ) from None
     unit = (2 * patch_size) ** 2
-    sizes = {"shortest_edge": unit, "longest_edge": max_pixels}
+    low = unit if min_pixels is None else min_pixels
+    if low > max_pixels:
+        raise ValueError(f"images get at least {low} and at most {max_pixels} pixels: set min_pixels below max_pixels.")
+    sizes = {"shortest_edge": low, "longest_edge": max_pixels}
     statistics = {} if mean is None or std is None else {"image_mean": list(mean), "image_std": list(std)}
     sides = {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
-    processor = Processor(**statistics, **sides, min_pixels=unit, max_pixels=max_pixels, size=sizes)
+    processor = Processor(**statistics, **sides, min_pixels=low, max_pixels=max_pixels, size=sizes)
     for name, value in (sides | statistics).items():
         check_kept(processor, name, value)
     if any(processor.size[name] != value for name, value in sizes.items()):
@@ -83,14 +89,85 @@ def mrope_positions(
     return positions.masked_fill(attention_mask == 0, 0)
 
 
-def load_image_processor(folder: Path) -> Any:
+def load_image_processor(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """The folder's image processor; `min_pixels` and `max_pixels` None: as the folder says."""
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     if "Qwen2VL" in settings.get("image_processor_type", ""):
         sizes = settings.get("size") or {}
-        max_pixels = sizes.get("longest_edge") or settings.get("max_pixels") or 1_003_520
+        low = min_pixels or sizes.get("shortest_edge") or settings.get("min_pixels")
+        high = max_pixels or sizes.get("longest_edge") or settings.get("max_pixels") or 1_003_520
         statistics = settings.get("image_mean"), settings.get("image_std")
-        return make_image_processor(settings.get("patch_size", 14), max_pixels, *statistics)
+        return make_image_processor(settings.get("patch_size", 14), high, *statistics, min_pixels=low)
+    if min_pixels or max_pixels:
+        raise ValueError(
+            f"model.min_pixels and model.max_pixels are for Qwen2-VL's image processor: {folder} has "
+            f"{settings.get('image_processor_type')!r}; leave them out and set the size in preprocessor_config.json."
+        )
     return AutoImageProcessor.from_pretrained(folder)
+
+
+def video_settings(vision_config: Any) -> dict[str, Any]:
+    """What AutoProcessor wants to know of videos, which the trainer has none of."""
+    return {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "patch_size": vision_config.patch_size,
+        "merge_size": vision_config.spatial_merge_size,
+        "temporal_patch_size": vision_config.temporal_patch_size,
+    }
+
+
+def model_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: `path` itself, or what the hub has under that name, downloaded once.
+
+    Raises FileNotFoundError for a folder that is not there or holds no model, OSError for a name that the hub lacks.
+    """
+    folder = Path(path)
+    is_name = isinstance(path, str) and path.count("/") <= 1 and path[:1] not in "./~"
+    if folder.is_dir() or not is_name:
+        if not (folder / "config.json").is_file():
+            wrong = f"there is no config.json in {folder}" if folder.is_dir() else f"there is no such folder: {folder}"
+            raise FileNotFoundError(f"{wrong}; expected a Hugging Face model folder, or a hub name, at model.path.")
+        if revision is not None:
+            raise ValueError(f"model.revision is {revision!r}, but model.path is the folder {folder}: leave it out.")
+        return folder
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=MODEL_FILES))
+    except (OSError, ValueError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"model.path is {str(path)!r}: no such folder, and the hub gave no model of that name{at} ({reason})."
+        ) from error
+
+
+def freeze_parts(model: nn.Module, parts: Collection[str]) -> None:
+    """Takes the gradients from `parts` of the model: "vision" (the tower without its merger), "merger" (what makes the
+    decoder's tokens of its output) and "decoder" (all else, embedding and head included)."""
+    if not parts:
+        return
+    visual = getattr(model.model, "visual", None)
+    if getattr(visual, "merger", None) is None:
+        raise ValueError(f"{type(model).__name__} has no model.visual.merger to tell its parts by. {OTHER_RELEASE}")
+    merger = set(visual.merger.parameters())
+    tower = set(visual.parameters()) - merger
+    for parameter in model.parameters():
+        part = "merger" if parameter in merger else "vision" if parameter in tower else "decoder"
+        if part in parts:
+            parameter.requires_grad_(False)
+
+
+def joined_features(output: Any) -> Tensor:
+    """(sum of image tokens, H) of what `get_image_features` returned."""
+    features = getattr(output, "pooler_output", output)  # 4.x returns the parts themselves
+    if isinstance(features, Tensor):
+        return features
+    parts = list(features)
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(
+            f"get_image_features returned a {type(output).__name__} without pooler_output: expected the "
+            f"features of each image. {OTHER_RELEASE}"
+        )
+    return torch.cat(parts)
 
 
 class PatchProjection(nn.Conv3d):

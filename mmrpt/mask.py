@@ -14,16 +14,18 @@ import fcntl
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmrpt.command_line import CONFIG_FILE, give_back, option_parser, resolve_run, tell
 from mmrpt.settings import Settings, SettingsError, flatten, given_settings, load_settings, save_settings, to_yaml
 
 if TYPE_CHECKING:
+    import torch
+
     from mmrpt.masking.forward import CaptionModel
     from mmrpt.masking.shards import Shards
     from mmrpt.types import PairSource
@@ -72,25 +74,33 @@ class Job:
     part: int
     parts: int
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the model's forward passes run under."""
+        import torch
+
+        if self.model is None or self.settings.model.compute == "float32":
+            return nullcontext()
+        return torch.autocast(self.model.head_weight.device.type, getattr(torch, self.settings.model.compute))
+
 
 def _open(settings: Settings, part: int, parts: int) -> Job:
     """Opens pairs and model. Raises OSError or ValueError with the remedy."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from mmrpt.engines.run import check_device
+    from mmrpt.engines.run import resolve_device
     from mmrpt.masking.select import SUMMARY
     from mmrpt.masking.shards import Shards
 
     transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
-    check_device(settings.device)
+    device = resolve_device(_of_this_process(settings.device))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     source = _open_source(settings)
     shards = Shards(settings.run_dir / "scores", settings.captions_to_score(len(source)))
     needed = bool(shards.missing(part, parts)) or settings.masking.max_blind is not None
     done = (settings.run_dir / SUMMARY).exists()
-    model = _open_model(settings, source) if needed and not done else None
+    model = _open_model(settings, source, device) if needed and not done else None
     return Job(settings, source, shards, model, part, parts)
 
 
@@ -101,7 +111,8 @@ def _work(job: Job, *, parquet: bool) -> None:
 
     folder = job.settings.run_dir
     if job.model is not None:
-        score_corpus(job.model, job.source, job.shards, job.settings, job.part, job.parts)
+        with job.autocast():
+            score_corpus(job.model, job.source, job.shards, job.settings, job.part, job.parts)
     missing = job.shards.missing()
     if missing and not (folder / SUMMARY).exists():  # which is written before another process removes the shards
         print(
@@ -119,7 +130,8 @@ def _finish(job: Job, *, parquet: bool) -> None:
     from mmrpt.masking.select import MASKED, select_masks
 
     settings, folder = job.settings, job.settings.run_dir
-    summary = select_masks(job.model, job.source, job.shards, settings, folder)
+    with job.autocast():
+        summary = select_masks(job.model, job.source, job.shards, settings, folder)
     if not (folder / PAGE).exists():
         write_card(folder, job.source, settings)
     if parquet and not (folder / PARQUET).exists():
@@ -162,7 +174,16 @@ def _open_source(settings: Settings) -> PairSource:
     return open_sources(settings).train if settings.data.pairs is None else open_given(settings)
 
 
-def _open_model(settings: Settings, source: PairSource) -> CaptionModel:
+def _of_this_process(device: str) -> str:
+    """ "cuda" or "auto" as the GPU that torchrun gives this process."""
+    import torch
+
+    own = os.environ.get("LOCAL_RANK")
+    shared = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return f"cuda:{own}" if own is not None and shared else device
+
+
+def _open_model(settings: Settings, source: PairSource, device: torch.device) -> CaptionModel:
     import torch
 
     from mmrpt.corpus import GoodRows, RejectedRows
@@ -171,11 +192,12 @@ def _open_model(settings: Settings, source: PairSource) -> CaptionModel:
     from mmrpt.sources import Sources
     from mmrpt.world.warm_start import build_start_policy
 
-    device = settings.device
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if settings.model.path is not None:
-        return load_caption_model(settings.model.path, getattr(torch, settings.model.dtype), device)
+    given = settings.model
+    if given.path is not None:
+        pixel_limits = {"min_pixels": given.min_pixels, "max_pixels": given.max_pixels}
+        return load_caption_model(
+            given.path, getattr(torch, given.dtype), device, revision=given.revision, **pixel_limits
+        )
     print("model.path is null: the tiny model scores untrained, which shows that all works and nothing else.")
     with TemporaryDirectory() as folder:  # each process meets the first bad rows; they are named when all is scored
         if settings.data.pairs is not None:

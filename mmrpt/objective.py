@@ -12,6 +12,7 @@ from mmrpt.policy import Policy
 from mmrpt.settings import RLSettings
 from mmrpt.types import Batch, PixelBatch, PolicyTargets
 from mmrpt_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, linear_token_loss
+from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.lm_head import gemm
 
 # rl.loss: the operator's surrogate and the level of its ratio.
@@ -25,9 +26,10 @@ def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
     """
     hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     shares = (mask / mask.sum(-1, keepdim=True) / mask.shape[0]).flatten()
-    return linear_token_loss(
-        hidden, policy.head_weight, targets, lambda logps, entropy, rows: -logps * shares[rows], active_mask=mask
-    )
+    with policy.autocast():
+        return linear_token_loss(
+            hidden, policy.head_weight, targets, lambda logps, entropy, rows: -logps * shares[rows], active_mask=mask
+        )
 
 
 def policy_loss(
@@ -50,33 +52,34 @@ def policy_loss(
     def cut(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else rows[:, : mask.shape[1]]
 
-    return linear_policy_loss(
-        hidden,
-        policy.head_weight,
-        ids,
-        targets.advantages,
-        response_mask=mask,
-        perception_mask=cut(targets.perception_mask),
-        trajectory_weights=targets.trajectory_weights,
-        old_logps=cut(targets.old_logps),
-        ref_logps=cut(targets.ref_logps),
-        kl_coef=settings.kl_coef,
-        sampler_weights=cut(targets.sampler_weights),
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        entropy_coef=settings.entropy_coef,
-        # VPPO penalises the whole response. An exact entropy of tokens without a gradient would cost their product.
-        entropy_scope="response" if settings.entropy_kind == "sampled" else "kept",
-        entropy_kind=settings.entropy_kind,
-        ratio_level=ratio_level,
-        surrogate=surrogate,
-        aggregation="sequence_mean" if settings.aggregation == "sequence_mean" else "sum",
-        normalizer=normalizer,
-        bias=policy.sampling_bias(),
-        temperature=temperature,
-        return_statistics=statistics,
-    )
+    with policy.autocast():
+        return linear_policy_loss(
+            hidden,
+            policy.head_weight,
+            ids,
+            targets.advantages,
+            response_mask=mask,
+            perception_mask=cut(targets.perception_mask),
+            trajectory_weights=targets.trajectory_weights,
+            old_logps=cut(targets.old_logps),
+            ref_logps=cut(targets.ref_logps),
+            kl_coef=settings.kl_coef,
+            sampler_weights=cut(targets.sampler_weights),
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+            entropy_coef=settings.entropy_coef,
+            # VPPO penalises the whole response. An exact entropy of tokens without a gradient would cost their product.
+            entropy_scope="response" if settings.entropy_kind == "sampled" else "kept",
+            entropy_kind=settings.entropy_kind,
+            ratio_level=ratio_level,
+            surrogate=surrogate,
+            aggregation="sequence_mean" if settings.aggregation == "sequence_mean" else "sum",
+            normalizer=normalizer,
+            bias=policy.sampling_bias(),
+            temperature=temperature,
+            return_statistics=statistics,
+        )
 
 
 def loss_normalizer(settings: RLSettings, *, tokens: int, responses: int, max_new_tokens: int) -> float:
@@ -103,9 +106,10 @@ def response_logps(
     batch = policy.group_batch(prompts, groups, pixels, range(len(prompts)))
     hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     logps = torch.zeros(mask.shape, device=hidden.device)
-    found = linear_logprobs(
-        hidden[mask], policy.head_weight, targets[mask], bias=policy.sampling_bias(), temperature=temperature
-    )
+    with policy.autocast():
+        found = linear_logprobs(
+            hidden[mask], policy.head_weight, targets[mask], bias=policy.sampling_bias(), temperature=temperature
+        )
     logps[mask] = found.logps.float()
     return logps
 
@@ -114,7 +118,9 @@ def response_logps(
 def sampling_logits(policy: Policy, hidden: Tensor, bias: Tensor) -> Tensor:
     """(R, V) float32 of hidden states (R, H): the product that the losses make, never rounded to half precision, and
     the policy's `sampling_bias`."""
-    return gemm.logits(hidden, policy.head_weight).add_(bias)
+    with policy.autocast():
+        hidden, weight = cast_for_autocast(hidden, policy.head_weight)
+    return gemm.logits(hidden, weight).add_(bias)
 
 
 def importance_weights(trainer_logps: Tensor, sampler_logps: Tensor, largest: float) -> Tensor:

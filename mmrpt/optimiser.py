@@ -45,7 +45,9 @@ class Optimiser:
         adamw = [o for o in options if o["kind"] == "adamw"]
         muon = [o for o in options if o["kind"] == "muon"]
         betas = (BETA1, settings.beta2)
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=betas, foreach=True)]
+        # Fused saves the temporaries of foreach, which are as large as the weights.
+        way = "fused" if next(model.parameters()).is_cuda else "foreach"
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=betas, **{way: True})]
         if muon:
             self.parts.append(Muon(muon, lr=settings.lr))
 

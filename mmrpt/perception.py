@@ -43,15 +43,16 @@ def token_perception(
     hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     clean = clean_hidden[:, : hidden.shape[1]]
     scores = torch.zeros(mask.shape, device=hidden.device)
-    result = linear_token_divergence(
-        clean[mask],
-        hidden[mask],
-        policy.head_weight,
-        targets=targets[mask] if kind == "k3" else None,
-        kind=kind,
-        bias=policy.sampling_bias(),
-        temperature=temperature,
-    )
+    with policy.autocast():
+        result = linear_token_divergence(
+            clean[mask],
+            hidden[mask],
+            policy.head_weight,
+            targets=targets[mask] if kind == "k3" else None,
+            kind=kind,
+            bias=policy.sampling_bias(),
+            temperature=temperature,
+        )
     scores[mask] = result.divergence.float()
     return scores
 

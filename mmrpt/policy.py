@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from mmrpt.families import (
     OTHER_RELEASE,
     SUPPORTED_MODEL_TYPES,
     check_kept,
+    joined_features,
     load_image_processor,
+    model_folder,
     mrope_positions,
     use_patch_projection,
+    video_settings,
 )
 from mmrpt.types import Batch, PixelBatch
 from mmrpt_kernels.integrations.caches import cache_keyword
@@ -51,6 +55,7 @@ class Policy:
                 "which needs to know where a family puts them."
             )
         use_patch_projection(model)
+        self.compute = torch.float32  # bfloat16: forward passes run under autocast (`autocast`)
         self.model = enable_visual_mass(model)  # plain SDPA wherever nothing is recorded
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -77,17 +82,26 @@ class Policy:
     # ---------------------------------------------------------------- loading and saving
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
-        """Opens a Hugging Face folder. Raises FileNotFoundError or ValueError with the remedy."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}: expected a Hugging Face model folder at model.path.")
+    def load(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        *,
+        revision: str | None = None,
+        **pixel_limits: int | None,
+    ) -> Policy:
+        """Opens a Hugging Face folder or hub name; `min_pixels` and `max_pixels` replace its image processor's.
+
+        Raises OSError (FileNotFoundError for a folder) or ValueError with the remedy.
+        """
+        folder = model_folder(path, revision)
         model_type = type(AutoConfig.from_pretrained(folder)).model_type
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(f"{folder} holds a {model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
         check_kept(model, "dtype", dtype)
-        return cls(model, AutoTokenizer.from_pretrained(folder), load_image_processor(folder))
+        return cls(model, AutoTokenizer.from_pretrained(folder), load_image_processor(folder, **pixel_limits))
 
     def write_files(self, folder: Path) -> None:
         """Writes the files of an ordinary Hugging Face folder, which is made where it is not there."""
@@ -96,14 +110,8 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         # AutoProcessor asks for these two where torchvision is installed; nothing here reads them.
-        vision = self.model.config.vision_config
-        video = {
-            "video_processor_type": "Qwen2VLVideoProcessor",
-            "patch_size": vision.patch_size,
-            "merge_size": self.merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        }
-        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
+        video = json.dumps(video_settings(self.model.config.vision_config), indent=2)
+        (folder / "video_preprocessor_config.json").write_text(video + "\n")
         settings = json.loads((folder / "preprocessor_config.json").read_text())
         settings["processor_class"] = "Qwen2_5_VLProcessor"
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -184,6 +192,11 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What forward passes and losses run under, and a loop of passes, which then casts each weight once."""
+        half = self.compute != torch.float32
+        return torch.autocast(self.device.type, self.compute) if half else nullcontext()
+
     @property
     def text_model(self) -> nn.Module:
         """The decoder without its head: what reads embeddings of text and image features."""
@@ -202,16 +215,8 @@ class Policy:
 
     def image_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """(sum of image tokens, H): the vision tower's output, one pass over the distinct images."""
-        features = self.model.model.get_image_features(pixel_values, grid_thw)
-        features = getattr(features, "pooler_output", features)  # 4.x returns the parts themselves
-        if not isinstance(features, Tensor):
-            parts = list(features)
-            if not all(isinstance(part, Tensor) for part in parts):
-                raise ValueError(
-                    f"get_image_features returned a {type(features).__name__} without pooler_output: expected the "
-                    f"features of each image. {OTHER_RELEASE}"
-                )
-            features = torch.cat(parts)
+        with self.autocast():
+            features = joined_features(self.model.model.get_image_features(pixel_values, grid_thw))
         shape = (int(grid_thw.prod(-1).sum()) // self.merge_size**2, self.head_weight.shape[1])
         if features.shape != shape:
             raise ValueError(
@@ -259,14 +264,15 @@ class Policy:
     def _decode(
         self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None = None, **options: Any
     ) -> Tensor:
-        out = self.text_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=cache is not None,
-            **{self.cache_keyword: cache},
-            **options,
-        )
+        with self.autocast():
+            out = self.text_model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=mask,
+                use_cache=cache is not None,
+                **{self.cache_keyword: cache},
+                **options,
+            )
         return out.last_hidden_state
 
     @staticmethod

@@ -116,9 +116,9 @@ class RunFolder:
         path = self.path / "seconds.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def record_environment(self) -> None:
+    def record_environment(self, device: str) -> None:
         """environment.json: where the run began, and under "resumed" each other environment that went on with it."""
-        path, now = self.path / "environment.json", environment()
+        path, now = self.path / "environment.json", environment(device)
         if path.exists():
             begun = json.loads(path.read_text())
             resumed = begun.pop("resumed", [])
@@ -129,7 +129,7 @@ class RunFolder:
         write_json(path, now)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Versions, machine and commit, for the report."""
     import transformers
 
@@ -144,7 +144,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device,
         "commit": _commit(),
     }
 

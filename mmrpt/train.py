@@ -1,6 +1,6 @@
 """The command line: `python -m mmrpt.train [--config file.yaml] [--resume] [key=value ...]`.
 
-With no argument it runs the whole method on the drawn world with a tiny model, on the CPU, in minutes.
+With no argument it runs the whole method on the drawn world with a tiny model, in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs or resumes a run; 0 when it ended, 2 at an error that a user can mend, which is one message on stderr."""
-    description = "Train on image-caption pairs; without arguments, the demo on the CPU."
+    description = "Train on image-caption pairs; without arguments, the demo."
     return run_command(
         option_parser("python -m mmrpt.train", description).parse_intermixed_args(arguments), whole_method
     )

@@ -46,7 +46,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 def test_seeds_end_in_one_report(trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert end_to_end.main(["--seeds", "0", "1", *folders, "rl.steps=9"]) == 0
-    assert [command[-2:] for command in trained] == [["seed=0", "rl.steps=9"], ["seed=1", "rl.steps=9"]]
+    assert [command[-3:] for command in trained] == [[f"seed={i}", "device=cpu", "rl.steps=9"] for i in (0, 1)]
     record = json.loads((tmp_path / "results/end_to_end-cpu.json").read_text())
     gain = record["numbers"]["change/rl - warmup/all sets/image"]
     assert gain["mean"] == pytest.approx(0.2) and gain["low"] == pytest.approx(0.1)

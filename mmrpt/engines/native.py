@@ -92,8 +92,9 @@ def mask(run: Run) -> list[MaskedSample]:
     if not (run.folder / SUMMARY).exists():
         run.load("warmup")
         model = PolicyModel(run.policy)
-        score_corpus(model, rows, shards, run.settings)
-        select_masks(model, rows, shards, run.settings, run.folder.path)
+        with run.policy.autocast():
+            score_corpus(model, rows, shards, run.settings)
+            select_masks(model, rows, shards, run.settings, run.folder.path)
     shards.remove()
     return [MaskedSample(**row) for row in read_jsonl(run.folder / MASKED)]
 

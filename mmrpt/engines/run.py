@@ -12,6 +12,7 @@ import torch
 
 from mmrpt.checkpoint import load_checkpoint
 from mmrpt.corpus import ImageCache
+from mmrpt.families import freeze_parts
 from mmrpt.policy import Policy
 from mmrpt.run_folder import RunFolder
 from mmrpt.settings import Settings, SettingsError
@@ -20,6 +21,9 @@ from mmrpt.world.warm_start import build_start_policy
 
 # Whose weights a phase begins with; before the first there is only the start model.
 BEGINS_WITH = {"vision_pretraining": None, "warmup": "vision_pretraining", "rl": "warmup", "control": "warmup"}
+
+# A bfloat16 has 8 significant bits: an update below 2**-9 of a weight leaves it as it is, and weights are about 0.02.
+SMALLEST_LR_OF_BFLOAT16 = 1e-4
 
 
 class Stop:
@@ -72,11 +76,12 @@ class Run:
         if phase is not None:
             load_checkpoint(self.folder.checkpoints / phase, self.policy)
         else:
-            self.policy.model.load_state_dict(start_policy(self.settings, self.sources).model.state_dict())
+            start = start_policy(self.settings, self.sources, self.policy.device)
+            self.policy.model.load_state_dict(start.model.state_dict())
 
     def frozen(self, phase: str) -> Policy:
         """Another policy, with the weights that `phase` ended with, which is not to be trained."""
-        other = replace(self, policy=start_policy(self.settings, self.sources))
+        other = replace(self, policy=start_policy(self.settings, self.sources, self.policy.device))
         other.load(phase)
         other.policy.model.eval().requires_grad_(False)
         return other.policy
@@ -84,24 +89,29 @@ class Run:
 
 def open_run(settings: Settings) -> Run:
     """Opens pairs, model and folder. Raises SettingsError, OSError or ValueError with the remedy."""
-    check_device(settings.device)
+    check_dtype(settings)
+    device = resolve_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     sources = open_sources(settings)
-    policy = start_policy(settings, sources)
+    policy = start_policy(settings, sources, device)
     folder = RunFolder(settings.run_dir)
-    folder.record_environment()
+    folder.record_environment(device_name(device))
+    print(f"device: {device_name(device)}", flush=True)
     return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder)
 
 
-def start_policy(settings: Settings, sources: Sources) -> Policy:
+def start_policy(settings: Settings, sources: Sources, device: torch.device) -> Policy:
     """The model before any training: that of model.path, or the tiny one of the demo."""
     model = settings.model
     if model.path is not None:
-        policy = Policy.load(model.path, dtype=getattr(torch, model.dtype), device=settings.device)
+        where = {"dtype": getattr(torch, model.dtype), "device": device, "revision": model.revision}
+        policy = Policy.load(model.path, **where, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
     else:
         policy = build_start_policy(settings, sources)
-        policy.model.to(settings.device)
+        policy.model.to(device)
+    policy.compute = getattr(torch, model.compute)
+    freeze_parts(policy.model, model.freeze)
     if model.gradient_checkpointing:
         # Renamed in transformers 5.24, which warns of the old name. What transformers 4 does by default loses the
         # gradients of blocks whose input needs none.
@@ -110,10 +120,34 @@ def start_policy(settings: Settings, sources: Sources) -> Policy:
     return policy
 
 
-def check_device(device: str) -> None:
-    """Raises SettingsError for a device that torch does not know or that this machine lacks."""
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto": cuda where torch has it, else cpu. Raises SettingsError for a device that torch
+    does not know or that this machine lacks."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"device is {device!r}, which cannot be used here ({reason}): try device=cpu.") from error
+        raise SettingsError(f"device is {name!r}, which cannot be used here ({reason}): try device=cpu.") from error
+
+
+def device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def check_dtype(settings: Settings) -> None:
+    """Raises SettingsError where the weights are bfloat16 and updates too small to change them."""
+    model = settings.model
+    if model.path is None or model.dtype != "bfloat16":
+        return
+    for phase, steps, optimiser in (
+        ("warmup", settings.warmup.steps, settings.warmup.optimiser),
+        ("rl", settings.rl.steps, settings.rl.optimiser),
+    ):
+        if steps and optimiser.lr < SMALLEST_LR_OF_BFLOAT16:
+            raise SettingsError(
+                f"model.dtype is bfloat16 and {phase}.optimiser.lr is {optimiser.lr:g}: AdamW changes a weight by "
+                f"about lr a step, which rounds to nothing where the weight is above {optimiser.lr * 2**9:.1g}: "
+                "most would never move. Keep the weights in float32 and multiply in bfloat16: model.dtype=float32 "
+                "model.compute=bfloat16."
+            )

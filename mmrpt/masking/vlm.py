@@ -7,7 +7,6 @@ InternVL, SmolVLM, Gemma 3 and what else attends through transformers' attention
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from mmrpt.families import SUPPORTED_MODEL_TYPES, model_folder
 from mmrpt.masking.forward import CaptionModel, PolicyModel, Prompt
-from mmrpt.policy import SUPPORTED_MODEL_TYPES, Policy
+from mmrpt.policy import Policy
 from mmrpt_kernels.integrations.transformers import enable_visual_mass, record_visual_mass
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 1 at image tokens
@@ -114,14 +114,26 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def load_caption_model(path: str, dtype: torch.dtype, device: str) -> CaptionModel:
+def load_caption_model(
+    path: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    *,
+    revision: str | None = None,
+    **pixel_limits: int | None,
+) -> CaptionModel:
     """A model from a Hugging Face folder or hub name: as the trainer's policy where that serves its family.
 
     Raises FileNotFoundError, OSError or ValueError with the remedy.
     """
-    if not Path(path).is_dir() and (path.count("/") > 1 or path[:1] in "./~"):
-        raise FileNotFoundError(f"model.path is {path!r}: there is no such folder, and it is no name of the hub.")
-    if Path(path).is_dir() and type(AutoConfig.from_pretrained(path)).model_type in SUPPORTED_MODEL_TYPES:
-        return PolicyModel(Policy.load(path, dtype=dtype, device=device))
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device)
-    return VisionLanguageModel(model, AutoProcessor.from_pretrained(path))
+    folder = model_folder(path, revision)
+    model_type = type(AutoConfig.from_pretrained(folder)).model_type
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return PolicyModel(Policy.load(folder, dtype=dtype, device=device, **pixel_limits))
+    if any(pixel_limits.values()):
+        raise ValueError(
+            f"model.min_pixels and model.max_pixels are for {SUPPORTED_MODEL_TYPES}, but {path} holds a "
+            f"{model_type!r}: leave them out, or set the size in its preprocessor_config.json."
+        )
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+    return VisionLanguageModel(model, AutoProcessor.from_pretrained(folder))

@@ -41,8 +41,9 @@ def generate(
     was_training = policy.model.training
     policy.model.eval()
     try:
-        state = _read_prompts(policy, prompts, pixels, image_index, group_size)
-        return _decode(policy, state, max_new_tokens, temperature, top_p, generator)
+        with policy.autocast():
+            state = _read_prompts(policy, prompts, pixels, image_index, group_size)
+            return _decode(policy, state, max_new_tokens, temperature, top_p, generator)
     finally:
         policy.model.train(was_training)
 

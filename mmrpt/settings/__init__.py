@@ -14,7 +14,6 @@ from mmrpt.settings.method import (
     DataSettings,
     EvaluationSettings,
     MaskingSettings,
-    ModelSettings,
     OptimiserSettings,
     PerceptionSettings,
     PromptSettings,
@@ -24,6 +23,7 @@ from mmrpt.settings.method import (
     WarmupSettings,
     threshold_rule,
 )
+from mmrpt.settings.model import ModelSettings
 from mmrpt.settings.tree import Settings
 
 __all__ = [

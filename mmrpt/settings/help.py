@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from textwrap import wrap
 from typing import Any
 
 import yaml
 
+from mmrpt.settings.load import flatten
+from mmrpt.settings.model import WITH_MODEL_PATH
 from mmrpt.settings.tree import Settings
 
 
 def settings_help() -> str:
     """What `--help` prints below the options: `name=default  help`, a paragraph for each group."""
-    return "\n".join(["settings, which a file (YAML) and key=value arguments change:", *_group(Settings(), "")])
+    title = "settings, which a file (YAML) and key=value arguments change:"
+    changed = " ".join(f"{name}={value!r}" for name, value in flatten(WITH_MODEL_PATH).items())
+    real = wrap(f"defaults that differ with model.path: {changed}", 116)
+    return "\n".join([title, *_group(Settings(), ""), "", *real])
 
 
 def _group(group: Any, prefix: str) -> list[str]:

@@ -39,15 +39,6 @@ class DataSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
-class ModelSettings:
-    """The model that is trained."""
-
-    path: str | None = Field(None, description="Hugging Face folder, Qwen2-VL family; null: the demo's tiny model")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights of a model from model.path")
-    gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
-
-
-@dataclass(frozen=True, config=STRICT)
 class PromptSettings:
     """What the user turn says, and the mark of what is hidden."""
 

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from mmrpt.settings import method
 from mmrpt.settings.base import STRICT, require
 from mmrpt.settings.demo import DemoSettings
+from mmrpt.settings.model import ModelSettings
 
 DRAWN_CAPTIONS = 1_500  # of the drawn world, scored by default
 
@@ -23,13 +24,15 @@ class Settings:
     output: str = Field("runs", description="folder of the runs")
     seed: int = Field(0, description="seed of everything that is drawn at random")
     threads: int | None = Field(None, ge=1, description="threads of torch on the CPU; null: one a core")
-    device: str = Field("cpu", description="where the model runs: cpu, cuda, cuda:1, mps")
+    device: str = Field(
+        "auto", description="where the model runs: cpu, cuda, cuda:1, mps; auto: cuda where torch has it, else cpu"
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints, which --resume goes on from")
     patience: int = Field(
         20, ge=1, description="steps in a row without signal, or not finite, before the run stops with an error"
     )
     data: method.DataSettings = field(default_factory=method.DataSettings)
-    model: method.ModelSettings = field(default_factory=method.ModelSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
     prompts: method.PromptSettings = field(default_factory=method.PromptSettings)
     warmup: method.WarmupSettings = field(default_factory=method.WarmupSettings)
     masking: method.MaskingSettings = field(default_factory=method.MaskingSettings)

@@ -37,6 +37,7 @@ TINY = TinyVLMConfig(
 # A whole run of these takes two seconds on one core. None of twelve sentences scores nine deviations below their mean,
 # so all are masked, and there are twelve samples on any CPU: the second and fourth round of seven begin a new epoch.
 SMALL_RUN = (
+    "device=cpu",
     "threads=1",
     "checkpoint_every=2",
     "demo.vision_steps=3",

@@ -164,7 +164,11 @@ def test_phases_without_steps_copy_no_model(tmp_path):
 def test_another_environment_at_resume_is_added(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     for commit in ("aaa", "aaa", "bbb", "bbb"):
-        monkeypatch.setattr("mmrpt.run_folder.environment", lambda commit=commit: {"date": "today", "commit": commit})
-        folder.record_environment()
+        monkeypatch.setattr(
+            "mmrpt.run_folder.environment",
+            lambda device, commit=commit: {"device": device, "date": "today", "commit": commit},
+        )
+        folder.record_environment("cpu")
     found = json.loads((tmp_path / "environment.json").read_text())
-    assert found == {"date": "today", "commit": "aaa", "resumed": [{"date": "today", "commit": "bbb"}]}
+    later = {"device": "cpu", "date": "today", "commit": "bbb"}
+    assert found == {"device": "cpu", "date": "today", "commit": "aaa", "resumed": [later]}

@@ -41,6 +41,7 @@ def test_a_torn_row_is_forgotten_when_writing_goes_on(tmp_path):
 
 
 def test_the_environment_names_what_a_number_depends_on():
-    found = environment()
+    found = environment("cuda:0 (some GPU)")
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert found["device"] == "cuda:0 (some GPU)"
     assert {"date", "mmrpt", "python", "transformers", "machine", "cores", "device", "commit"} <= found.keys()

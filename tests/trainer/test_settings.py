@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mmrpt.engines.run import check_device
+from mmrpt.engines.run import resolve_device
 from mmrpt.settings import Settings, SettingsError, WorldConfig, load_settings, save_settings, settings_help
-from mmrpt.settings.load import FORMER_NAMES
+from mmrpt.settings.load import FORMER_NAMES, flatten
+from mmrpt.settings.model import WITH_MODEL_PATH
 from mmrpt.world.concepts import all_concepts
 from tests.trainer.conftest import SMALL_RUN
 
@@ -54,6 +55,7 @@ def refusal(*overrides: str) -> str:
 DEFAULTS = leaves(Settings())
 # Where the rule below gives what a check refuses.
 FITTING = {
+    "model.freeze": ("vision",),
     "masking.layers": (2, 3),
     "masking.threshold": "quantile:0.25",
     "rl.max_importance": 2.0,
@@ -65,9 +67,9 @@ FITTING = {
     "demo.tiny.heads": 8,
     "demo.tiny.kv_heads": 4,
 }
-# What else a setting changes: the demo's own training is not for given models and pairs.
+# What else a setting changes: a given model has other defaults; the demo's own training is not for it and given pairs.
 ALSO = {
-    "model.path": {"demo.vision_steps": 0, "demo.vision_frozen_steps": 0},
+    "model.path": {"demo.vision_steps": 0, "demo.vision_frozen_steps": 0, **flatten(WITH_MODEL_PATH)},
     "data.pairs": {"demo.sentence_steps": 0},
 }
 
@@ -209,6 +211,9 @@ def test_all_given_captions_are_scored_and_a_part_of_the_endless_world(overrides
         ("prompts.mask=<|image_pad|>", "prompts.mask is '<|image_pad|>'"),
         ("prompts.mask=''", "prompts.mask is empty"),
         ("name=a/b", "names a folder"),
+        ("model.freeze=[vision,merger,decoder]", "nothing is left to train"),
+        ("model.freeze=[tower]", "model.freeze is 'tower': expected 'vision', 'merger' or 'decoder'"),
+        ("model.min_pixels=900 model.max_pixels=800", "model.min_pixels is 900: expected at most model.max_pixels"),
         ("rl.advantage=best", "rl.advantage is 'best': expected 'grpo' or 'dr_grpo'"),
         ("reward.exact=0 reward.prefix=0 reward.semantic=0", "no term rewards the answer"),
         ("demo.world.max_cards=9", "demo.world.max_cards is 9: expected less than or equal to 4"),
@@ -265,8 +270,7 @@ def test_unreadable_files_are_refused(tmp_path):
 @pytest.mark.parametrize("device", ["xpu:99", "nonsense"])
 def test_a_device_that_is_not_there_is_refused_with_the_remedy(device):
     with pytest.raises(SettingsError, match="device=cpu"):
-        check_device(device)
-    check_device("cpu")
+        resolve_device(device)
 
 
 def test_the_world_offers_as_many_concepts_as_there_is_artwork_for():
