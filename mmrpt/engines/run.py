@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from mmrpt.checkpoint import load_checkpoint
 from mmrpt.corpus import ImageCache
 from mmrpt.policy import Policy
+from mmrpt.rewards import RewardFunction, load_rewards
 from mmrpt.run_folder import RunFolder
 from mmrpt.settings import Settings, SettingsError
 from mmrpt.sources import Sources, open_sources
+from mmrpt.trackers import Trackers
 from mmrpt.world.warm_start import build_start_policy
 
 # Whose weights a phase begins with; before the first there is only the start model.
@@ -63,6 +65,7 @@ class Run:
     sources: Sources
     images: ImageCache
     folder: RunFolder
+    rewards: Mapping[str, RewardFunction]  # of reward.custom, by the term's name
     stop: Stop = field(default_factory=Stop)
 
     def load(self, phase: str | None) -> None:
@@ -87,11 +90,14 @@ def open_run(settings: Settings) -> Run:
     check_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track)
     sources = open_sources(settings)
     policy = start_policy(settings, sources)
     folder = RunFolder(settings.run_dir)
     folder.record_environment()
-    return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder)
+    folder.trackers = trackers
+    trackers.start(settings, folder.path)
+    return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder, rewards)
 
 
 def start_policy(settings: Settings, sources: Sources) -> Policy:

@@ -18,12 +18,12 @@ from mmrpt.settings.method import (
     OptimiserSettings,
     PerceptionSettings,
     PromptSettings,
-    RewardSettings,
     RLSettings,
     RolloutSettings,
     WarmupSettings,
     threshold_rule,
 )
+from mmrpt.settings.reward import RewardSettings
 from mmrpt.settings.tree import Settings
 
 __all__ = [
