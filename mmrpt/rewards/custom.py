@@ -61,7 +61,7 @@ def results_of(terms: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for all rounds, so that clients keep their connections; in a thread, for notebooks have a loop already."""
+    """One loop for all rounds, so that clients keep their connections; in a thread, as notebooks have a loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop

@@ -17,7 +17,8 @@ class RewardSettings:
     prefix: float = Field(0.1, description="weight of the share of the hidden words that the answer begins with")
     semantic: float = Field(0.2, description="weight of an answer close to the hidden words in meaning")
     custom: dict[str, float] = Field(
-        default_factory=dict, description="weights of your own functions, as {my_rewards.py:length: 0.5, package.mod:f: 1}"
+        default_factory=dict,
+        description="weights of your own functions: {my_rewards.py:length: 0.5, package.mod:f: 1}",
     )
 
     def __post_init__(self) -> None:
