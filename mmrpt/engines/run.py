@@ -94,9 +94,9 @@ def open_run(settings: Settings) -> Run:
     sources = open_sources(settings)
     policy = start_policy(settings, sources)
     folder = RunFolder(settings.run_dir)
-    folder.record_environment()
     folder.trackers = trackers
     trackers.start(settings, folder.path)
+    folder.record_environment()
     return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder, rewards)
 
 

@@ -20,8 +20,9 @@ from tests.trainer.test_resume import outside_world  # noqa: F401  a fixture
 SOURCE = """
 from dataclasses import dataclass
 
-count = 0
-count += 1
+count = 1
+with open(f"{__file__}.runs", "a") as runs:
+    runs.write("x")
 
 @dataclass
 class Score:
@@ -61,6 +62,7 @@ def test_functions_of_files_and_modules_are_found_by_name(file):
     names = ("short", "loaded", "judge", "longer")
     found = load_rewards([*(f"{file}:{name}" for name in names), "mmrpt.rewards.exact:exact_reward"])
     assert list(found) == [*names, "exact_reward"] and load_rewards([]) == {}
+    assert file.with_name("my_rewards.py.runs").read_text() == "x"  # however many functions it has
     columns = {"prompts": ["a", "b"], "answer": ["asix", "c"]}
     totals, terms = combine_rewards(dict.fromkeys(names, 1.0), ["six", "seven"], found, **columns)
     assert terms == {"short": [1, 0], "loaded": [1, 1], "judge": [1, 0], "longer": [3, 5]}
