@@ -80,7 +80,10 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
         gc.freeze()
         run.stop.install()
         (folder / ERROR_FILE).unlink(missing_ok=True)
-        print(f"report: {work(run)}")
+        try:
+            print(f"report: {work(run)}")
+        finally:
+            run.folder.trackers.close()
         return 0
     except RunError as error:
         return tell(error)

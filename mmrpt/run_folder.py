@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 
 from mmrpt.corpus import JsonlWriter, read_jsonl, write_json, write_jsonl
+from mmrpt.trackers import Trackers
 
 # The phases that train, in order; each leaves checkpoints/<phase>.
 PHASES = ("vision_pretraining", "warmup", "rl", "control")
@@ -36,6 +37,7 @@ class RunFolder:
         self._writers: dict[str, JsonlWriter] = {}
         self._lock: IO[str] | None = None
         self._started = time.perf_counter()
+        self.trackers = Trackers(())
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -71,9 +73,10 @@ class RunFolder:
         self._writers[file].write(row)
 
     def metrics(self, phase: str, step: int, **values: Any) -> None:
-        """A row of metrics.jsonl. `seconds` are those of this process's work on the run."""
-        seconds = round(time.perf_counter() - self._started, 3)
-        self.write("metrics.jsonl", {"phase": phase, "step": step, "seconds": seconds, **values})
+        """A row of metrics.jsonl, and of the trackers. `seconds` are those of this process's work on the run."""
+        row = {"seconds": round(time.perf_counter() - self._started, 3), **values}
+        self.write("metrics.jsonl", {"phase": phase, "step": step, **row})
+        self.trackers.log(phase, step, row)
 
     def rewind(self, phase: str, step: int) -> None:
         """Forgets rows of `phase` at or past `step`, and all rows of later phases."""

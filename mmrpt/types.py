@@ -178,12 +178,13 @@ class Group:
 @dataclass(frozen=True)
 class SamplingRound:
     """What a round of sampling gave (`mmrpt.rollout.collect`): the groups with a signal, and all rollouts with their
-    rewards, a prompt's beside each other. `metrics` are means over all of them."""
+    rewards, a prompt's beside each other. `metrics` are means over all of them; `seconds` by part of the work."""
 
     groups: list[Group]
     rollouts: list[Rollout]
     rewards: list[float]
     metrics: dict[str, float]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from mmrpt.report.statistics import roc_auc
 from mmrpt.report.step_log import log_step
 from mmrpt.rollout.buffer import GroupBuffer
 from mmrpt.settings import OptimiserSettings
+from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, MaskedSample
 from mmrpt.world.warm_start import VisionPretraining, lesson_at
 
@@ -107,11 +108,17 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
     buffer = GroupBuffer.from_state(phase.state.get("buffer", []), run.policy.device)
     done = {"round": phase.state.get("round", 0)}
     for step in phase.steps(lambda: {"buffer": buffer.state(), **done}):
-        rounds = list(fill_buffer(run.policy, buffer, samples, run.images, settings, done["round"], reference))
+        sampling = fill_buffer(
+            run.policy, buffer, samples, run.images, settings, done["round"], reference, custom=run.rewards
+        )
+        rounds, watch = list(sampling), Stopwatch()
         done["round"] += len(rounds)
         groups = buffer.take(settings.rl.groups_per_step)
-        captions = later_captions(run, step) if settings.rl.caption_weight else None
-        metrics, weights = train_on_groups(run.policy, phase.optimiser, groups, run.images, settings, step, captions)
+        with watch.part("captions"):
+            captions = later_captions(run, step) if settings.rl.caption_weight else None
+        metrics, weights = train_on_groups(
+            run.policy, phase.optimiser, groups, run.images, settings, step, captions, watch=watch
+        )
         log_step(
             run.folder,
             step,
@@ -119,6 +126,7 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
             weights=weights,
             rounds=rounds,
             metrics=metrics,
+            seconds=watch.seconds,
             samples=samples,
             policy=run.policy,
         )

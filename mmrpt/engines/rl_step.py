@@ -13,9 +13,11 @@ from mmrpt.objective import importance_weights, loss_normalizer, policy_loss, su
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.policy import Policy
+from mmrpt.rewards import RewardFunction
 from mmrpt.rollout.buffer import GroupBuffer, stack_rows
 from mmrpt.rollout.collect import collect_round
 from mmrpt.settings import RLSettings, Settings
+from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, Group, MaskedSample, PolicyTargets, SamplingRound
 
 # Statistics that need no log-prob of a token without gradient.
@@ -30,6 +32,8 @@ def fill_buffer(
     settings: Settings,
     first_round: int,
     reference: Policy | None = None,
+    *,
+    custom: Mapping[str, RewardFunction] | None = None,
 ) -> Iterator[SamplingRound]:
     """Samples rounds until the buffer holds a step's groups or `rl.max_rounds` are spent; yields each round.
 
@@ -48,6 +52,7 @@ def fill_buffer(
             settings,
             seed=seed_of(settings.seed, "round", number),
             reference=reference,
+            custom=custom,
         )
         buffer.add(outcome.groups)
         yield outcome
@@ -61,14 +66,32 @@ def train_on_groups(
     settings: Settings,
     step: int,
     captions: Batch | None = None,
+    *,
+    watch: Stopwatch | None = None,
 ) -> tuple[dict[str, Any], PerceptionWeights | None]:
     """One optimiser step. Perception statistics run over all groups; micro-batches only bound the memory.
 
     Every `rl.statistics_every` steps the metrics cover all response tokens; in between, those alone that need no
     log-prob of a token without gradient. With `captions`, their supervised loss times `rl.caption_weight` is part of
-    the step, and all of it where there is no group.
+    the step, and all of it where there is no group. `watch` takes the seconds of "update" and "captions".
     """
-    groups = list(groups)
+    watch = watch or Stopwatch()
+    with watch.part("update"):
+        loss, totals, weights = _backward(policy, list(groups), images, settings, step)
+    if captions is not None:
+        with watch.part("captions"):
+            caption_loss = supervised_loss(policy, captions)
+            (settings.rl.caption_weight * caption_loss).backward()
+            totals["caption_loss"] = caption_loss.item()
+    with watch.part("update"):
+        norms = optimiser.step(step, settings.rl.steps)
+    return {"loss": loss, **totals, **norms}, weights
+
+
+def _backward(
+    policy: Policy, groups: list[Group], images: ImageCache, settings: Settings, step: int
+) -> tuple[float, dict[str, float], PerceptionWeights | None]:
+    """Adds the gradients of the groups' loss; (loss, statistics, weights)."""
     n = settings.rollout.group_size
     weights = _perception_weights(groups, settings)
     normalizer = loss_normalizer(
@@ -105,11 +128,7 @@ def train_on_groups(
         else:
             statistics = {name: statistics[name] for name in OF_ANY_STEP}
         _add_statistics(totals, statistics, tokens / sum(g.response_tokens for g in groups))
-    if captions is not None:
-        caption_loss = supervised_loss(policy, captions)
-        (settings.rl.caption_weight * caption_loss).backward()
-        totals["caption_loss"] = caption_loss.item()
-    return {"loss": loss_value, **totals, **optimiser.step(step, settings.rl.steps)}, weights
+    return loss_value, totals, weights
 
 
 def _add_statistics(totals: dict[str, float], statistics: Mapping[str, torch.Tensor], share: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +14,11 @@ from mmrpt.checkpoint import load_checkpoint
 from mmrpt.corpus import ImageCache
 from mmrpt.families import freeze_parts
 from mmrpt.policy import Policy
+from mmrpt.rewards import RewardFunction, load_rewards
 from mmrpt.run_folder import RunFolder
 from mmrpt.settings import Settings, SettingsError
 from mmrpt.sources import Sources, open_sources
+from mmrpt.trackers import Trackers
 from mmrpt.world.warm_start import build_start_policy
 
 # Whose weights a phase begins with; before the first there is only the start model.
@@ -67,6 +69,7 @@ class Run:
     sources: Sources
     images: ImageCache
     folder: RunFolder
+    rewards: Mapping[str, RewardFunction]  # of reward.custom, by the term's name
     stop: Stop = field(default_factory=Stop)
 
     def load(self, phase: str | None) -> None:
@@ -93,12 +96,15 @@ def open_run(settings: Settings) -> Run:
     device = resolve_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track)
     sources = open_sources(settings)
     policy = start_policy(settings, sources, device)
     folder = RunFolder(settings.run_dir)
+    folder.trackers = trackers
+    trackers.start(settings, folder.path)
     folder.record_environment(device_name(device))
     print(f"device: {device_name(device)}", flush=True)
-    return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder)
+    return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder, rewards)
 
 
 def start_policy(settings: Settings, sources: Sources, device: torch.device) -> Policy:

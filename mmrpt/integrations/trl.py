@@ -51,7 +51,7 @@ def masked_dataset(path: str | Path, source: PairSource, prompts: PromptSettings
     """Masked samples (JSON lines, as a run writes them) as a dataset for `GRPOTrainer`; images are read on demand.
 
     Columns: `prompt`, one user turn that asks for the span; `image`; `answer`, the span, which mmrpt.rewards read, and
-    again as `solution`, where TRL's rewards look for it; `id` and `example_id`.
+    again as `solution`, where TRL's rewards look for it; `id`, `example_id` and `masked_caption`.
     """
     prompts = prompts or PromptSettings()
     samples = [MaskedSample(**row) for row in read_jsonl(path)]
@@ -64,6 +64,7 @@ def masked_dataset(path: str | Path, source: PairSource, prompts: PromptSettings
             "solution": sample.answer,
             "id": sample.id,
             "example_id": sample.example_id,
+            "masked_caption": sample.masked_caption,
         }
         for sample in samples
     ]

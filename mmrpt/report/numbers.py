@@ -65,7 +65,7 @@ PROMISES = (
     ),
     Promise("time of the whole run, on two cores", "seconds/whole run", duration, 360.0, False),
 )
-MAY_DIFFER = ("name", "output", "seed", "threads")  # settings that leave a run the default run
+MAY_DIFFER = ("name", "output", "seed", "threads", "track")  # settings that leave a run the default run
 
 
 def numbers_of(run: Run) -> dict[str, Estimate]:

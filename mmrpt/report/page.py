@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mmrpt.corpus import write_bytes
@@ -44,6 +45,7 @@ PHASE_NAMES = {
     "evaluation": "evaluation",
 }
 STEPS_OF = {"vision_pretraining": "demo.vision_steps", "control": "rl.steps"}  # where they are not <phase>.steps
+PART = "seconds_"  # begins the name of a metric that is the time of a part of a step
 ABOUT = (
     "Masked multimodal reinforcement pre-training: words are hidden in sentences whose attention leans on the image, "
     "and the model is rewarded for restoring them."
@@ -137,8 +139,15 @@ def _phases(run: Run) -> str:
             done = steps[-1]["step"] + 1 if steps else 0 if planned else ""  # 0 also where no step had a signal
             said = f"{done} of {planned}" if planned else str(done)
             rows.append([label, said, duration(run.seconds.get(phase, math.nan))])
+        rows += [[f"– {part}", "", duration(seconds)] for part, seconds in _parts(run, phase).items()]
     rows.append(["**all**", "", f"**{duration(sum(run.seconds.values()))}**"])
     return table(["phase", "steps", "time"], rows, right=(1, 2)) if len(rows) > 1 else ""
+
+
+def _parts(run: Run, phase: str) -> dict[str, float]:
+    """Seconds of each part of the phase's steps, where its rows tell them."""
+    keys = sorted({key for row in run.metrics.get(phase, []) for key in row if key.startswith(PART)})
+    return {key.removeprefix(PART): float(np.nansum(run.values(phase, key))) for key in keys}
 
 
 def _masking(run: Run, numbers: Numbers) -> str:

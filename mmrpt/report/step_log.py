@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmrpt.perception import PerceptionWeights
@@ -22,13 +22,20 @@ def log_step(
     weights: PerceptionWeights | None,
     rounds: Sequence[SamplingRound],
     metrics: dict[str, Any],
+    seconds: Mapping[str, float],
     samples: Sequence[MaskedSample],
     policy: Policy,
 ) -> None:
-    """Writes the step's rows to metrics.jsonl, perception.jsonl and samples.jsonl. `rounds`: those sampled for it."""
+    """Writes the step's rows to metrics.jsonl, perception.jsonl and samples.jsonl. `rounds`: those sampled for it;
+    `seconds`: of its parts besides those rounds."""
     row = dict(metrics)
-    for name in rounds[0].metrics if rounds else ():
-        row[name] = sum(r.metrics[name] for r in rounds) / len(rounds)
+    for name in dict.fromkeys(name for r in rounds for name in r.metrics):
+        values = [r.metrics[name] for r in rounds if name in r.metrics]  # a reward term may apply to none of a round
+        row[name] = sum(values) / len(values)
+    seconds = dict(seconds)
+    for part, value in (item for r in rounds for item in r.seconds.items()):
+        seconds[part] = seconds.get(part, 0.0) + value
+    row |= {f"seconds_{part}": round(value, 4) for part, value in sorted(seconds.items())}
     row |= {"rounds": len(rounds), "groups": len(groups)}
     if weights is not None:
         trajectories = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,10 +15,11 @@ from mmrpt.corpus import seed_of
 from mmrpt.objective import response_logps
 from mmrpt.perception import blacken_pixels, token_perception
 from mmrpt.policy import Policy
-from mmrpt.rewards import combine_rewards
+from mmrpt.rewards import RewardFunction, combine_rewards
 from mmrpt.rollout.generate import generate
-from mmrpt.rollout.prompts import restore_prompts
+from mmrpt.rollout.prompts import restore_prompts, restore_text
 from mmrpt.settings import PerceptionSettings, Settings
+from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Generation, Group, MaskedSample, PixelBatch, Rollout, SamplingRound
 
 
@@ -40,28 +42,34 @@ def collect_round(
     settings: Settings,
     seed: int,
     reference: Policy | None = None,
+    *,
+    custom: Mapping[str, RewardFunction] | None = None,
 ) -> SamplingRound:
     """Samples a group for each masked caption, rewards it and, where it has a signal, scores its tokens.
 
-    Depends on the weights of `policy` and of `reference` (for `rl.kl_coef`), the arguments and `seed` alone.
+    Depends on the weights of `policy` and of `reference` (for `rl.kl_coef`), the arguments and `seed` alone. `custom`:
+    the functions of `reward.custom`.
     """
-    pixels = policy.pixels([images[s.example_id] for s in samples])
-    prompts = restore_prompts(policy, samples, pixels, settings.prompts)
-    n = settings.rollout.group_size
-    generation = generate(
-        policy,
-        prompts,
-        pixels,
-        range(len(samples)),
-        group_size=n,
-        max_new_tokens=settings.rollout.max_new_tokens,
-        temperature=settings.rollout.temperature,
-        top_p=settings.rollout.top_p,
-        generator=torch.Generator(policy.device).manual_seed(seed),
-    )
-    rollouts = _rollouts(policy, samples, generation, n)
-    columns = {"id": [r.sample_id for r in rollouts], "answer": [s.answer for s in samples for _ in range(n)]}
-    totals, terms = combine_rewards(asdict(settings.reward), [r.completion for r in rollouts], **columns)
+    n, watch = settings.rollout.group_size, Stopwatch()
+    with watch.part("sampling"):
+        pixels = policy.pixels([images[s.example_id] for s in samples])
+        prompts = restore_prompts(policy, samples, pixels, settings.prompts)
+        generation = generate(
+            policy,
+            prompts,
+            pixels,
+            range(len(samples)),
+            group_size=n,
+            max_new_tokens=settings.rollout.max_new_tokens,
+            temperature=settings.rollout.temperature,
+            top_p=settings.rollout.top_p,
+            generator=torch.Generator(policy.device).manual_seed(seed),
+        )
+        rollouts = _rollouts(policy, samples, generation, n)
+    with watch.part("reward"):
+        columns = _columns(samples, rollouts, settings)
+        completions = [r.completion for r in rollouts]
+        totals, terms = combine_rewards(settings.reward.weights(), completions, custom, **columns)
     rewards = torch.tensor(totals, device=generation.logps.device).view(len(samples), n)
     accuracy = rewards.new_tensor(terms["exact"]).view(len(samples), n).mean(-1)
     limits = {"min_accuracy": settings.rl.min_accuracy, "max_accuracy": settings.rl.max_accuracy}
@@ -76,10 +84,11 @@ def collect_round(
         "groups_too_easy": (accuracy > limits["max_accuracy"]).float().mean().item(),
         "response_length": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
         "finished": generation.finished.float().mean().item(),
+        **_term_means(terms),
     }
     chosen = signal.nonzero()[:, 0].tolist()
     if not chosen:
-        return SamplingRound([], rollouts, totals, metrics)
+        return SamplingRound([], rollouts, totals, metrics, watch.seconds)
     rows = [i * n + j for i in chosen for j in range(n)]
     kept = _Kept(
         [samples[i] for i in chosen],
@@ -89,12 +98,26 @@ def collect_round(
         generation.logps[rows],
         generation.hidden[rows],
     )
-    return SamplingRound(
-        _groups(kept, _token_fields(policy, reference, kept, settings, seed), rewards[chosen], advantages[chosen]),
-        rollouts,
-        totals,
-        metrics,
-    )
+    with watch.part("perception"):
+        fields = _token_fields(policy, reference, kept, settings, seed)
+    groups = _groups(kept, fields, rewards[chosen], advantages[chosen])
+    return SamplingRound(groups, rollouts, totals, metrics, watch.seconds)
+
+
+def _columns(samples: Sequence[MaskedSample], rollouts: Sequence[Rollout], settings: Settings) -> dict[str, list[Any]]:
+    """What reward functions get besides the completions, an entry for each (`mmrpt.rewards.custom.COLUMNS`)."""
+    of = [samples[r.group] for r in rollouts]
+    return {
+        "prompts": [restore_text(s, settings.prompts) for s in of],
+        "completion_ids": [list(r.token_ids) for r in rollouts],
+        **{name: [getattr(s, name) for s in of] for name in ("id", "answer", "example_id", "masked_caption")},
+    }
+
+
+def _term_means(terms: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    """The mean of each term over the completions that it applies to; a term that applies to none is absent."""
+    applied = {name: [v for v in values if v is not None] for name, values in terms.items()}
+    return {f"reward/{name}": float(sum(values) / len(values)) for name, values in applied.items() if values}
 
 
 def _rollouts(policy: Policy, samples: Sequence[MaskedSample], generation: Generation, n: int) -> list[Rollout]:

@@ -17,13 +17,13 @@ from mmrpt.settings.method import (
     OptimiserSettings,
     PerceptionSettings,
     PromptSettings,
-    RewardSettings,
     RLSettings,
     RolloutSettings,
     WarmupSettings,
     threshold_rule,
 )
 from mmrpt.settings.model import ModelSettings
+from mmrpt.settings.reward import RewardSettings
 from mmrpt.settings.tree import Settings
 
 __all__ = [

@@ -93,11 +93,12 @@ def to_yaml(settings: Settings) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b.c": value}; an empty group keeps its name."""
+    """Nested settings as {"a.b.c": value}. A mapping that is empty, or whose keys are no names, is a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
+        group = isinstance(value, dict) and value and all(str(part).isidentifier() for part in value)
+        flat.update(flatten(value, f"{name}.") if group else {name: value})
     return flat
 
 
@@ -134,7 +135,7 @@ def _unknown(given: dict[str, Any], known: dict[str, Any], prefix: str = "") -> 
         name = f"{prefix}{key}"
         if key not in known:
             names += flatten({name: value})
-        elif isinstance(value, dict) and isinstance(known[key], dict):
+        elif isinstance(value, dict) and isinstance(known[key], dict) and known[key]:  # {}: it takes any key
             names += _unknown(value, known[key], f"{name}.")
     return names
 
@@ -159,10 +160,10 @@ def _explain(item: Any, defaults: dict[str, Any]) -> str:
     for part in item["loc"]:  # which goes on into lists and unions
         if not isinstance(group, dict):
             break
-        names.append(part)
-        group = group[part]
+        names.append(str(part))
+        group = group.get(part)
     where = ".".join(names)
-    if isinstance(group, dict):
+    if isinstance(group, dict) and group:
         return f"{where} is {item['input']!r}: it is a group; set what is in it, as {where}.{next(iter(group))}=..."
     return f"{where} is {item['input']!r}: {message.replace('Input should be', 'expected', 1)}."
 

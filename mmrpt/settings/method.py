@@ -183,19 +183,6 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, config=STRICT)
-class RewardSettings:
-    """Weights of the reward's terms; 0 leaves a term out."""
-
-    format: float = Field(0.1, description="weight of an answer in the format <think>...</think><answer>...</answer>")
-    exact: float = Field(1.0, description="weight of an answer that is the hidden words")
-    prefix: float = Field(0.1, description="weight of the share of the hidden words that the answer begins with")
-    semantic: float = Field(0.2, description="weight of an answer close to the hidden words in meaning")
-
-    def __post_init__(self) -> None:
-        require(self.exact + self.prefix + self.semantic > 0, "reward: no term rewards the answer; raise exact.")
-
-
-@dataclass(frozen=True, config=STRICT)
 class PerceptionSettings:
     """How much each token depends on the image, and what follows for its gradient (VPPO)."""
 

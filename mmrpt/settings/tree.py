@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,6 +13,7 @@ from mmrpt.settings import method
 from mmrpt.settings.base import STRICT, require
 from mmrpt.settings.demo import DemoSettings
 from mmrpt.settings.model import ModelSettings
+from mmrpt.settings.reward import RewardSettings
 
 DRAWN_CAPTIONS = 1_500  # of the drawn world, scored by default
 
@@ -31,13 +33,16 @@ class Settings:
     patience: int = Field(
         20, ge=1, description="steps in a row without signal, or not finite, before the run stops with an error"
     )
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="where each row of metrics.jsonl also goes: tensorboard, wandb, trackio"
+    )
     data: method.DataSettings = field(default_factory=method.DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: method.PromptSettings = field(default_factory=method.PromptSettings)
     warmup: method.WarmupSettings = field(default_factory=method.WarmupSettings)
     masking: method.MaskingSettings = field(default_factory=method.MaskingSettings)
     rollout: method.RolloutSettings = field(default_factory=method.RolloutSettings)
-    reward: method.RewardSettings = field(default_factory=method.RewardSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     perception: method.PerceptionSettings = field(default_factory=method.PerceptionSettings)
     rl: method.RLSettings = field(default_factory=method.RLSettings)
     control: method.ControlSettings = field(default_factory=method.ControlSettings)

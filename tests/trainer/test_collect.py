@@ -12,7 +12,9 @@ from mmrpt.advantage import group_advantages
 from mmrpt.corpus import seed_of
 from mmrpt.perturbation import blacken_patches
 from mmrpt.rewards.combine import REWARDS
+from mmrpt.rewards.custom import COLUMNS
 from mmrpt.rollout.collect import collect_round
+from mmrpt.rollout.prompts import restore_text
 from tests.trainer.conftest import make_looking_policy, masked_colour, response_logits
 
 
@@ -122,6 +124,7 @@ def test_metrics_are_means_over_all_that_was_sampled(policy, asked, settings, re
         "groups_too_easy": (right.sum(1) == 3).mean(),
         "response_length": np.mean(lengths),
         "finished": np.mean([r.finished for r in outcome.rollouts]),
+        **{f"reward/{name}": right.mean() for name in REWARDS},
     }
     assert outcome.metrics == pytest.approx(expected, rel=1e-5)
 
@@ -151,6 +154,34 @@ def test_a_reward_that_is_not_finite_names_its_sample(policy, asked, settings, r
     monkeypatch.setitem(REWARDS, "semantic", lambda completions, **_: bad)
     with pytest.raises(ValueError, match=f"reward term 'semantic' is nan for sample {samples[2].id}, which begins"):
         collect_round(policy, samples, images, settings, seed=1)
+
+
+def test_own_rewards_see_every_column_and_add_to_the_total(policy, asked, settings, rewards_with_signal):
+    samples, images = asked
+    seen = {}
+
+    def long(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [None if i < 3 else float(len(text)) for i, text in enumerate(completions)]
+
+    options = replace(settings, reward=replace(settings.reward, custom={"my.py:long": 0.25, "my.py:never": 1.0}))
+    custom = {"long": long, "never": lambda completions, **_: [None] * len(completions)}
+    plain = collect_round(policy, samples, images, settings, seed=1)
+    outcome = collect_round(policy, samples, images, options, seed=1, custom=custom)
+    assert set(seen) == set(COLUMNS)
+    lengths = [len(r.completion) for r in outcome.rollouts]
+    added = [0.0] * 3 + [0.25 * length for length in lengths[3:]]
+    assert outcome.rewards == pytest.approx([a + b for a, b in zip(plain.rewards, added, strict=True)])
+    assert outcome.metrics["reward/long"] == pytest.approx(np.mean(lengths[3:]))
+    assert "reward/never" not in outcome.metrics
+    for i, rollout in enumerate(outcome.rollouts):
+        sample = samples[i // 3]
+        assert seen["prompts"][i] == restore_text(sample, settings.prompts)
+        assert (seen["completions"][i], seen["completion_ids"][i]) == (rollout.completion, list(rollout.token_ids))
+        found = {name: seen[name][i] for name in ("id", "example_id", "answer", "masked_caption")}
+        assert found == {name: getattr(sample, name) for name in found}
+    with pytest.raises(ValueError, match=r"unknown reward terms \['long', 'never'\]"):
+        collect_round(policy, samples, images, options, seed=1)
 
 
 def test_reference_and_trainer_log_probs_are_those_of_full_forward_passes(policy, asked, settings, rewards_with_signal):

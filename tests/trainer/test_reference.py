@@ -7,14 +7,14 @@ import pytest
 from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import open_run
-from tests.trainer.test_resume import finish, outside_world, settings_in  # noqa: F401  outside_world is a fixture
+from tests.trainer.test_resume import finish, outside_world, settings_in, without_seconds  # noqa: F401  outside_world is a fixture
 
 OVERRIDES = ("rl.kl_coef=0.1", "rl.max_importance=2", "rl.statistics_every=1", "control.enabled=false")
 
 
 def rl_rows(settings):
     rows = read_jsonl(settings.run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["phase"] == "rl"]
+    return without_seconds(row for row in rows if row["phase"] == "rl")
 
 
 def test_the_policy_leaves_the_reference_and_an_interrupted_run_finds_it_again(tmp_path, monkeypatch):

@@ -115,6 +115,14 @@ def test_state_phases_and_masking(run: Path) -> None:
     assert "Of the 60 hidden spans, only the image tells: 100.0 %." in text
 
 
+def test_the_parts_of_a_phase_are_summed_below_it(run: Path) -> None:
+    parts = {"seconds_sampling": 2.0, "seconds_update": 0.5}
+    write_lines(
+        run / "metrics.jsonl", [{"phase": "rl", "step": 0}, *({"phase": "rl", "step": i, **parts} for i in (1, 2))]
+    )
+    assert "| RL | 3 of 80 | 2 min 30 s |\n| – sampling |  | 4.0 s |\n| – update |  | 1.0 s |\n" in written(run)
+
+
 def test_phases_that_were_not_asked_for_have_no_row(run: Path) -> None:
     tree = settings() | {"control": {"enabled": False}, "demo": {"vision_steps": 0}}
     (run / "config.yaml").write_text(yaml.safe_dump(tree))

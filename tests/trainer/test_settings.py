@@ -59,6 +59,8 @@ FITTING = {
     "masking.layers": (2, 3),
     "masking.threshold": "quantile:0.25",
     "rl.max_importance": 2.0,
+    "reward.custom": {"my_rewards.py:length": 0.5, "package.module:judge": -1.0},
+    "track": ("wandb", "tensorboard"),
     "perception.max_weight": 1.5,
     "demo.world.concepts": 100,
     "demo.world.image_size": 140,
@@ -159,6 +161,16 @@ def test_the_small_run_of_the_tests_changes_what_it_names():
     assert {name for name, (value, _) in DEFAULTS.items() if found[name] != value} <= named
 
 
+def test_own_rewards_add_up_and_may_stand_alone(tmp_path):
+    (tmp_path / "a.yaml").write_text("reward: {custom: {my.py:a: 1, b.c:d: 2}}\n")
+    settings = load_settings(tmp_path / "a.yaml", ["reward.custom={my.py:a: 0.5, ./x/my.py:e: 3}"])
+    assert settings.reward.custom == {"my.py:a": 0.5, "b.c:d": 2, "./x/my.py:e": 3}
+    built_in = {"format": 0.1, "exact": 1.0, "prefix": 0.1, "semantic": 0.2}
+    assert settings.reward.weights() == {**built_in, "a": 0.5, "d": 2, "e": 3}
+    alone = ("reward.exact=0", "reward.prefix=0", "reward.semantic=0", "reward.custom={a.py:f: 1}")
+    assert load_settings(None, alone).reward.weights()["f"] == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "available", "count"),
     [
@@ -216,6 +228,15 @@ def test_all_given_captions_are_scored_and_a_part_of_the_endless_world(overrides
         ("model.min_pixels=900 model.max_pixels=800", "model.min_pixels is 900: expected at most model.max_pixels"),
         ("rl.advantage=best", "rl.advantage is 'best': expected 'grpo' or 'dr_grpo'"),
         ("reward.exact=0 reward.prefix=0 reward.semantic=0", "no term rewards the answer"),
+        ("reward.custom={fn: 1}", "reward.custom names 'fn': expected file.py:function or package.module:function."),
+        ("reward.custom={a.py:1: 1}", "reward.custom names 'a.py:1': expected file.py:function"),
+        ("reward.custom={a.py:exact: 1}", "there is a term 'exact' already: rename the function"),
+        ("reward.custom={a.py:f: 1, b.c:f: 1}", "names 'b.c:f', but there is a term 'f' already"),
+        ("reward.custom={a.py:f: .nan}", "reward.custom.a.py:f is nan: expected a finite number"),
+        ("reward.custom={a.py:f: much}", "reward.custom.a.py:f is 'much': expected a valid number"),
+        ("reward.custom=a.py:f", "reward.custom is 'a.py:f': expected"),
+        ("reward.exact=0 reward.prefix=0 reward.semantic=0 reward.custom={a.py:f: 0}", "no term rewards the answer"),
+        ("track=[mlflow]", "track is 'mlflow': expected 'tensorboard', 'wandb' or 'trackio'"),
         ("demo.world.max_cards=9", "demo.world.max_cards is 9: expected less than or equal to 4"),
         ("demo.world.max_cards=2 demo.world.min_cards=3", "expected at least demo.world.min_cards, 3"),
         ("demo.tiny.heads=3", "multiple of 8"),
@@ -225,7 +246,7 @@ def test_all_given_captions_are_scored_and_a_part_of_the_endless_world(overrides
     ],
 )
 def test_bad_settings_are_refused_with_the_remedy(overrides, message):
-    parts = overrides.split(" ") if overrides.count("=") > 1 else [overrides]
+    parts = re.split(r" (?=[\w.]+=)", overrides)
     assert message in refusal(*parts)
 
 

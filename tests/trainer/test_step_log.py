@@ -16,6 +16,8 @@ from mmrpt.rollout.collect import collect_round
 from mmrpt.run_folder import RunFolder
 from tests.trainer.conftest import masked_colour
 
+SECONDS = {"update": 2.0, "captions": 0.5}
+
 
 @pytest.fixture
 def step(policy, pairs, small_settings, rewards_with_signal):
@@ -36,7 +38,15 @@ def write(folder, policy, step, weights):
     samples, groups, _, rounds = step
     log = RunFolder(folder)
     step_log.log_step(
-        log, 7, groups, weights=weights, rounds=rounds, metrics={"loss": 0.25}, samples=samples, policy=policy
+        log,
+        7,
+        groups,
+        weights=weights,
+        rounds=rounds,
+        metrics={"loss": 0.25},
+        seconds=SECONDS,
+        samples=samples,
+        policy=policy,
     )
     log.close()
     return {
@@ -59,6 +69,20 @@ def test_metrics_join_the_step_and_its_rounds(policy, step, tmp_path):
     assert row["perception_mean"] == pytest.approx(every.mean().item(), rel=1e-5)
     assert row["trajectory_weight_min"] == pytest.approx(weights.trajectory_weights.min().item())
     assert row["trajectory_weight_max"] == pytest.approx(weights.trajectory_weights.max().item())
+
+
+def test_seconds_of_the_rounds_add_up_and_a_term_counts_in_the_rounds_that_have_it(policy, step, tmp_path):
+    samples, groups, weights, rounds = step
+    assert all(r.seconds.keys() == {"sampling", "reward", "perception"} for r in rounds)
+    assert all(seconds > 0 for r in rounds for seconds in r.seconds.values())
+    known = [
+        replace(rounds[0], seconds={"sampling": 1.0, "reward": 0.25}, metrics=rounds[0].metrics | {"reward/own": 0.5}),
+        replace(rounds[1], seconds={"sampling": 3.0, "perception": 0.75}),
+    ]
+    (row,) = write(tmp_path, policy, (samples, groups, weights, known), weights)["metrics"]
+    expected = {"update": 2.0, "captions": 0.5, "sampling": 4.0, "reward": 0.25, "perception": 0.75}
+    assert {name.removeprefix("seconds_"): row[name] for name in row if name.startswith("seconds_")} == expected
+    assert row["reward/own"] == 0.5 and SECONDS == {"update": 2.0, "captions": 0.5}
 
 
 def test_perception_rows_hold_every_trajectory_and_a_bounded_number_of_tokens(policy, step, tmp_path, monkeypatch):

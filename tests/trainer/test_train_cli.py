@@ -10,6 +10,7 @@ import yaml
 
 from mmrpt.corpus import read_jsonl
 from mmrpt.engines.run import open_run
+from mmrpt.run_folder import RunFolder
 from mmrpt.settings import SettingsError, load_settings
 from mmrpt.sources import open_sources
 from mmrpt.train import main
@@ -23,7 +24,7 @@ def started(monkeypatch):
 
     def open_run(settings):
         runs.append(settings)
-        return SimpleNamespace(stop=SimpleNamespace(install=lambda: None))
+        return SimpleNamespace(stop=SimpleNamespace(install=lambda: None), folder=RunFolder(settings.run_dir))
 
     monkeypatch.setattr("mmrpt.engines.run.open_run", open_run)
     monkeypatch.setattr("mmrpt.engines.native.train", lambda run: "report.md")

@@ -23,6 +23,7 @@ from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, proces
 from mmrpt.perturbation import blacken_patches  # noqa: E402
 from mmrpt.policy import Policy  # noqa: E402
 from mmrpt.rewards import exact_reward, format_reward  # noqa: E402
+from mmrpt.rewards.custom import COLUMNS  # noqa: E402
 from mmrpt.settings import PerceptionSettings, PromptSettings  # noqa: E402
 from mmrpt.types import MaskedSample  # noqa: E402
 from mmrpt_kernels import linear_policy_loss, perception_weights  # noqa: E402
@@ -342,6 +343,8 @@ def test_masked_samples_as_a_dataset(dataset, pairs, tmp_path):
     example = pairs[3]
     assert row["answer"] == row["solution"] == example.caption[example.words[0].start : example.words[0].end]
     assert row["image"].tobytes() == pairs.image(example.id).tobytes()
+    assert set(COLUMNS) <= row.keys() | {"prompts", "completions", "completion_ids"}  # which TRL adds
+    assert "<mask>" in row["masked_caption"]
     (turn,) = row["prompt"]
     assert turn["role"] == "user" and "<mask>" in turn["content"] and row["answer"] not in turn["content"]
     completion = [{"role": "assistant", "content": f"<think> x</think><answer> {row['answer']}</answer>"}]

@@ -1,0 +1,43 @@
+"""The reward's terms and their weights."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mmrpt.settings.base import STRICT, require
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardSettings:
+    """Weights of the reward's terms; one of weight 0 is measured and adds nothing."""
+
+    format: float = Field(0.1, description="weight of an answer in the format <think>...</think><answer>...</answer>")
+    exact: float = Field(1.0, description="weight of an answer that is the hidden words")
+    prefix: float = Field(0.1, description="weight of the share of the hidden words that the answer begins with")
+    semantic: float = Field(0.2, description="weight of an answer close to the hidden words in meaning")
+    custom: dict[str, float] = Field(
+        default_factory=dict,
+        description="weights of your own functions: {my_rewards.py:length: 0.5, package.mod:f: 1}",
+    )
+
+    def __post_init__(self) -> None:
+        names = [name for name in self.__dataclass_fields__ if name != "custom"]
+        for place in self.custom:
+            module, _, function = place.rpartition(":")
+            require(
+                bool(module) and function.isidentifier(),
+                f"reward.custom names {place!r}: expected file.py:function or package.module:function.",
+            )
+            require(
+                function not in names,
+                f"reward.custom names {place!r}, but there is a term {function!r} already: rename the function.",
+            )
+            names.append(function)
+        rewarded = self.exact + self.prefix + self.semantic > 0 or any(weight > 0 for weight in self.custom.values())
+        require(rewarded, "reward: no term rewards the answer; raise exact.")
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each term by its name, which is the function's for those of `custom`."""
+        own = {place.rpartition(":")[2]: weight for place, weight in self.custom.items()}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "custom"} | own
