@@ -52,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = resolve_run(settings, resume=False, given=())
         try:
             _evaluate(settings, folders, options)
-        except (OSError, ValueError):
-            if not (settings.run_dir / RESULT).exists():  # the mended command must find the folder free
-                give_back(settings.run_dir)
+        except (OSError, ValueError) as error:
+            if (settings.run_dir / RESULT).exists():
+                return tell(error, f" (what the models before it gave is in {settings.run_dir})")
+            give_back(settings.run_dir)  # the mended command must find the folder free
             raise
     except (OSError, ValueError) as error:
         return tell(error)

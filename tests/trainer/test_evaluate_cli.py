@@ -181,6 +181,7 @@ def test_what_earlier_models_gave_survives_a_model_that_fails(models, pairs, tmp
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llava"}))
     chosen = (f"data.pairs={pairs}", "data.held_out=4", "evaluation.samples=2")
     assert evaluate(tmp_path, models[0], str(tmp_path / "other"), *chosen) == 2
-    assert "the trainer serves" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the trainer serves" in error and f"gave is in {tmp_path / 'runs' / 'evaluate'}" in error
     rows, answers = result(tmp_path / "runs" / "evaluate")
     assert {row["model"] for row in rows} == {models[0]} and len(answers) == 3 * 2
