@@ -47,7 +47,8 @@ def judged_by_bytes(monkeypatch):
 
 
 def evaluate(tmp_path, *arguments):
-    return main([*SMALL_RUN, f"output={tmp_path / 'runs'}", *arguments])
+    output = [] if "--out" in arguments else [f"output={tmp_path / 'runs'}"]
+    return main([*SMALL_RUN, *output, *arguments])
 
 
 def result(folder):
@@ -151,8 +152,7 @@ def test_exactly_the_given_questions_are_asked(models, pairs, tmp_path, capsys, 
 )
 def test_what_cannot_work_is_one_message_and_leaves_nothing(models, pairs, tmp_path, capsys, arguments, message):
     arguments = [text.format(one=models[0], pairs=pairs.parent) for text in arguments]
-    output = [] if "output=x" in arguments else [f"output={tmp_path / 'runs'}"]
-    assert main([*SMALL_RUN, *output, *arguments]) == 2
+    assert evaluate(tmp_path, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and error.startswith("error: ") and message in error
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
