@@ -72,7 +72,7 @@ def render(record: dict[str, Any], picture: str) -> str:
     )
     parts += ["## Promises", _promises(record), f"![accuracy over seeds]({picture})", "## Held-out accuracy"]
     subjects = {f"accuracy/{model}": label for model, label in MODELS.items()}
-    subjects |= {f"change/{name}": f"**{label}**" for name, label in COMPARISONS.items()}
+    subjects |= {f"change/{one} - {other}": f"**{label}**" for (one, other), label in COMPARISONS.items()}
     parts.append(accuracy_table([*SETS, ALL_SETS], subjects, lambda name: _spread(numbers.get(name), format_of(name))))
     times = [name for name in numbers if name.startswith("seconds/")]
     rows = [[name.removeprefix("seconds/"), _spread(numbers[name], duration)] for name in times]

@@ -30,8 +30,8 @@ CONFIG_FILE = "config.yaml"
 ERROR_FILE = "error.txt"
 
 
-def option_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The options of every command line; `--help` lists all settings."""
+def option_parser(prog: str, description: str, *, resume: bool = True) -> argparse.ArgumentParser:
+    """The options of every command line; `--help` lists all settings. `resume` False: nothing can be gone on with."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -39,7 +39,10 @@ def option_parser(prog: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of settings; what it leaves out keeps its default")
-    parser.add_argument("--resume", action="store_true", help="go on with the run of that name where it was cut off")
+    if resume:
+        parser.add_argument(
+            "--resume", action="store_true", help="go on with the run of that name where it was cut off"
+        )
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example rl.steps=50 name=mine")
     return parser

@@ -1,127 +1,256 @@
-"""Does it look? Restored-span accuracy on held-out sets, beside the same with the image blanked and swapped."""
+"""The command line: `python -m mmrpt.evaluate FOLDER_OR_HUB [more ...] [--samples N] [--sampled K] [--out folder] ...`.
+
+Asks models to restore hidden words of held-out pairs with the image, with it blanked and with another's. It takes
+train's settings, of which it reads data, prompts, evaluation, rollout.max_new_tokens, model.dtype, device and threads:
+
+    python -m mmrpt.evaluate runs/demo/checkpoints/warmup runs/demo/checkpoints/rl --config runs/demo/config.yaml
+
+prints a table and leaves evaluation.md, evaluation.json and answers.jsonl in runs/evaluate.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
+from mmrpt.command_line import give_back, option_parser, resolve_run, tell
+from mmrpt.settings import Settings, SettingsError, flatten, given_settings, load_settings, to_yaml
 
-from mmrpt.corpus import seed_of
-from mmrpt.masking.build import random_masks, truth_masks
-from mmrpt.perturbation import blank
-from mmrpt.policy import Policy
-from mmrpt.rewards.exact import is_exact
-from mmrpt.rollout.generate import generate
-from mmrpt.rollout.prompts import restore_prompts
-from mmrpt.settings import Settings
-from mmrpt.types import Example, MaskedSample, PairSource
+if TYPE_CHECKING:
+    from mmrpt.corpus import RejectedRows
+    from mmrpt.sources import Sources
+    from mmrpt.types import MaskedSample, PairSource
 
-Condition = Literal["image", "blanked", "swapped"]
-CONDITIONS: tuple[Condition, ...] = ("image", "blanked", "swapped")
+    Sets = Mapping[str, tuple[PairSource, Sequence[MaskedSample]]]
 
-
-def held_out_samples(source: PairSource, count: int, *, mask: str, seed: int) -> list[MaskedSample]:
-    """`count` masked samples, one from each of as many pairs where possible, kinds in turn.
-
-    Where the truth is known, only words that need the image are hidden, the same for every model; without truth, a
-    random content word of each caption.
-    """
-    rng = np.random.default_rng(seed_of("held-out", seed))
-    chosen: list[MaskedSample] = []
-    used: dict[str, int] = defaultdict(int)
-    passes = math.ceil(count / len(source)) if len(source) else 0
-    for _ in range(max(passes, 1)):
-        for index in range(len(source)):
-            if len(chosen) == count:
-                return chosen
-            options = _options(source[index], mask, rng)
-            if not options:
-                continue
-            kinds = sorted({s.kind for s in options})
-            kind = min(kinds, key=lambda k: (used[k], k))
-            pick = [s for s in options if s.kind == kind]
-            chosen.append(pick[rng.integers(len(pick))])
-            used[kind] += 1
-    return chosen
+NAME = "evaluate"  # of the folder, where --out names none
+RESULT = "evaluation.json"
+OVERRIDE = re.compile(r"[\w.]+=.*", re.DOTALL)  # a folder with = in its name is given as ./name=1
 
 
-def _options(example: Example, mask: str, rng: np.random.Generator) -> list[MaskedSample]:
-    return truth_masks(example, mask=mask) if example.words else random_masks(example, 1, mask=mask, rng=rng)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluates models; 0 when it ended, 2 at an error that a user can mend, which is one message on stderr."""
+    parser = option_parser("python -m mmrpt.evaluate", "How much models see of the image.", resume=False)
+    parser.usage = f"{parser.prog} FOLDER_OR_HUB [more ...] [options] [key=value ...]"
+    parser.add_argument("--samples", type=int, metavar="N", help="questions of each held-out set, or of --masked")
+    parser.add_argument("--sampled", type=int, metavar="K", help="also K answers each at temperature 1, as avg@K")
+    parser.add_argument("--masked", metavar="FILE", help="ask the questions of this masked.jsonl of data.pairs")
+    parser.add_argument("--out", metavar="FOLDER", help="where the results go; default: a new one inside output")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        settings = _settings(options)
+        if options.show:
+            print(to_yaml(settings), end="")
+            return 0
+        folders = {name: _model_folder(name) for name in _models(options)}  # all, before the first is asked
+        settings = resolve_run(settings, resume=False, given=())
+        try:
+            _evaluate(settings, folders, options)
+        except (OSError, ValueError) as error:
+            if (settings.run_dir / RESULT).exists():
+                return tell(error, f" (what the models before it gave is in {settings.run_dir})")
+            give_back(settings.run_dir)  # the mended command must find the folder free
+            raise
+    except (OSError, ValueError) as error:
+        return tell(error)
+    return 0
 
 
-def shown_images(samples: Sequence[MaskedSample], source: PairSource, condition: Condition) -> list[Image.Image]:
-    """The image each sample is shown: its own, a grey one, or that of the next sample with another image."""
-    own = [source.image(s.example_id) for s in samples]
-    if condition == "image":
-        return own
-    if condition == "blanked":
-        return [blank(image) for image in own]
-    ids = [s.example_id for s in samples]
-    return [own[_next_other(ids, i)] for i in range(len(ids))]
+def _settings(options: argparse.Namespace) -> Settings:
+    """The settings, whose run folder is that of the results: a settings file's name is that of the run it is from."""
+    if options.sampled is not None and options.sampled < 1:
+        raise SettingsError(f"--sampled is {options.sampled}: expected 1 or more answers to each question.")
+    overrides = [text for text in options.overrides if OVERRIDE.fullmatch(text)]
+    given = flatten(given_settings(None, overrides))
+    if "name" in given or (options.out and "output" in given):
+        raise SettingsError("name=... and output=... name the folder of a run: give --out FOLDER for the results.")
+    if options.samples is not None:
+        overrides.append(f"evaluation.samples={options.samples}")
+    settings = load_settings(options.config, overrides)
+    if options.out is None:
+        return replace(settings, name=NAME)
+    out = Path(options.out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SettingsError(f"--out {options.out} exists already: choose another folder.")
+    return replace(settings, output=str(out.parent), name=out.name)
 
 
-def _next_other(ids: Sequence[str], i: int) -> int:
-    for step in range(1, len(ids)):
-        j = (i + step) % len(ids)
-        if ids[j] != ids[i]:
-            return j
-    raise ValueError("swapped images need at least two different pairs in the held-out set; raise its size.")
+def _models(options: argparse.Namespace) -> list[str]:
+    models = [str(Path(text)) for text in options.overrides if not OVERRIDE.fullmatch(text)]
+    if not models:
+        raise SettingsError("no model was given: python -m mmrpt.evaluate FOLDER_OR_HUB, as runs/demo/checkpoints/rl.")
+    if twice := sorted({model for model in models if models.count(model) > 1}):
+        raise SettingsError(f"{', '.join(twice)} was given more than once.")
+    return models
 
 
-def answer_samples(
-    policy: Policy, samples: Sequence[MaskedSample], images: Sequence[Image.Image], settings: Settings
-) -> list[str]:
-    """Greedy completions, in the order of the samples."""
-    texts: list[str] = []
-    size = settings.evaluation.batch_size
-    for start in range(0, len(samples), size):
-        part = samples[start : start + size]
-        pixels = policy.pixels(images[start : start + size])
-        out = generate(
-            policy,
-            restore_prompts(policy, part, pixels, settings.prompts),
-            pixels,
-            range(len(part)),
-            max_new_tokens=settings.rollout.max_new_tokens,
-            temperature=0.0,
-        )
-        texts += [policy.tokenizer.decode([t for t in ids if t != policy.eos_token_id]) for ids in out.token_ids]
-    return texts
+def _model_folder(name: str) -> Path:
+    """The folder of that name, or where the hub's model of that name, `owner/model`, was downloaded to."""
+    folder = Path(name)
+    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"no config.json in {name}: expected a Hugging Face model folder, such as runs/demo/checkpoints/rl, "
+                "or the hub name of a model, such as Qwen/Qwen2.5-VL-3B-Instruct."
+            )
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here, and the hub gives no model of that name ({str(error).splitlines()[0]})."
+        ) from error
 
 
-def evaluate_policy(
-    policy: Policy,
-    name: str,
-    sets: dict[str, tuple[PairSource, list[MaskedSample]]],
-    settings: Settings,
-    progress: Callable[[], Any] = lambda: None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, answers): accuracy and count per held-out set and condition, and every completion behind them."""
-    rows, answers = [], []
-    for set_name, (source, samples) in sets.items():
-        for condition in CONDITIONS:
-            texts = answer_samples(policy, samples, shown_images(samples, source, condition), settings)
-            right = [is_exact(text, sample.answer) for text, sample in zip(texts, samples, strict=True)]
-            where = {"model": name, "set": set_name, "condition": condition}
-            rows.append({**where, **_summary(samples, right)})
-            for sample, text, hit in zip(samples, texts, right, strict=True):
-                own = {"sample_id": sample.id, "example_id": sample.example_id, "answer": sample.answer}
-                masked = {"masked_caption": sample.masked_caption, "completion": text, "exact": hit}
-                answers.append({**where, **own, **masked})
-            progress()
-    return rows, answers
+def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse.Namespace) -> None:
+    """Asks every model, writing after each what there is so far, then prints the tables."""
+    import torch
+    from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
+
+    from mmrpt.corpus import RejectedRows, write_json, write_jsonl, write_text
+    from mmrpt.engines.run import check_device
+    from mmrpt.held_out import CONDITIONS
+
+    transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
+    check_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folder = settings.run_dir
+    rejected = RejectedRows(folder / "rejected.jsonl", settings.data.max_rejected)
+    sources, sets = _questions(settings, options, rejected)
+    rows: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    with tqdm(total=len(CONDITIONS) * len(sets) * len(folders), desc="evaluate", unit="set") as bar:
+        for name, path in folders.items():
+            model = replace(settings, model=replace(settings.model, path=str(path)))
+            new_rows, new_answers = _ask(model, name, sources, sets, bar.update, options.sampled or 0)
+            rows, answers = rows + new_rows, answers + new_answers
+            write_jsonl(folder / "answers.jsonl", answers)
+            write_json(folder / RESULT, {"rows": rows})
+    text = _tables(folder, list(folders))
+    write_text(folder / "evaluation.md", text)
+    print(f"{text}\nevaluation: {folder}")
+    if rejected.path.exists():
+        print(f"rows that cannot be used: {rejected.path}")
 
 
-def _summary(samples: Sequence[MaskedSample], right: Sequence[bool]) -> dict[str, Any]:
-    kinds: dict[str, list[bool]] = defaultdict(list)
-    for sample, hit in zip(samples, right, strict=True):
-        kinds[sample.kind or "word"].append(hit)
-    return {
-        "accuracy": sum(right) / len(right),
-        "count": len(right),
-        "by_kind": {kind: [sum(hits) / len(hits), len(hits)] for kind, hits in sorted(kinds.items())},
-    }
+def _ask(settings: Settings, name: str, sources: Sources, sets: Sets, progress: Any, sampled: int) -> Any:
+    """What `evaluate_policy` returns of the model of model.path, which is gone from memory before the next comes."""
+    import torch
+
+    from mmrpt.engines.run import start_policy
+    from mmrpt.held_out import evaluate_policy
+
+    try:
+        return evaluate_policy(start_policy(settings, sources), name, sets, settings, progress, sampled=sampled)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"{name}: {reason} Lower evaluation.batch_size, or take model.dtype=bfloat16.") from error
+
+
+def _questions(settings: Settings, options: argparse.Namespace, rejected: RejectedRows) -> tuple[Sources, Sets]:
+    """The questions of --masked, or else those of the held-out sets."""
+    from mmrpt.held_out import held_out_questions
+    from mmrpt.sources import Sources, open_given, open_sources
+
+    if options.masked is not None:
+        pairs = open_sources(settings).train if settings.data.pairs is None else open_given(settings)
+        samples = _masked_samples(Path(options.masked), pairs, rejected, options.samples)
+        return Sources(pairs, pairs, {}, None), {"masked": (pairs, samples)}
+    sources = open_sources(settings)
+    sets = held_out_questions(sources.held_out, settings)
+    if empty := [name for name, (_, samples) in sets.items() if not samples]:
+        raise SettingsError(f"no word of {', '.join(empty)} can be asked: bring captions that say something.")
+    return sources, sets
+
+
+def _masked_samples(path: Path, pairs: PairSource, rejected: RejectedRows, count: int | None) -> list[MaskedSample]:
+    """The samples of a masked.jsonl, `count` of them evenly spaced, without those whose row cannot be used."""
+    from mmrpt.corpus import BadRow, read_jsonl
+    from mmrpt.types import MaskedSample
+
+    try:
+        samples = [MaskedSample(**row) for row in read_jsonl(path)]
+    except TypeError as error:
+        raise SettingsError(f"--masked {path}: expected what mmrpt.mask or mmrpt.train writes ({error}).") from error
+    if count is not None and count < len(samples):
+        samples = [samples[i * len(samples) // count] for i in range(count)]
+    usable, examples = set(), dict.fromkeys(sample.example_id for sample in samples)
+    for example_id in examples:
+        try:
+            pairs.image(example_id)
+        except BadRow as error:
+            rejected.add(error, example_id)
+        except KeyError as error:
+            raise SettingsError(
+                f"--masked {path} asks about pairs that are not there: {error.args[0]} Give the data.pairs that it was "
+                "made of."
+            ) from error
+        else:
+            usable.add(example_id)
+    rejected.check(len(examples))
+    if not usable:
+        raise SettingsError(f"--masked {path} holds no question about a row that can be used.")
+    return [sample for sample in samples if sample.example_id in usable]
+
+
+def _tables(folder: Path, models: Sequence[str]) -> str:
+    """The results in `folder` as Markdown, made by the report's own functions; two models or more also compared."""
+    from mmrpt.report.markdown import escape
+    from mmrpt.report.numbers import numbers_of
+    from mmrpt.report.page import HOW_ASKED, accuracies, headline
+    from mmrpt.report.read import read_run
+
+    pairs = {(one, other): f"{escape(one)} − {escape(other)}" for other, one in combinations(models, 2)}
+    run = read_run(folder)
+    numbers = numbers_of(run, pairs)
+    parts = [headline(run, numbers, pairs), HOW_ASKED, *accuracies(run, numbers)]
+    if sampled := run.evaluation[0].get("sampled"):
+        parts += [f"avg@{sampled}, answers sampled at temperature 1:", _sampled_table(run.answers, models, pairs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sampled_table(
+    answers: Sequence[Mapping[str, Any]], models: Sequence[str], pairs: Mapping[tuple[str, str], str]
+) -> str:
+    """Mean share of right answers, by model and condition. Intervals are over questions: an accuracy's is Wilson's, as
+    if each question had been answered once, which is never too short for shares; a difference's is paired."""
+    import numpy as np
+
+    from mmrpt.report.markdown import escape, interval_of, percent, points, table
+    from mmrpt.report.numbers import COLUMNS, CONDITIONS
+    from mmrpt.report.statistics import paired_difference_interval, wilson_interval
+
+    shares: dict[tuple[str, str], list[float]] = {}
+    for row in answers:
+        hits = row["sampled_exact"]
+        shares.setdefault((row["model"], row["condition"]), []).append(sum(hits) / len(hits))
+    subjects = {escape(model): {model: 1} for model in models}
+    subjects |= {f"**{label}**": {one: 1, other: -1} for (one, other), label in pairs.items()}
+    lines = []
+    for label, signs in subjects.items():
+        columns = {c: sum(sign * np.array(shares[model, c]) for model, sign in signs.items()) for c in CONDITIONS}
+        columns["gap"] = columns["image"] - columns["swapped"]
+        cells = []
+        for column, values in columns.items():
+            if len(signs) == 1 and column in CONDITIONS:
+                interval, show = wilson_interval(values.sum(), len(values)), percent
+            else:
+                bound = len(signs) * (1 if column in CONDITIONS else 2) / 2
+                interval, show = paired_difference_interval(values, bound), points
+            cells.append(show(values.mean()) + interval_of(interval, show).replace(" %", ""))
+        lines.append([label, *cells])
+    return table(["", *COLUMNS.values()], lines, right=range(1, 1 + len(COLUMNS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ from mmrpt.corpus import items_at, iter_jsonl, read_jsonl, seed_of, write_json, 
 from mmrpt.engines.phase import Phase
 from mmrpt.engines.rl_step import fill_buffer, train_on_groups
 from mmrpt.engines.run import Run
-from mmrpt.evaluate import evaluate_policy, held_out_samples
+from mmrpt.held_out import evaluate_policy, held_out_questions
 from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SCORES, SUMMARY, select_masks
@@ -184,13 +184,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     path, settings = run.folder / "evaluation.json", run.settings
     if path.exists():
         return json.loads(path.read_text())
-    sets = {
-        name: (
-            source,
-            held_out_samples(source, settings.evaluation.samples, mask=settings.prompts.mask, seed=settings.seed),
-        )
-        for name, source in run.sources.held_out.items()
-    }
+    sets = held_out_questions(run.sources.held_out, settings)
     models = ["warmup", "rl", *(["control"] if settings.control.enabled else [])]
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []

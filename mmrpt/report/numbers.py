@@ -23,7 +23,7 @@ SETS = {
 ALL_SETS = "all sets"
 CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
 COLUMNS = CONDITIONS | {"gap": "gap (with image − another's)"}  # of every table of accuracies
-COMPARISONS = {"rl - warmup": "RL − warm start", "rl - control": "RL − control"}
+COMPARISONS = {("rl", "warmup"): "RL − warm start", ("rl", "control"): "RL − control"}  # first minus second
 
 Key = tuple[str, str, str]  # model, held-out set, condition
 
@@ -68,12 +68,13 @@ PROMISES = (
 MAY_DIFFER = ("name", "output", "seed", "threads", "track")  # settings that leave a run the default run
 
 
-def numbers_of(run: Run) -> dict[str, Estimate]:
+def numbers_of(run: Run, comparisons: Iterable[tuple[str, str]] = tuple(COMPARISONS)) -> dict[str, Estimate]:
     """Rates and their differences as fractions, seconds, and an AUC; a number that was not measured is absent.
 
     "accuracy/<model>/<set>/<column>", "accuracy/<model>/<set>/<condition>/<kind>", "dependency_auc", "seconds/<phase>",
-    "change/<comparison>/<set>/<column>", "seconds/whole run". <set> is also "all sets"; the column "gap" is accuracy
-    with the image minus that with another's image: what a model gets from looking at its own.
+    "change/<model> - <other>/<set>/<column>" of each of `comparisons`, "seconds/whole run". <set> is also "all sets";
+    the column "gap" is accuracy with the image minus that with another's image: what a model gets from looking at its
+    own.
     """
     sets, models = in_order(SETS, run.evaluation, "set"), in_order(MODELS, run.evaluation, "model")
     cells = {(row["model"], row["set"], row["condition"]): row for row in run.evaluation}
@@ -87,7 +88,7 @@ def numbers_of(run: Run) -> dict[str, Estimate]:
             if all(key in right for key in keys):
                 right[pooled] = {(key[1], one): hit for key in keys for one, hit in right[key].items()}
     subjects = {f"accuracy/{model}": {model: 1} for model in models}
-    subjects |= {f"change/{name}": dict(zip(name.split(" - "), (1, -1), strict=True)) for name in COMPARISONS}
+    subjects |= {f"change/{one} - {other}": {one: 1, other: -1} for one, other in comparisons}
     columns = {condition: {condition: 1} for condition in CONDITIONS} | {"gap": {"image": 1, "swapped": -1}}
     found = _auc(run) | _by_kind(cells)
     for name in (*sets, ALL_SETS):

@@ -50,11 +50,12 @@ ABOUT = (
     "Masked multimodal reinforcement pre-training: words are hidden in sentences whose attention leans on the image, "
     "and the model is rewarded for restoring them."
 )
-HOW_MEASURED = (
+HOW_ASKED = (
     "Differences are in points; 95 % intervals are Wilson's for an accuracy and, for a difference, Agresti and Min's "
     "over the questions that both answered. Only the gap between the image and its two controls shows seeing: "
-    f"*blanked* is the same question over a grey picture, *another's image* over a wrong one. Control: {CONTROL}."
+    "*blanked* is the same question over a grey picture, *another's image* over a wrong one."
 )
+HOW_MEASURED = f"{HOW_ASKED} Control: {CONTROL}."
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -76,7 +77,7 @@ def render(run: Run, drawn: Iterable[str], defaults: Mapping[str, Any]) -> str:
     sections = {
         f"# Run {code(run.settings.get('name') or run.folder.resolve().name)}": [ABOUT, *_summary(run, numbers)],
         "## Promises": [] if any(name not in MAY_DIFFER for name, *_ in changed) else [_promises(numbers)],
-        "## Held-out accuracy": _accuracies(run, numbers),
+        "## Held-out accuracy": accuracies(run, numbers),
         "## Held-out questions": held_out_examples(run),
         "## Training examples": training_examples(run),
         "## Plots": [f"![{name.replace('_', ' ')}](plots/{name}.png)\n\n{PLOTS[name][1]}" for name in drawn],
@@ -108,14 +109,19 @@ def format_of(name: str) -> Callable[[float], str]:
 
 def _summary(run: Run, numbers: Numbers) -> list[str]:
     """How far the run came, its headline numbers with their intervals, its phases, what masking decided."""
-    subjects = _models(run) | {f"change/{name}": f"**{label}**" for name, label in COMPARISONS.items()}
-    headline = accuracy_table([ALL_SETS], subjects, lambda name: _cell(numbers, name))
+    found = headline(run, numbers)
     return [
         "The run is finished." if run.evaluation else "**The run is not finished**: `--resume` goes on with it.",
-        *([headline, HOW_MEASURED] if headline else []),
+        *([found, HOW_MEASURED] if found else []),
         _phases(run),
         _masking(run, numbers),
     ]
+
+
+def headline(run: Run, numbers: Numbers, comparisons: Mapping[tuple[str, str], str] = COMPARISONS) -> str:
+    """Every model and comparison over all sets, a Markdown table; "" before the evaluation."""
+    subjects = _models(run) | {f"change/{one} - {other}": f"**{label}**" for (one, other), label in comparisons.items()}
+    return accuracy_table([ALL_SETS], subjects, lambda name: _cell(numbers, name))
 
 
 def _models(run: Run) -> dict[str, str]:
@@ -182,8 +188,8 @@ def _promises(numbers: Numbers) -> str:
     return table(["promise of the default run", "measured", "wanted", ""], rows, right=(1,))
 
 
-def _accuracies(run: Run, numbers: Numbers) -> list[str]:
-    """Set by set, where there are several, and kind by kind."""
+def accuracies(run: Run, numbers: Numbers) -> list[str]:
+    """Markdown blocks: set by set, where there are several, and kind by kind."""
     sets, models = in_order(SETS, run.evaluation, "set"), _models(run)
     parts = [accuracy_table(sets, models, lambda name: _cell(numbers, name))] if len(sets) > 1 else []
     rows: dict[str, list[str]] = {}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mmrpt.evaluate import CONDITIONS, answer_samples, evaluate_policy, held_out_samples, shown_images
+from mmrpt.held_out import (
+    CONDITIONS,
+    answer_samples,
+    evaluate_policy,
+    held_out_samples,
+    sampled_answers,
+    shown_images,
+)
 from mmrpt.masking.words import FUNCTION_WORDS
 from mmrpt.types import Example
 from mmrpt.world import World, WorldConfig
@@ -67,6 +76,15 @@ def test_a_small_source_is_asked_twice_rather_than_less():
     assert Counter(s.example_id for s in samples).most_common()[0][1] == 2 and len(samples) == 7
 
 
+def test_a_pair_that_stands_in_for_an_unusable_row_is_asked_once():
+    class Gap(ColourPairs):
+        def __getitem__(self, index):
+            return super().__getitem__(3 if index == 2 else index)
+
+    samples = held_out_samples(Gap(6), 6, mask="_", seed=0)
+    assert [s.example_id for s in samples] == [f"colour/{i:03d}" for i in (0, 1, 3, 4, 5)]
+
+
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
@@ -84,7 +102,7 @@ def test_conditions_show_the_own_a_grey_and_anothers_image():
 def test_swapped_never_shows_the_own_image(world):
     source = world.source("new_scenes", 40)
     samples = held_out_samples(source, 40, mask="_", seed=0)
-    own, swapped = (shown_images(samples, source, condition) for condition in ("image", "swapped"))
+    own, swapped = (list(shown_images(samples, source, condition)) for condition in ("image", "swapped"))
     assert all(a.tobytes() != b.tobytes() for a, b in zip(own, swapped, strict=True))
     assert sorted(i.tobytes() for i in own) == sorted(i.tobytes() for i in swapped)  # each is shown once
 
@@ -110,7 +128,7 @@ def test_accuracies_are_counts_of_exact_answers(policy, small_settings, monkeypa
     def oracle(policy, samples, images, settings):
         return [f"<think> a look</think><answer> {colour_seen(image) or 'nothing'}</answer>" for image in images]
 
-    monkeypatch.setattr("mmrpt.evaluate.answer_samples", oracle)
+    monkeypatch.setattr("mmrpt.held_out.answer_samples", oracle)
     sets, ticks = {}, []
     for name, indices in (("new_scenes", (0, 1, 2, 3, 7, 5)), ("new_style", (0, 4, 8, 1))):  # 0, 4 and 8 look alike
         pairs = ColourPairs(12, name)
@@ -146,7 +164,7 @@ def test_kinds_are_counted_apart(policy, small_settings, world, monkeypatch):
             for s in asked
         ]
 
-    monkeypatch.setattr("mmrpt.evaluate.answer_samples", knows_colours)
+    monkeypatch.setattr("mmrpt.held_out.answer_samples", knows_colours)
     rows, _ = evaluate_policy(policy, "m", {"new_scenes": (source, samples)}, small_settings())
     counts = Counter(s.kind for s in samples)
     for row in rows:
@@ -166,3 +184,53 @@ def test_answers_are_greedy_and_in_order_whatever_the_batch(looking_policy, smal
     assert together == pieces == alone and len(set(together)) > 1
     assert not any("<|im_end|>" in text for text in together)
     assert CONDITIONS == ("image", "blanked", "swapped")  # the report names them
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_images_are_decoded_batch_by_batch(looking_policy, small_settings, condition, monkeypatch):
+    class Counted(ColourPairs):
+        decoded = 0
+
+        def image(self, example_id):
+            self.decoded += 1
+            return super().image(example_id)
+
+    pairs, seen = Counted(8), []
+    samples = [masked_colour(pairs, i) for i in range(5)]
+    pixels = looking_policy.pixels
+
+    def count(images):
+        seen.append((pairs.decoded, len(images)))
+        return pixels(images)
+
+    monkeypatch.setattr(looking_policy, "pixels", count)
+    settings = small_settings("evaluation.batch_size=2")
+    answer_samples(looking_policy, samples, shown_images(samples, pairs, condition), settings)
+    assert seen == [(2, 2), (4, 2), (5, 1)]
+
+
+def test_sampled_answers_are_of_temperature_one_and_of_their_seed(looking_policy, small_settings):
+    """Batches hold as many completions as in greedy decoding, so that memory is bounded by one setting."""
+    pairs = ColourPairs(8)
+    samples = [masked_colour(pairs, i) for i in range(4)]
+    settings = small_settings("evaluation.batch_size=6", "rollout.temperature=0.01", "rollout.top_p=0.01")
+    draw = [
+        sampled_answers(looking_policy, samples, shown_images(samples, pairs, "image"), settings, count=3, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert draw[0] == draw[1] != draw[2] and [len(texts) for texts in draw[0]] == [3] * 4
+    assert all(len(set(texts)) == 3 for texts in draw[0])  # cold or cut draws would agree
+
+
+def test_avg_of_a_policy_without_doubt_is_its_accuracy(looking_policy, small_settings, monkeypatch):
+    monkeypatch.setattr("mmrpt.held_out.is_exact", lambda text, answer: zlib.crc32(f"{text}|{answer}".encode()) % 2)
+    pairs = ColourPairs(8)
+    sets = {"held_out": (pairs, [masked_colour(pairs, i) for i in range(8)])}
+    unsure, _ = evaluate_policy(looking_policy, "m", sets, small_settings(), sampled=3)
+    assert any(row["sampled_accuracy"] != row["accuracy"] for row in unsure)
+    with torch.no_grad():
+        looking_policy.text_model.norm.weight.mul_(1e3)
+    rows, answers = evaluate_policy(looking_policy, "m", sets, small_settings(), sampled=3)
+    assert [row["sampled_accuracy"] for row in rows] == [row["accuracy"] for row in rows]
+    assert all(answer["sampled"] == [answer["completion"]] * 3 for answer in answers)
+    assert all(row["sampled"] == 3 for row in rows) and any(0 < row["accuracy"] < 1 for row in rows)

@@ -225,7 +225,7 @@ DEATHS = {
     "the control and the evaluation": {
         "in the control": ("mmrpt.engines.native.supervised_loss", 5 + 4, False),
         "between two models' evaluation": ("mmrpt.engines.native.evaluate_policy", 2, False),
-        "in an evaluation": ("mmrpt.evaluate.answer_samples", 5, False),
+        "in an evaluation": ("mmrpt.held_out.answer_samples", 5, False),
         "among the pictures": ("mmrpt.engines.native.write_images", 1, False),
     },
 }
