@@ -24,6 +24,7 @@ from mmrpt.settings import Settings, SettingsError, flatten, given_settings, loa
 
 if TYPE_CHECKING:
     from mmrpt.corpus import RejectedRows
+    from mmrpt.policy import Policy
     from mmrpt.sources import Sources
     from mmrpt.types import MaskedSample, PairSource
 
@@ -117,11 +118,11 @@ def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse
     from transformers.utils import logging as transformers_logging
 
     from mmrpt.corpus import RejectedRows, write_json, write_jsonl, write_text
-    from mmrpt.engines.run import check_device
+    from mmrpt.engines.run import resolve_device, start_policy
     from mmrpt.held_out import CONDITIONS
 
     transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
-    check_device(settings.device)
+    device = resolve_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = settings.run_dir
@@ -132,7 +133,9 @@ def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse
     with tqdm(total=len(CONDITIONS) * len(sets) * len(folders), desc="evaluate", unit="set") as bar:
         for name, path in folders.items():
             model = replace(settings, model=replace(settings.model, path=str(path)))
-            new_rows, new_answers = _ask(model, name, sources, sets, bar.update, options.sampled or 0)
+            policy = start_policy(model, sources, device)
+            new_rows, new_answers = _ask(policy, model, name, sets, bar.update, options.sampled or 0)
+            del policy  # gone from memory before the next one comes
             rows, answers = rows + new_rows, answers + new_answers
             write_jsonl(folder / "answers.jsonl", answers)
             write_json(folder / RESULT, {"rows": rows})
@@ -143,15 +146,14 @@ def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse
         print(f"rows that cannot be used: {rejected.path}")
 
 
-def _ask(settings: Settings, name: str, sources: Sources, sets: Sets, progress: Any, sampled: int) -> Any:
-    """What `evaluate_policy` returns of the model of model.path, which is gone from memory before the next comes."""
+def _ask(policy: Policy, settings: Settings, name: str, sets: Sets, progress: Any, sampled: int) -> Any:
+    """What `evaluate_policy` returns of the model."""
     import torch
 
-    from mmrpt.engines.run import start_policy
     from mmrpt.held_out import evaluate_policy
 
     try:
-        return evaluate_policy(start_policy(settings, sources), name, sets, settings, progress, sampled=sampled)
+        return evaluate_policy(policy, name, sets, settings, progress, sampled=sampled)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"{name}: {reason} Lower evaluation.batch_size, or take model.dtype=bfloat16.") from error
