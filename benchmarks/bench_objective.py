@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,6 +42,9 @@ class HeldPolicy:
 
     def sampling_bias(self) -> torch.Tensor:
         return self.bias
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def trainer(hidden, weight, bias, ids, response_mask, scores, advantages, old_logps, tokens) -> torch.Tensor:
