@@ -34,7 +34,7 @@ from mmrpt.rollout.buffer import GroupBuffer
 from mmrpt.settings import OptimiserSettings
 from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, MaskedSample
-from mmrpt.world.warm_start import VisionPretraining, lesson_at
+from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
 
 
 def train(run: Run) -> Path:
@@ -67,21 +67,7 @@ def warm_up(run: Run) -> None:
 
     def loss(step: int) -> Tensor:
         lesson = lesson_at(step, settings, run.sources)
-        items = items_at(step * lesson.batch_size, lesson.batch_size, len(lesson.source), *stream(run, lesson.name))
-        seed = seed_of(settings.seed, "warmup", step)
-        fraction = settings.warmup.restore_fraction
-        return supervised_loss(
-            run.policy,
-            caption_batch(
-                run.policy,
-                lesson.source,
-                items,
-                settings.prompts,
-                restore_fraction=fraction,
-                seed=seed,
-                cut=lesson.cut,
-            ),
-        )
+        return supervised_loss(run.policy, supervised_rows(run, "warmup", step, lesson, step * lesson.batch_size))
 
     descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, loss)
 
@@ -95,7 +81,7 @@ def mask(run: Run) -> list[MaskedSample]:
         model = PolicyModel(run.policy)
         with run.policy.autocast():
             score_corpus(model, rows, shards, run.settings)
-            select_masks(model, rows, shards, run.settings, run.folder.path)
+            select_masks(model, rows, shards, run.settings, run.folder.path, run.sources.rejected)
     shards.remove()
     return [MaskedSample(**row) for row in read_jsonl(run.folder / MASKED)]
 
@@ -162,21 +148,23 @@ def descend(run: Run, name: str, steps: int, optimiser: OptimiserSettings, loss_
 
 def later_captions(run: Run, step: int) -> Batch:
     """Captions past those of the warm-up: what the control trains on, and RL too where it mixes them."""
-    settings, source, size = run.settings, run.sources.train, run.settings.warmup.batch_size
-    first = (settings.warmup.steps + step) * size
+    warmup = run.settings.warmup
+    lesson = Lesson("captions", run.sources.train, warmup.batch_size)
+    return supervised_rows(run, "control", step, lesson, (warmup.steps + step) * warmup.batch_size)
+
+
+def supervised_rows(run: Run, phase: str, step: int, lesson: Lesson, first: int) -> Batch:
+    """The rows of a step: items `first` and on of the lesson's own order, drawn from the phase and the step."""
+    settings, source = run.settings, lesson.source
     return caption_batch(
         run.policy,
         source,
-        items_at(first, size, len(source), *stream(run, "captions")),
+        items_at(first, lesson.batch_size, len(source), settings.seed, "supervised", lesson.name),
         settings.prompts,
         restore_fraction=settings.warmup.restore_fraction,
-        seed=seed_of(settings.seed, "control", step),
+        seed=seed_of(settings.seed, phase, step),
+        cut=lesson.cut,
     )
-
-
-def stream(run: Run, lesson: str) -> tuple[object, ...]:
-    """What the order of a lesson's items depends on."""
-    return run.settings.seed, "supervised", lesson
 
 
 def evaluate(run: Run) -> dict[str, Any]:

@@ -37,18 +37,25 @@ BINS = 40
 
 
 def select_masks(
-    model: CaptionModel | None, source: PairSource, shards: Shards, settings: Settings, folder: Path
+    model: CaptionModel | None,
+    source: PairSource,
+    shards: Shards,
+    settings: Settings,
+    folder: Path,
+    rejected: RejectedRows | None = None,
 ) -> dict[str, Any]:
     """Writes the result of a corpus that is scored in full, and returns what masking.json says.
 
-    The model is needed for `masking.max_blind` alone. Raises ValueError where no sentence passes the threshold.
+    The model is needed for `masking.max_blind` alone. `rejected`: that of the run's other readers, which would else
+    name a row again that is written here. Raises ValueError where no sentence passes the threshold.
     """
     if (folder / SUMMARY).exists():
         return json.loads((folder / SUMMARY).read_text())
     baseline = _baseline(shards, settings)
     found = _Statistics()
     write_jsonl(folder / SCORES, _score_rows(shards, baseline, found))
-    _write_rejected(shards, RejectedRows(folder / REJECTED, settings.data.max_rejected), found)
+    rejected = rejected or RejectedRows(folder / REJECTED, settings.data.max_rejected)
+    _write_rejected(shards, rejected, found)
     if not found.scores:
         raise ValueError(
             f"{shards.rows} rows hold no sentence with a letter in it ({sum(found.rejected.values())} rows were "

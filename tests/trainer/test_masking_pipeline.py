@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmrpt.corpus import BadRow, read_jsonl
+from mmrpt.corpus import BadRow, RejectedRows, read_jsonl
 from mmrpt.masking import shards as shards_module
 from mmrpt.masking.forward import PolicyModel, Prompt
 from mmrpt.masking.pipeline import read_ahead, score_corpus, token_batches
@@ -69,12 +69,12 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_ROWS", 7)
 
 
-def mask(folder, model, settings, source=None, parts=1):
+def mask(folder, model, settings, source=None, parts=1, rejected=None):
     source = source or Pairs()
     shards = Shards(folder / "scores", len(source))
     for part in range(parts):
         score_corpus(model, source, shards, settings, part, parts)
-    return select_masks(model, source, shards, settings, folder)
+    return select_masks(model, source, shards, settings, folder, rejected)
 
 
 def files_of(folder):
@@ -133,6 +133,15 @@ def test_every_bad_row_is_named_and_passed_over(tmp_path, model, small_settings)
     assert summary["captions"] == 24 - 6 and sum(summary["rejected"].values()) == 6
     ids = {row["example_id"] for row in read_jsonl(tmp_path / SCORES)}
     assert len(ids) == 18 and not ids & {row["id"] for row in rows}
+
+
+def test_a_row_that_masking_named_is_not_named_again_by_the_runs_other_readers(tmp_path, model, small_settings):
+    rejected = RejectedRows(tmp_path / REJECTED, 1.0)  # opened at the start, as training does
+    mask(tmp_path, model, small_settings(), rejected=rejected)
+    before = (tmp_path / REJECTED).read_bytes()
+    for row in read_jsonl(tmp_path / REJECTED):
+        rejected.write(BadRow(row["where"], row["kind"], "met again in training"), row["id"])
+    assert (tmp_path / REJECTED).read_bytes() == before
 
 
 def test_too_many_bad_rows_end_the_run_with_the_last_one_named(tmp_path, model, small_settings, small_shards):
