@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mmrpt.corpus.files import sync
 from mmrpt.policy import Policy
 from mmrpt.run_folder import RunError
 
@@ -34,11 +35,11 @@ def save_checkpoint(folder: Path, policy: Policy, state: dict[str, Any]) -> None
         policy.write_files(part)
         torch.save(state, part / STATE_FILE)
         for path in (*part.iterdir(), part):
-            _to_disk(path)
+            sync(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
-        _to_disk(folder.parent)
+        sync(folder.parent)
     except Exception as error:  # safetensors, torch and the file system each raise their own
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
@@ -93,12 +94,3 @@ def drop_older(root: Path, phase: str, keep: int) -> None:
     unwanted = unfinished_checkpoints(root, phase)[keep:]
     for path in (*unwanted, *(p for p in root.iterdir() if p.name.startswith(phase) and p.suffix == ".tmp")):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file or folder is on the disk: a rename may otherwise outlive, in a power cut, what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

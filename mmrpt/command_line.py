@@ -64,12 +64,10 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
         return tell(error)
     # Only now: torch takes seconds to load, and a misspelt setting is told before.
     from torch import OutOfMemoryError
-    from transformers.utils import logging as transformers_logging
 
     from mmrpt.engines.run import open_run
     from mmrpt.run_folder import RunError, RunFolder
 
-    transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
     folder = RunFolder(settings.run_dir)
     try:
         folder.lock()

@@ -49,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.show:
             print(to_yaml(settings), end="")
             return 0
-        folders = {name: _model_folder(name) for name in _models(options)}  # all, before the first is asked
+        models = _models(options)
+        from mmrpt.families import model_folder  # torch takes seconds to load, and a misspelt setting is told before
+
+        folders = {name: model_folder(name) for name in models}  # all, before the first is asked
         settings = resolve_run(settings, resume=False, given=())
         try:
             _evaluate(settings, folders, options)
@@ -91,40 +94,15 @@ def _models(options: argparse.Namespace) -> list[str]:
     return models
 
 
-def _model_folder(name: str) -> Path:
-    """The folder of that name, or where the hub's model of that name, `owner/model`, was downloaded to."""
-    folder = Path(name)
-    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"no config.json in {name}: expected a Hugging Face model folder, such as runs/demo/checkpoints/rl, "
-                "or the hub name of a model, such as Qwen/Qwen2.5-VL-3B-Instruct."
-            )
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name} is no folder here, and the hub gives no model of that name ({str(error).splitlines()[0]})."
-        ) from error
-
-
 def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse.Namespace) -> None:
     """Asks every model, writing after each what there is so far, then prints the tables."""
-    import torch
     from tqdm import tqdm
-    from transformers.utils import logging as transformers_logging
 
     from mmrpt.corpus import RejectedRows, write_json, write_jsonl, write_text
-    from mmrpt.engines.run import resolve_device, start_policy
+    from mmrpt.engines.run import prepare_machine, start_policy
     from mmrpt.held_out import CONDITIONS
 
-    transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
-    device = resolve_device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    device = prepare_machine(settings, settings.device)
     folder = settings.run_dir
     rejected = RejectedRows(folder / "rejected.jsonl", settings.data.max_rejected)
     sources, sets = _questions(settings, options, rejected)

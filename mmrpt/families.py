@@ -117,16 +117,19 @@ def video_settings(vision_config: Any) -> dict[str, Any]:
 
 
 def model_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: `path` itself, or what the hub has under that name, downloaded once.
+    """The local folder of a model: `path` itself, or what the hub has under the name owner/model, downloaded once.
 
     Raises FileNotFoundError for a folder that is not there or holds no model, OSError for a name that the hub lacks.
     """
     folder = Path(path)
-    is_name = isinstance(path, str) and path.count("/") <= 1 and path[:1] not in "./~"
+    is_name = isinstance(path, str) and path.count("/") == 1 and path[:1] not in "./~"
     if folder.is_dir() or not is_name:
         if not (folder / "config.json").is_file():
-            wrong = f"there is no config.json in {folder}" if folder.is_dir() else f"there is no such folder: {folder}"
-            raise FileNotFoundError(f"{wrong}; expected a Hugging Face model folder, or a hub name, at model.path.")
+            absent = "" if folder.is_dir() else " (there is no such folder)"
+            raise FileNotFoundError(
+                f"no config.json in {folder}{absent}: expected a Hugging Face model folder, or a hub name such as "
+                "Qwen/Qwen2.5-VL-3B-Instruct."
+            )
         if revision is not None:
             raise ValueError(f"model.revision is {revision!r}, but model.path is the folder {folder}: leave it out.")
         return folder

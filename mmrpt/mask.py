@@ -85,17 +85,12 @@ class Job:
 
 def _open(settings: Settings, part: int, parts: int) -> Job:
     """Opens pairs and model. Raises OSError or ValueError with the remedy."""
-    import torch
-    from transformers.utils import logging as transformers_logging
 
-    from mmrpt.engines.run import resolve_device
+    from mmrpt.engines.run import prepare_machine
     from mmrpt.masking.select import SUMMARY
     from mmrpt.masking.shards import Shards
 
-    transformers_logging.disable_progress_bar()  # its bars for every small file would bury ours
-    device = resolve_device(_of_this_process(settings.device))
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    device = prepare_machine(settings, _of_this_process(settings.device))
     source = _open_source(settings)
     shards = Shards(settings.run_dir / "scores", settings.captions_to_score(len(source)))
     needed = bool(shards.missing(part, parts)) or settings.masking.max_blind is not None

@@ -18,7 +18,7 @@ from mmrpt.corpus.files import (
 )
 from mmrpt.corpus.open import hold_to_corpus, open_corpus
 from mmrpt.corpus.order import epoch_order, items_at, seed_of
-from mmrpt.corpus.rejected import GoodRows, RejectedRows
+from mmrpt.corpus.rejected import GoodRows, RejectedRows, too_many
 from mmrpt.corpus.rows import BadRow, CorpusError, Limits
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "read_jsonl",
     "seed_of",
     "split_held_out",
+    "too_many",
     "write_bytes",
     "write_json",
     "write_jsonl",

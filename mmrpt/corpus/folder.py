@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from mmrpt.corpus.images import ImageFinder
-from mmrpt.corpus.rows import BadRow, Row
+from mmrpt.corpus.rows import BadRow, Row, Table
 from mmrpt.corpus.spans import MAX_ROW_BYTES
 from mmrpt.corpus.tars import IMAGE_ENDINGS
 
 
-class FolderTable:
+class FolderTable(Table):
     """A Table of the images under a folder, in the order of their names, and of the texts that lack one."""
 
     def __init__(self, folder: Path, finder: ImageFinder) -> None:
@@ -52,13 +51,6 @@ class FolderTable:
             return Row(where, path, data.decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise BadRow(where, "not_utf8", f"{text} is not UTF-8. Save it as UTF-8.") from None
-
-    def rows(self) -> Iterator[Row | BadRow]:
-        for index in range(len(self)):
-            try:
-                yield self.row(index)
-            except BadRow as error:
-                yield error
 
     def picture(self, index: int, row: Row) -> Path:
         return self._finder.find(row.image, row.where)

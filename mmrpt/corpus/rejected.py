@@ -18,6 +18,11 @@ ALWAYS_ALLOWED = 10
 _GOOD, _BAD = 1, 2  # 0: not visited
 
 
+def too_many(rejected: int, visited: int, max_rejected: float) -> bool:
+    """Whether so many bad rows among those visited end a run."""
+    return rejected > max(ALWAYS_ALLOWED, max_rejected * visited)
+
+
 class _Tally:
     """How many rows were bad, by kind, and the first three of them."""
 
@@ -69,7 +74,7 @@ class RejectedRows:
 
     def refuse(self, tally: _Tally, visited: int) -> None:
         count = tally.kinds.total()
-        if count <= max(ALWAYS_ALLOWED, self.max_rejected * visited):
+        if not too_many(count, visited, self.max_rejected):
             return
         kinds = ", ".join(f"{kind} ({number})" for kind, number in tally.kinds.most_common(3))
         examples = "\n".join(f"  {error}" for error in tally.examples)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmrpt.corpus.files import parse_object
-from mmrpt.corpus.rows import BadRow, CorpusError, Row, caption_column
+from mmrpt.corpus.rows import BadRow, CorpusError, Row, Table, caption_column
 from mmrpt.corpus.spans import MAX_ROW_BYTES, ByteFile
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -20,7 +20,7 @@ _PARTS = ("image", "text", "json")
 MAX_IMAGE_BYTES = 1 << 30
 
 
-class TarTable:
+class TarTable(Table):
     """A Table over tars that are not compressed. Opening reads their headers; nothing is unpacked."""
 
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
@@ -62,13 +62,6 @@ class TarTable:
             raise BadRow(where, "caption_missing", f"the sample has no caption. Expected {key}.txt or {key}.json.")
         image = f"{self.paths[self._owners[index]].name}/{key}"
         return Row(where, image, entry[column], entry.get("id"))
-
-    def rows(self) -> Iterator[Row | BadRow]:
-        for index in range(len(self)):
-            try:
-                yield self.row(index)
-            except BadRow as error:
-                yield error
 
     def picture(self, index: int, row: Row) -> bytes:
         return self._read(index, 0, row.where, MAX_IMAGE_BYTES)

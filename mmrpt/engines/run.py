@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from mmrpt.checkpoint import load_checkpoint
 from mmrpt.corpus import ImageCache
@@ -93,9 +94,7 @@ class Run:
 def open_run(settings: Settings) -> Run:
     """Opens pairs, model and folder. Raises SettingsError, OSError or ValueError with the remedy."""
     check_dtype(settings)
-    device = resolve_device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    device = prepare_machine(settings, settings.device)
     rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track)
     sources = open_sources(settings)
     policy = start_policy(settings, sources, device)
@@ -124,6 +123,14 @@ def start_policy(settings: Settings, sources: Sources, device: torch.device) -> 
         renamed = getattr(policy.model, "activation_checkpointing_enable", None)
         (renamed or policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
     return policy
+
+
+def prepare_machine(settings: Settings, device: str) -> torch.device:
+    """Threads and device as the settings say, and no progress bar of transformers for each of its files."""
+    transformers_logging.disable_progress_bar()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return resolve_device(device)
 
 
 def resolve_device(name: str) -> torch.device:

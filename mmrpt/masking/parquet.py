@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmrpt.corpus import iter_jsonl
+from mmrpt.corpus import atomic_file, iter_jsonl
 from mmrpt.masking.select import MASKED
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.settings import PromptSettings
@@ -51,16 +50,11 @@ def write_parquet(folder: Path, source: PairSource, prompts: PromptSettings) -> 
             "reward_model": {"style": text, "ground_truth": text},
         }
     )
-    path, part = folder / PARQUET, folder / f".{PARQUET}.{os.getpid()}.tmp"
-    try:
-        rows = _rows(folder, source, prompts)
-        with ParquetWriter(part, features.arrow_schema) as writer:
-            while chunk := list(islice(rows, ROWS_AT_ONCE)):
-                writer.write_table(pyarrow.Table.from_pylist(chunk, schema=features.arrow_schema))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    rows = _rows(folder, source, prompts)
+    with atomic_file(folder / PARQUET) as file, ParquetWriter(file, features.arrow_schema) as writer:
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pyarrow.Table.from_pylist(chunk, schema=features.arrow_schema))
+    return folder / PARQUET
 
 
 def _rows(folder: Path, source: PairSource, prompts: PromptSettings) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from mmrpt.corpus import BadRow, CorpusError
+from mmrpt.corpus import BadRow, CorpusError, too_many
 from mmrpt.masking.forward import CaptionModel
 from mmrpt.masking.score import CaptionRow, layer_indices, score_rows
 from mmrpt.masking.shards import ScoredCaption, Shards
@@ -131,8 +131,8 @@ def read_ahead(pool: ThreadPoolExecutor | None, function: Callable[[T], R], item
 
 
 def check_rejected(found: Sequence[ScoredCaption], visited: int, rejected: int, max_rejected: float) -> None:
-    """Raises CorpusError where more rows were rejected than ten and `max_rejected` of those visited."""
-    if rejected > max(10, max_rejected * visited):
+    """Raises CorpusError where too many of the rows that were visited were rejected."""
+    if too_many(rejected, visited, max_rejected):
         last = next(c.error for c in reversed(found) if c.error is not None)
         raise CorpusError(
             f"{rejected} of {visited} rows cannot be used, more than data.max_rejected={max_rejected:g} allows; the "

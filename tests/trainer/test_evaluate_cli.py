@@ -161,13 +161,13 @@ def test_what_cannot_work_is_one_message_and_leaves_nothing(models, pairs, tmp_p
 def test_a_model_of_the_hub_is_downloaded_by_its_name(models, pairs, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def download(name):
+    def download(name, **_):
         asked.append(name)
         if name == "owner/none":
             raise OSError("404 Client Error")
         return models[0]
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("mmrpt.families.snapshot_download", download)
     chosen = (f"data.pairs={pairs}", "data.held_out=4", "evaluation.samples=2")
     assert evaluate(tmp_path, "owner/model", *chosen) == 0
     assert {row["model"] for row in result(tmp_path / "runs" / "evaluate")[0]} == {"owner/model"}
