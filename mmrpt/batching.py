@@ -1,4 +1,5 @@
-"""Rows of prompts and responses: padding, prompts that a group's responses share, and where the responses stand.
+"""Rows of prompts and responses: padding, prompts that a group's responses share, forward passes of bounded size, and
+where the responses stand.
 
 A shared row lays a group's responses one after another behind their prompt, so that the prompt is computed once:
 
@@ -10,8 +11,8 @@ A response sees the prompt and itself, and its positions go on from the prompt's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,86 @@ def group_batch(
         sizes = torch.tensor([len(prompt), *map(len, responses)])
         segments[row, : int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
     return replace(batch, segments=segments.to(batch.input_ids.device))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The responses of one forward pass: of prompt `prompts[i]` those in `responses[i]`.
+
+    `rows` are their places among all responses, a prompt's beside each other; `share` is that of `group_batch`.
+    """
+
+    prompts: list[int]
+    responses: list[slice]
+    rows: slice
+    share: bool
+
+
+def micro_batches(
+    prompts: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    batch_tokens: int,
+    hidden_size: int,
+    share: bool | None = None,
+) -> list[MicroBatch]:
+    """All responses in their order, in forward passes of at most `batch_tokens` tokens, padding included.
+
+    Arguments: the tokens of each prompt, the tokens of each of its responses; H for `sharing_saves`, which decides for
+    all of them where `share` is None. A group that is too long for one pass is split, and its prompt then stands in
+    several; a single response that is too long behind its prompt goes alone.
+    """
+    pieces = [
+        (i, part)
+        for i, responses in enumerate(groups)
+        for part in _runs(responses, batch_tokens, lambda run, prompt=prompts[i]: prompt + sum(run))
+    ]
+    if share is None:
+        share = sharing_saves([prompts[i] for i, _ in pieces], [groups[i][part] for i, part in pieces], hidden_size)
+    if not share:
+        pieces = [(i, slice(j, j + 1)) for i, responses in enumerate(groups) for j in range(len(responses))]
+    found, done = [], 0
+    for run in _runs([prompts[i] + sum(groups[i][part]) for i, part in pieces], batch_tokens, _padded):
+        chosen: dict[int, slice] = {}  # two pieces of a split group are too long for one pass: these are rows alone
+        for i, part in pieces[run]:
+            chosen[i] = slice(chosen.get(i, part).start, part.stop)
+        count = sum(part.stop - part.start for part in chosen.values())
+        found.append(MicroBatch([*chosen], [*chosen.values()], slice(done, done + count), share))
+        done += count
+    return found
+
+
+def split_rows(batch: Batch, batch_tokens: int) -> list[Batch]:
+    """The rows of a batch in their order, in batches of at most `batch_tokens` tokens; a row that is longer is alone.
+
+    Each is as wide as its longest row and has the images that its rows show. Rows must be padded on the right.
+    """
+    lengths = batch.attention_mask.sum(-1).tolist()
+    runs = _runs(lengths, batch_tokens, _padded)
+    if len(runs) == 1:
+        return [batch]
+    pixels, parts = PixelBatch(batch.pixel_values, batch.image_grid_thw), []
+    for run in runs:
+        width = max(lengths[run])
+        images, index = batch.image_index[run].unique(return_inverse=True)
+        shown = pixels.select(images.tolist())
+        rows = (x[run, :width] for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
+        segments = None if batch.segments is None else batch.segments[run, :width]
+        parts.append(Batch(*rows, shown.pixel_values, shown.grid_thw, index, segments))
+    return parts
+
+
+def _padded(lengths: Sequence[int]) -> int:
+    return len(lengths) * max(lengths)
+
+
+def _runs(lengths: Sequence[int], most: int, tokens: Callable[[Sequence[int]], int]) -> list[slice]:
+    """Neighbours in runs, each as long as `tokens(run) <= most` allows, and of one where it does not."""
+    runs, first = [], 0
+    for end in range(2, len(lengths) + 1):
+        if end - first > 1 and tokens(lengths[first:end]) > most:
+            runs.append(slice(first, end - 1))
+            first = end - 1
+    return [*runs, slice(first, len(lengths))] if lengths else []
 
 
 def sharing_saves(prompts: Sequence[int], groups: Sequence[Sequence[int]], hidden_size: int) -> bool:

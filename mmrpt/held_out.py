@@ -132,6 +132,7 @@ def _completions(
             max_new_tokens=settings.rollout.max_new_tokens,
             temperature=temperature,
             generator=generator,
+            keep_hidden=False,
         )
         texts += [policy.tokenizer.decode([t for t in ids if t != policy.eos_token_id]) for ids in out.token_ids]
     return [texts[first : first + count] for first in range(0, len(texts), count)]

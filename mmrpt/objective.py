@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from mmrpt.batching import response_slices
+from mmrpt.batching import response_slices, split_rows
 from mmrpt.policy import Policy
 from mmrpt.settings import RLSettings
-from mmrpt.types import Batch, PixelBatch, PolicyTargets
+from mmrpt.types import Batch, PolicyTargets
 from mmrpt_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.common.autocast import cast_for_autocast
 from mmrpt_kernels.lm_head import gemm
@@ -30,6 +28,16 @@ def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
         return linear_token_loss(
             hidden, policy.head_weight, targets, lambda logps, entropy, rows: -logps * shares[rows], active_mask=mask
         )
+
+
+def supervised_backward(policy: Policy, batch: Batch, batch_tokens: int, weight: float = 1.0) -> float:
+    """Adds the gradients of `weight` times the supervised loss, at most `batch_tokens` tokens at a time; the loss."""
+    total = 0.0
+    for part in split_rows(batch, batch_tokens):
+        loss, share = supervised_loss(policy, part), len(part.input_ids) / len(batch.input_ids)
+        (weight * share * loss).backward()
+        total += share * loss.item()
+    return total
 
 
 def policy_loss(
@@ -91,19 +99,8 @@ def loss_normalizer(settings: RLSettings, *, tokens: int, responses: int, max_ne
 
 
 @torch.no_grad()
-def response_logps(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[Sequence[int]]],
-    pixels: PixelBatch,
-    *,
-    temperature: float = 1.0,
-) -> Tensor:
-    """(N, T) float32 log-probs of all responses as a training step computes them, 0 past a row's end.
-
-    `groups[i]` are the responses to prompt i, whose image is the i-th of `pixels`.
-    """
-    batch = policy.group_batch(prompts, groups, pixels, range(len(prompts)))
+def response_logps(policy: Policy, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    """(N, T) float32 log-probs of the batch's responses as a training step computes them, 0 past a row's end."""
     hidden, targets, mask = response_slices(policy.hidden(batch), batch)
     logps = torch.zeros(mask.shape, device=hidden.device)
     with policy.autocast():

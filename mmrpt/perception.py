@@ -6,6 +6,7 @@ A perturbed view of the image, a score for each token, then the trajectories' we
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from mmrpt.batching import response_slices
 from mmrpt.perturbation import black_patches, blacken_patches
 from mmrpt.policy import Policy
-from mmrpt.types import PixelBatch
+from mmrpt.types import Batch, PixelBatch
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
 
 __all__ = ["PerceptionWeights", "blacken_pixels", "perturbed_picture", "shape_and_filter", "token_perception"]
@@ -24,23 +25,23 @@ __all__ = ["PerceptionWeights", "blacken_pixels", "perturbed_picture", "shape_an
 @torch.no_grad()
 def token_perception(
     policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[Sequence[int]]],
+    batch: Batch,
     perturbed: PixelBatch,
-    image_index: Sequence[int],
-    clean_hidden: Tensor,
+    clean_hidden: Tensor | None = None,
     *,
     kind: Literal["kl", "k3", "js"] = "kl",
     temperature: float = 1.0,
 ) -> Tensor:
     """S(s_t) = KL( pi(. | q, o_<t, I) || pi(. | q, o_<t, I') ) for every response token: (N, T) float32 >= 0.
 
-    `groups[i]` are the responses to prompt i, `image_index[i]` its image among the perturbed ones; N counts all
-    responses, a prompt's beside each other. `clean_hidden` (N, T, H) is what the rollout saw with the true image, so
-    only the perturbed view is computed here. Tokens past a row's end score 0.
+    N counts the responses of the batch, which shows the true images; `perturbed` are the same ones with patches.
+    `clean_hidden` (N, T, H), where it was kept, is what the rollout saw with the true image: then only the perturbed
+    view is computed here. Tokens past a row's end score 0.
     """
-    batch = policy.group_batch(prompts, groups, perturbed, image_index)
-    hidden, targets, mask = response_slices(policy.hidden(batch), batch)
+    view = replace(batch, pixel_values=perturbed.pixel_values)
+    hidden, targets, mask = response_slices(policy.hidden(view), view)
+    if clean_hidden is None:
+        clean_hidden, *_ = response_slices(policy.hidden(batch), batch)
     clean = clean_hidden[:, : hidden.shape[1]]
     scores = torch.zeros(mask.shape, device=hidden.device)
     with policy.autocast():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
-from mmrpt.batching import group_batch, row_batch, shared_mask, shared_positions, sharing_saves
+from mmrpt.batching import MicroBatch, group_batch, micro_batches, row_batch, shared_mask, shared_positions
 from mmrpt.families import (
     OTHER_RELEASE,
     SUPPORTED_MODEL_TYPES,
@@ -178,13 +178,30 @@ class Policy:
         pixels: PixelBatch,
         image_index: Sequence[int],
         *,
-        share: bool | None = None,
+        share: bool,
     ) -> Batch:
-        """Prompts with all their responses (`mmrpt.batching.group_batch`); `share` None: whichever costs less."""
-        if share is None:
-            lengths = [[len(response) for response in responses] for responses in groups]
-            share = sharing_saves([len(prompt) for prompt in prompts], lengths, self.head_weight.shape[1])
+        """Prompts with all their responses (`mmrpt.batching.group_batch`)."""
         return group_batch(prompts, groups, pixels, image_index, pad_id=self.pad_token_id, share=share)
+
+    def group_batches(
+        self,
+        prompts: Sequence[Sequence[int]],
+        groups: Sequence[Sequence[Sequence[int]]],
+        pixels: Callable[[list[int]], PixelBatch],
+        batch_tokens: int,
+        *,
+        share: bool | None = None,
+    ) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Prompts with all their responses, a forward pass at a time (`mmrpt.batching.micro_batches`).
+
+        Each prompt shows an image of its own: `pixels` gives those of the prompts of a pass.
+        """
+        lengths = [[len(response) for response in responses] for responses in groups]
+        sizes = [len(prompt) for prompt in prompts]
+        for part in micro_batches(sizes, lengths, batch_tokens, self.head_weight.shape[1], share):
+            own = [groups[i][responses] for i, responses in zip(part.prompts, part.responses, strict=True)]
+            rows = [prompts[i] for i in part.prompts], own, pixels(part.prompts), range(len(own))
+            yield part, self.group_batch(*rows, share=part.share)
 
     # ---------------------------------------------------------------- forward
 

@@ -142,12 +142,12 @@ class Generation:
 
     `token_ids` one tuple a row, the end-of-turn token included where it was reached; `logps` (R, T) float32, the
     log-probability each token was sampled with, 0 past the end; `hidden` (R, T, H) the last hidden state that each
-    token was sampled from, 0 past the end; `finished` (R,) bool.
+    token was sampled from, 0 past the end, None where it was not asked for; `finished` (R,) bool.
     """
 
     token_ids: list[tuple[int, ...]]
     logps: torch.Tensor
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
     finished: torch.Tensor
 
 
@@ -189,7 +189,7 @@ class SamplingRound:
 
 @dataclass(frozen=True)
 class PolicyTargets:
-    """What the loss of a micro-batch knows of its R responses, all (R, T) unless said (`mmrpt.engines.rl_step`)."""
+    """What the loss knows of R responses, all (R, T) unless said (`mmrpt.engines.rl_step`)."""
 
     advantages: torch.Tensor  # (R,)
     old_logps: torch.Tensor
@@ -197,3 +197,7 @@ class PolicyTargets:
     trajectory_weights: torch.Tensor | None  # (R,)
     ref_logps: torch.Tensor | None = None
     sampler_weights: torch.Tensor | None = None
+
+    def select(self, rows: slice) -> PolicyTargets:
+        """Those of some of the responses."""
+        return PolicyTargets(**{name: None if x is None else x[rows] for name, x in vars(self).items()})

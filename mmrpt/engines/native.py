@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from mmrpt.captions import caption_batch
@@ -25,7 +24,7 @@ from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SCORES, SUMMARY, select_masks
 from mmrpt.masking.shards import Shards
-from mmrpt.objective import supervised_loss
+from mmrpt.objective import supervised_backward
 from mmrpt.perception import perturbed_picture
 from mmrpt.report.images import write_images
 from mmrpt.report.statistics import roc_auc
@@ -58,18 +57,25 @@ def pretrain_vision(run: Run) -> None:
     demo = run.settings.demo
     optimiser = OptimiserSettings(lr=demo.vision_lr, final_fraction=0.05)
     task = VisionPretraining(run.policy, run.sources.train, run.settings)
-    descend(run, "vision_pretraining", demo.vision_steps, optimiser, task.loss)
+
+    def backward(step: int) -> float:
+        loss = task.loss(step)
+        loss.backward()
+        return loss.item()
+
+    descend(run, "vision_pretraining", demo.vision_steps, optimiser, backward)
 
 
 def warm_up(run: Run) -> None:
     """Caption training. Short on purpose: it teaches the answer's form, and leaves room for RL."""
     settings = run.settings
 
-    def loss(step: int) -> Tensor:
+    def backward(step: int) -> float:
         lesson = lesson_at(step, settings, run.sources)
-        return supervised_loss(run.policy, supervised_rows(run, "warmup", step, lesson, step * lesson.batch_size))
+        rows = supervised_rows(run, "warmup", step, lesson, step * lesson.batch_size)
+        return supervised_backward(run.policy, rows, settings.model.batch_tokens)
 
-    descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, loss)
+    descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, backward)
 
 
 def mask(run: Run) -> list[MaskedSample]:
@@ -129,21 +135,20 @@ def train_control(run: Run) -> None:
             "control",
             settings.rl.steps,
             settings.rl.optimiser,
-            lambda step: supervised_loss(run.policy, later_captions(run, step)),
+            lambda step: supervised_backward(run.policy, later_captions(run, step), settings.model.batch_tokens),
         )
 
 
-def descend(run: Run, name: str, steps: int, optimiser: OptimiserSettings, loss_of: Callable[[int], Tensor]) -> None:
-    """A phase of gradient descent on `loss_of(step)`."""
+def descend(run: Run, name: str, steps: int, optimiser: OptimiserSettings, backward: Callable[[int], float]) -> None:
+    """A phase of gradient descent; `backward(step)` adds the step's gradients and returns its loss."""
     frozen = run.settings.demo.vision_frozen_steps if name == "warmup" else 0
     phase = Phase(run, name, steps, optimiser, vision_frozen_steps=frozen)
     for step in phase.steps():
-        loss = loss_of(step)
-        loss.backward()
+        loss = backward(step)
         metrics = phase.optimiser.step(step, steps)
-        run.folder.metrics(name, step, loss=loss.item(), **metrics)
+        run.folder.metrics(name, step, loss=loss, **metrics)
         phase.note(step, skipped=metrics["skipped"])
-        phase.bar.set_postfix(loss=f"{loss.item():.3f}")
+        phase.bar.set_postfix(loss=f"{loss:.3f}")
 
 
 def later_captions(run: Run, step: int) -> Batch:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mmrpt.corpus import ImageCache, items_at, seed_of
-from mmrpt.objective import importance_weights, loss_normalizer, policy_loss, supervised_loss
+from mmrpt.objective import importance_weights, loss_normalizer, policy_loss, supervised_backward
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.policy import Policy
@@ -18,7 +17,7 @@ from mmrpt.rollout.buffer import GroupBuffer, stack_rows
 from mmrpt.rollout.collect import collect_round
 from mmrpt.settings import RLSettings, Settings
 from mmrpt.stopwatch import Stopwatch
-from mmrpt.types import Batch, Group, MaskedSample, PolicyTargets, SamplingRound
+from mmrpt.types import Batch, Group, MaskedSample, PixelBatch, PolicyTargets, SamplingRound
 
 # Statistics that need no log-prob of a token without gradient.
 OF_ANY_STEP = ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high")
@@ -80,9 +79,9 @@ def train_on_groups(
         loss, totals, weights = _backward(policy, list(groups), images, settings, step)
     if captions is not None:
         with watch.part("captions"):
-            caption_loss = supervised_loss(policy, captions)
-            (settings.rl.caption_weight * caption_loss).backward()
-            totals["caption_loss"] = caption_loss.item()
+            totals["caption_loss"] = supervised_backward(
+                policy, captions, settings.model.batch_tokens, settings.rl.caption_weight
+            )
     with watch.part("update"):
         norms = optimiser.step(step, settings.rl.steps)
     return {"loss": loss, **totals, **norms}, weights
@@ -92,26 +91,33 @@ def _backward(
     policy: Policy, groups: list[Group], images: ImageCache, settings: Settings, step: int
 ) -> tuple[float, dict[str, float], PerceptionWeights | None]:
     """Adds the gradients of the groups' loss; (loss, statistics, weights)."""
-    n = settings.rollout.group_size
+    if not groups:
+        return 0.0, {}, None
     weights = _perception_weights(groups, settings)
+    targets, sampled = _targets(groups, weights, settings.rl), stack_rows(groups, "logps")
+    lengths = [len(r) for g in groups for r in g.responses]
+    learning = _learning_tokens(groups, targets)
     normalizer = loss_normalizer(
         settings.rl,
-        tokens=sum(g.response_tokens for g in groups),
-        responses=n * len(groups),
+        tokens=sum(lengths),
+        responses=len(lengths),
         max_new_tokens=settings.rollout.max_new_tokens,
     )
-    per_micro = max(1, settings.rl.micro_batch // n)
     whole = step % settings.rl.statistics_every == 0
     totals: dict[str, float] = {}
     loss_value = 0.0
-    for start in range(0, len(groups), per_micro):
-        part = groups[start : start + per_micro]
-        rows = slice(start * n, (start + len(part)) * n)
-        targets = _targets(part, weights, rows, settings.rl)
+
+    def pixels(chosen: list[int]) -> PixelBatch:
+        names = [groups[i].example_id for i in chosen]
+        shown = images.many(names)
+        return policy.pixels([shown[name] for name in names])
+
+    inputs = [g.prompt for g in groups], [g.responses for g in groups], pixels, settings.model.batch_tokens
+    for part, batch in policy.group_batches(*inputs):
         result = policy_loss(
             policy,
-            _batch(policy, part, images.many([g.example_id for g in part])),
-            targets,
+            batch,
+            targets.select(part.rows),
             settings.rl,
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
@@ -119,27 +125,40 @@ def _backward(
         )
         result.loss.backward()
         loss_value += result.loss.item()
-        tokens = sum(g.response_tokens for g in part)
+        tokens = sum(lengths[part.rows])
         statistics = result.statistics
         if whole:
             # Both are 0 past a row's end. A gap before any step was taken is a fault of the sampler or of the forward.
-            gap = (result.logps - stack_rows(part, "logps")[:, : result.logps.shape[1]]).abs().sum() / tokens
+            gap = (result.logps - sampled[part.rows, : result.logps.shape[1]]).abs().sum() / tokens
             statistics = {**statistics, "rollout_logp_gap": gap}
         else:
             statistics = {name: statistics[name] for name in OF_ANY_STEP}
-        _add_statistics(totals, statistics, tokens / sum(g.response_tokens for g in groups))
+        shares = tokens / sum(lengths), sum(learning[part.rows]) / max(1, sum(learning))
+        _add_statistics(totals, statistics, *shares)
     return loss_value, totals, weights
 
 
-def _add_statistics(totals: dict[str, float], statistics: Mapping[str, torch.Tensor], share: float) -> None:
+def _learning_tokens(groups: list[Group], targets: PolicyTargets) -> list[int]:
+    """Of each response, the tokens that a clip can reach: those that the filter keeps, of an advantage other than 0."""
+    mask = response_mask_of(groups) if targets.perception_mask is None else targets.perception_mask
+    advantages = targets.advantages
+    if targets.trajectory_weights is not None:
+        advantages = advantages * targets.trajectory_weights
+    return (mask & (advantages != 0)[:, None]).sum(-1).tolist()
+
+
+def _add_statistics(
+    totals: dict[str, float], statistics: Mapping[str, torch.Tensor], share: float, learning_share: float
+) -> None:
     """Joins a micro-batch's statistics to the step's: counts add up, the largest is the largest of all, and means are
-    weighted by response tokens (for the clip fractions, whose tokens are the kept ones, that is all but exact)."""
+    weighted by the micro-batch's share of the tokens that they run over."""
     for name, tensor in statistics.items():
         value = float(tensor)
         if name in ("max_logp", "ratio_max"):
             totals[name] = max(totals.get(name, value), value)
         else:
-            totals[name] = totals.get(name, 0.0) + (value if name == "tokens" else share * value)
+            weight = {"tokens": 1.0, "clip_fraction_low": learning_share, "clip_fraction_high": learning_share}
+            totals[name] = totals.get(name, 0.0) + weight.get(name, share) * value
 
 
 def _perception_weights(groups: list[Group], settings: Settings) -> PerceptionWeights | None:
@@ -161,12 +180,7 @@ def response_mask_of(groups: list[Group]) -> torch.Tensor:
     return mask.to(groups[0].perception.device)
 
 
-def _batch(policy: Policy, groups: list[Group], images: Mapping[str, Image.Image]) -> Batch:
-    pixels = policy.pixels([images[g.example_id] for g in groups])
-    return policy.group_batch([g.prompt for g in groups], [g.responses for g in groups], pixels, range(len(groups)))
-
-
-def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice, rl: RLSettings) -> PolicyTargets:
+def _targets(groups: list[Group], weights: PerceptionWeights | None, rl: RLSettings) -> PolicyTargets:
     old, sampler_weights = stack_rows(groups, "logps"), None
     if rl.max_importance is not None:  # the trainer's own ratio is clipped; the sampler's difference is weighed apart
         sampled, old = old, stack_rows(groups, "trainer_logps")
@@ -174,8 +188,8 @@ def _targets(groups: list[Group], weights: PerceptionWeights | None, rows: slice
     return PolicyTargets(
         advantages=torch.cat([g.advantages for g in groups]),
         old_logps=old,
-        perception_mask=None if weights is None else weights.perception_mask[rows],
-        trajectory_weights=None if weights is None else weights.trajectory_weights[rows],
+        perception_mask=None if weights is None else weights.perception_mask,
+        trajectory_weights=None if weights is None else weights.trajectory_weights,
         ref_logps=stack_rows(groups, "ref_logps") if rl.kl_coef else None,
         sampler_weights=sampler_weights,
     )

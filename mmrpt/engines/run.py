@@ -126,10 +126,13 @@ def start_policy(settings: Settings, sources: Sources, device: torch.device) -> 
 
 
 def prepare_machine(settings: Settings, device: str) -> torch.device:
-    """Threads and device as the settings say, and no progress bar of transformers for each of its files."""
+    """Threads, attention and device as the settings say, and no progress bar of transformers for each of its files."""
     transformers_logging.disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    # For the whole process, as a backward pass that computes activations again must find the same kernels.
+    for switch in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{switch}_sdp")(settings.model.attention == "sdpa")
     return resolve_device(device)
 
 

@@ -18,9 +18,9 @@ from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction, combine_rewards
 from mmrpt.rollout.generate import generate
 from mmrpt.rollout.prompts import restore_prompts, restore_text
-from mmrpt.settings import PerceptionSettings, Settings
+from mmrpt.settings import PerceptionSettings, RolloutSettings, Settings
 from mmrpt.stopwatch import Stopwatch
-from mmrpt.types import Generation, Group, MaskedSample, PixelBatch, Rollout, SamplingRound
+from mmrpt.types import Batch, Generation, Group, MaskedSample, PixelBatch, Rollout, SamplingRound
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class _Kept:
     responses: list[list[list[int]]]
     pixels: PixelBatch
     logps: Tensor  # (P * n, T), as sampled
-    hidden: Tensor  # (P * n, T, H)
+    hidden: Tensor | None  # (R, T, H) of all R rollouts
+    rows: list[int]  # P * n of them
 
 
 def collect_round(
@@ -64,6 +65,8 @@ def collect_round(
             temperature=settings.rollout.temperature,
             top_p=settings.rollout.top_p,
             generator=torch.Generator(policy.device).manual_seed(seed),
+            batch_size=settings.rollout.batch_size,
+            keep_hidden=settings.perception.enabled and hidden_fits(policy, settings.rollout),
         )
         rollouts = _rollouts(policy, samples, generation, n)
     with watch.part("reward"):
@@ -96,12 +99,20 @@ def collect_round(
         [[list(generation.token_ids[i * n + j]) for j in range(n)] for i in chosen],
         pixels.select(chosen),
         generation.logps[rows],
-        generation.hidden[rows],
+        generation.hidden,
+        rows,
     )
     with watch.part("perception"):
         fields = _token_fields(policy, reference, kept, settings, seed)
     groups = _groups(kept, fields, rewards[chosen], advantages[chosen])
     return SamplingRound(groups, rollouts, totals, metrics, watch.seconds)
+
+
+def hidden_fits(policy: Policy, rollout: RolloutSettings) -> bool:
+    """Whether a round's hidden states are kept for the perception pass: by the longest it can be, before it is."""
+    tokens = rollout.prompts * rollout.group_size * rollout.max_new_tokens
+    weight = policy.head_weight
+    return tokens * weight.shape[1] * weight.element_size() <= rollout.keep_hidden_mb << 20
 
 
 def _columns(samples: Sequence[MaskedSample], rollouts: Sequence[Rollout], settings: Settings) -> dict[str, list[Any]]:
@@ -148,46 +159,45 @@ def _token_fields(
 ) -> dict[str, Tensor]:
     """The per-token fields of `Group`, (P * n, T) each: those that the settings ask for."""
     fields = {"logps": kept.logps, "perception": torch.zeros_like(kept.logps)}
-    temperature = settings.rollout.temperature
-    if settings.perception.enabled:
-        fields["perception"] = _perception(policy, kept, settings.perception, temperature, seed)
-    prompts_at_once = max(1, settings.rl.micro_batch // len(kept.responses[0]))
+    temperature, models = settings.rollout.temperature, {}
     if settings.rl.kl_coef:
         if reference is None:
             raise ValueError(
                 f"rl.kl_coef is {settings.rl.kl_coef}, but no reference policy was given: expected the warm start, "
                 "which the divergence is measured to."
             )
-        fields["ref_logps"] = _logps(reference, kept, temperature, prompts_at_once)
+        models["ref_logps"] = reference
     if settings.rl.max_importance is not None:
-        fields["trainer_logps"] = _logps(policy, kept, temperature, prompts_at_once)
-    return {name: _padded(values, kept.logps.shape[1]) for name, values in fields.items()}
+        models["trainer_logps"] = policy
+    if not (models or settings.perception.enabled):
+        return fields
+    fields |= {name: torch.zeros_like(kept.logps) for name in models}
+    inputs = kept.prompts, kept.responses, kept.pixels.select, settings.model.batch_tokens
+    for part, batch in policy.group_batches(*inputs):
+        found = {name: response_logps(model, batch, temperature=temperature) for name, model in models.items()}
+        if settings.perception.enabled:
+            hidden = None if kept.hidden is None else kept.hidden[kept.rows[part.rows]]
+            seeds = [seed_of(seed, kept.samples[i].id) for i in part.prompts]
+            found["perception"] = _perception(policy, batch, hidden, seeds, settings.perception, temperature)
+        for name, values in found.items():
+            fields[name][part.rows, : values.shape[1]] = values
+    return fields
 
 
-def _perception(policy: Policy, kept: _Kept, options: PerceptionSettings, temperature: float, seed: int) -> Tensor:
-    """Token perception of the responses; each sample's patches have a seed of their own."""
+def _perception(
+    policy: Policy,
+    batch: Batch,
+    hidden: Tensor | None,
+    seeds: Sequence[int],
+    options: PerceptionSettings,
+    temperature: float,
+) -> Tensor:
+    """Token perception of the batch's responses; the patches of each image have a seed of their own."""
     perturbed = blacken_pixels(
-        kept.pixels,
+        PixelBatch(batch.pixel_values, batch.image_grid_thw),
         policy.image_processor,
-        [seed_of(seed, sample.id) for sample in kept.samples],
+        seeds,
         patch_size=options.patch_size,
         probability=options.probability,
     )
-    index = range(len(kept.prompts))
-    view = (policy, kept.prompts, kept.responses, perturbed, index, kept.hidden)
-    return token_perception(*view, kind=options.kind, temperature=temperature)
-
-
-def _logps(policy: Policy, kept: _Kept, temperature: float, prompts_at_once: int) -> Tensor:
-    """Log-probs of the responses by a forward pass of a training step, a micro-batch at a time."""
-    parts = []
-    for first in range(0, len(kept.prompts), prompts_at_once):
-        part = range(first, min(first + prompts_at_once, len(kept.prompts)))
-        prompts, responses = [kept.prompts[i] for i in part], [kept.responses[i] for i in part]
-        parts.append(response_logps(policy, prompts, responses, kept.pixels.select(part), temperature=temperature))
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([_padded(part, width) for part in parts])
-
-
-def _padded(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]))
+    return token_perception(policy, batch, perturbed, hidden, kind=options.kind, temperature=temperature)

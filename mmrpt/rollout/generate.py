@@ -32,8 +32,13 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+    keep_hidden: bool = True,
 ) -> Generation:
     """Samples `group_size` responses for each prompt; `temperature` 0 decodes greedily.
+
+    At most `batch_size` responses are sampled at once, or one prompt's where these are more; None: all of them.
+    `keep_hidden`: as `Generation.hidden`, (R, max_new_tokens, H) of memory.
 
     Image placeholders and other markers are never sampled (their logits get -1e4), so a sampled token can never break
     the next forward pass. Draws come from `generator` alone, in a fixed order, so a round can be repeated.
@@ -42,10 +47,31 @@ def generate(
     policy.model.eval()
     try:
         with policy.autocast():
-            state = _read_prompts(policy, prompts, pixels, image_index, group_size)
-            return _decode(policy, state, max_new_tokens, temperature, top_p, generator)
+            at_once = len(prompts) if batch_size is None else max(1, batch_size // group_size)
+            parts, hidden = [], None
+            for first in range(0, len(prompts), at_once):
+                chosen = slice(first, first + at_once)
+                images = sorted(set(image_index[chosen]))
+                index = [images.index(i) for i in image_index[chosen]]
+                state = _read_prompts(policy, prompts[chosen], pixels.select(images), index, group_size)
+                if keep_hidden and hidden is None:
+                    hidden = state.hidden.new_zeros(len(prompts) * group_size, max_new_tokens, state.hidden.shape[-1])
+                own = None if hidden is None else hidden[first * group_size :]
+                parts.append(_decode(policy, state, max_new_tokens, temperature, top_p, generator, own))
+            return _joined(parts, hidden)
     finally:
         policy.model.train(was_training)
+
+
+def _joined(parts: Sequence[Generation], hidden: Tensor | None) -> Generation:
+    width = max(part.logps.shape[1] for part in parts)
+    logps = [torch.nn.functional.pad(part.logps, (0, width - part.logps.shape[1])) for part in parts]
+    return Generation(
+        [ids for part in parts for ids in part.token_ids],
+        torch.cat(logps),
+        None if hidden is None else hidden[:, :width],
+        torch.cat([part.finished for part in parts]),
+    )
 
 
 @dataclass
@@ -81,19 +107,22 @@ def _decode(
     temperature: float,
     top_p: float,
     generator: torch.Generator | None,
+    kept: Tensor | None,
 ) -> Generation:
+    """Responses of the prompts that were read; the states that they are sampled from go into `kept` (>= R, T, H)."""
     bias = policy.sampling_bias()
     prompts, n, _ = state.hidden.shape
     own = torch.eye(n, dtype=torch.bool, device=bias.device).expand(prompts, 1, n, n)
     alive = torch.ones(prompts * n, dtype=torch.bool, device=bias.device)
-    tokens, logps, hiddens, masks = [], [], [], []
+    tokens, logps, masks = [], [], []
     for _ in range(max_new_tokens):
         hidden = state.hidden.flatten(0, 1)
         token, logp = _draw(policy, hidden, bias, temperature, top_p, generator)
+        if kept is not None:
+            kept[: len(hidden), len(tokens)] = hidden * alive[:, None]
         token = torch.where(alive, token, policy.pad_token_id)
         tokens.append(token)
         logps.append(logp * alive)
-        hiddens.append(hidden * alive[:, None])
         masks.append(alive)
         alive = alive & (token != policy.eos_token_id)
         if not alive.any() or len(tokens) == max_new_tokens:
@@ -106,7 +135,7 @@ def _decode(
     return Generation(
         [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)],
         torch.stack(logps, -1),
-        torch.stack(hiddens, 1),
+        None,
         ~alive,
     )
 

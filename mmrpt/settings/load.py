@@ -31,6 +31,7 @@ FORMER_NAMES = {
     "rl.optimiser.vision_start": "is gone; rl.optimiser.vision_scale=0 freezes the vision tower",
     **{f"{phase}.optimiser.muon_scale": "is fixed: Muon's learning rate is 6 times lr" for phase in ("warmup", "rl")},
     **{f"{phase}.optimiser.beta1": "is fixed at 0.9" for phase in ("warmup", "rl")},
+    "rl.micro_batch": "is now model.batch_tokens, which counts tokens, prompts and padding included",
     "rl.entropy_scope": "is gone: the entropy term covers the tokens that keep their gradient",
     "masking.pairs": "is now masking.captions",
     "masking.first_layer": "is now masking.layers=[first, last]",

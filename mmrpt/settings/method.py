@@ -174,6 +174,12 @@ class RolloutSettings:
     max_new_tokens: int = Field(28, ge=1, description="most tokens of an answer")
     temperature: float = Field(1.0, gt=0, description="divides the logits before sampling; 0.5 sharpens, 2 flattens")
     top_p: float = Field(0.98, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    batch_size: int | None = Field(
+        None, ge=1, description="most answers sampled at once, whole groups, at least one; null: the whole round"
+    )
+    keep_hidden_mb: int = Field(
+        1024, ge=0, description="keep a round's hidden states for perception if at most as many MB, else recompute"
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -210,7 +216,6 @@ class RLSettings:
     steps: int = Field(170, ge=0, description="optimiser steps of RL, and of the control")
     groups_per_step: int = Field(12, ge=1, description="groups of answers in an optimiser step")
     max_rounds: int = Field(4, ge=1, description="most sampling rounds before a step goes on with fewer groups")
-    micro_batch: int = Field(128, ge=1, description="responses in a forward pass; bounds the memory alone")
     advantage: Literal["grpo", "dr_grpo"] = Field(
         "grpo", description="reward minus the group's mean, divided by its standard deviation (grpo) or not"
     )

@@ -33,6 +33,12 @@ class ModelSettings:
     max_pixels: int | None = Field(
         None, ge=1, description="larger images are reduced to as many pixels; null: as the model's folder says"
     )
+    batch_tokens: int = Field(
+        16_384, ge=1, description="tokens of one forward pass of training, padding included; one longer row goes alone"
+    )
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="sdpa: torch's fastest kernel for the mask; eager: plain products, which hold all scores"
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
 
     def __post_init__(self) -> None:

@@ -92,4 +92,4 @@ def test_short_responses_share_and_long_ones_do_not():
 def test_an_empty_response_is_refused(policy, pairs):
     pixels = policy.pixels([pairs.image(pairs[0].id)])
     with pytest.raises(ValueError, match="no token"):
-        policy.group_batch([policy.encode_prompt("restore: a <mask>", 4)], [[[5], []]], pixels, [0])
+        policy.group_batch([policy.encode_prompt("restore: a <mask>", 4)], [[[5], []]], pixels, [0], share=True)

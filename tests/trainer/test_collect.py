@@ -187,8 +187,9 @@ def test_own_rewards_see_every_column_and_add_to_the_total(policy, asked, settin
 def test_reference_and_trainer_log_probs_are_those_of_full_forward_passes(policy, asked, settings, rewards_with_signal):
     samples, images = asked
     reference = make_looking_policy(seed=1)
-    rl = replace(settings.rl, kl_coef=0.1, max_importance=2.0, micro_batch=5)
-    options = replace(settings, rl=rl, rollout=replace(settings.rollout, temperature=0.8))
+    rl = replace(settings.rl, kl_coef=0.1, max_importance=2.0)
+    model = replace(settings.model, batch_tokens=130)  # a pass for each group or two
+    options = replace(settings, rl=rl, model=model, rollout=replace(settings.rollout, temperature=0.8))
     outcome = collect_round(policy, samples, images, options, seed=1, reference=reference)
     assert len(outcome.groups) > 1
     for group in outcome.groups:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmrpt import objective
 from mmrpt.engines import native
 from mmrpt.engines.run import open_run
 from mmrpt.rewards.combine import REWARDS
@@ -91,8 +92,8 @@ def test_steps_without_signal_end_the_run(tmp_path, monkeypatch, patience):
 
 
 def test_gradients_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
-    loss = native.supervised_loss
-    monkeypatch.setattr(native, "supervised_loss", lambda *args: loss(*args) * torch.nan)
+    loss = objective.supervised_loss
+    monkeypatch.setattr(objective, "supervised_loss", lambda *args: loss(*args) * torch.nan)
     with pytest.raises(RunError, match=r"warmup, step 1: the gradient was not finite in 2 steps .*warmup.optimiser.lr"):
         finish(settings_in(tmp_path, "patience=2"))
 

@@ -13,7 +13,7 @@ from mmrpt.objective import policy_loss, supervised_loss
 from mmrpt.optimiser import Optimiser, learning_rate
 from mmrpt.rollout.buffer import GroupBuffer, stack_rows
 from mmrpt.rollout.collect import collect_round
-from mmrpt.settings import OptimiserSettings, PerceptionSettings, RLSettings, RolloutSettings, Settings
+from mmrpt.settings import ModelSettings, OptimiserSettings, PerceptionSettings, RLSettings, RolloutSettings, Settings
 from mmrpt.types import Group, PolicyTargets
 from tests.trainer.conftest import masked_colour, response_logits
 
@@ -133,9 +133,10 @@ class Recorder:
         return {"lr": 0.0, "grad_norm": 0.0, "skipped": False}
 
 
-def step_settings(aggregation="token_mean", micro_batch=100, perception=True, temperature=1.0, **rl):
+def step_settings(aggregation="token_mean", batch_tokens=16_384, perception=True, temperature=1.0, **rl):
     return Settings(
-        rl=RLSettings(aggregation=aggregation, micro_batch=micro_batch, steps=10, **rl),
+        model=ModelSettings(batch_tokens=batch_tokens),
+        rl=RLSettings(aggregation=aggregation, steps=10, **rl),
         rollout=RolloutSettings(group_size=2, temperature=temperature),
         perception=PerceptionSettings(enabled=perception, min_weight=0.5),
     )
@@ -253,9 +254,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("micro_batch", [4, 100])
+@pytest.mark.parametrize("batch_tokens", [1, 16_384])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-def test_settings_select_the_losses_of_the_papers(policy, pairs, method, micro_batch):
+def test_settings_select_the_losses_of_the_papers(policy, pairs, method, batch_tokens):
     generator = torch.Generator().manual_seed(5)
     groups = [
         replace(
@@ -267,7 +268,7 @@ def test_settings_select_the_losses_of_the_papers(policy, pairs, method, micro_b
         )
         for group in make_groups(policy, pairs)
     ]
-    settings = step_settings(micro_batch=micro_batch, perception=False, dual_clip=None, **METHODS[method])
+    settings = step_settings(batch_tokens=batch_tokens, perception=False, dual_clip=None, **METHODS[method])
     settings = replace(settings, rollout=replace(settings.rollout, max_new_tokens=BUDGET))
     recorder = Recorder(policy)
     metrics, _ = train_on_groups(policy, recorder, groups, ImageCache(pairs, 1 << 20), settings, step=0)
@@ -291,36 +292,30 @@ def test_a_half_precision_policy_starts_with_a_small_gap_to_its_sampler(
     assert metrics["rollout_logp_gap"] < 0.004
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sum"])
-@pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
-def test_micro_batches_change_nothing(policy, pairs, aggregation, micro_batch):
-    groups = make_groups(policy, pairs, seed=1)
-    results = []
-    for size in (micro_batch, 100):
-        recorder = Recorder(policy)
-        settings = step_settings(aggregation, micro_batch=size)
-        metrics, weights = train_on_groups(policy, recorder, groups, ImageCache(pairs, 1 << 20), settings, step=0)
-        results.append((recorder.gradients, metrics, weights))
-    (small, small_metrics, small_weights), (large, large_metrics, large_weights) = results
-    check_same_gradients(small, large)
-    assert torch.equal(small_weights.perception_mask, large_weights.perception_mask)
-    assert torch.equal(small_weights.trajectory_weights, large_weights.trajectory_weights)
-    assert small_metrics["loss"] == pytest.approx(large_metrics["loss"], rel=1e-4, abs=1e-6)
-
-
-def test_statistics_of_a_step_do_not_depend_on_its_micro_batches(policy, pairs):
+def test_statistics_of_a_step_do_not_depend_on_its_forward_passes(policy, pairs):
     groups = make_groups(policy, pairs, seed=2)
     rows = [
         train_on_groups(
-            policy, Recorder(policy), groups, ImageCache(pairs, 1 << 20), step_settings(micro_batch=size), 0
+            policy, Recorder(policy), groups, ImageCache(pairs, 1 << 20), step_settings(batch_tokens=size), 0
         )[0]
-        for size in (2, 100)
+        for size in (1, 16_384)
     ]
     now = logps_by_row(policy, pairs, groups)
     old = [row for group in groups for row in group.logps]
     gaps = [(row - then[: len(row)]).abs() for row, then in zip(now, old, strict=True)]
     assert rows[0]["rollout_logp_gap"] == pytest.approx(torch.cat(gaps).mean().item(), rel=1e-3)
-    for name in ("kept_fraction", "logp_mean", "entropy_mean", "ratio_mean", "approx_kl", "tokens", "rollout_logp_gap"):
+    clips = "clip_fraction_low", "clip_fraction_high"
+    assert all(rows[1][name] > 0 for name in clips)
+    for name in (
+        "kept_fraction",
+        "logp_mean",
+        "entropy_mean",
+        "ratio_mean",
+        "approx_kl",
+        "tokens",
+        "rollout_logp_gap",
+        *clips,
+    ):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
     for name in ("ratio_max", "max_logp"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4), name

@@ -40,9 +40,10 @@ def views(policy, pairs):
 
 def score(policy, views, perturbed, hidden, **options):
     """token_perception of the views' rows, three of which share a prompt."""
-    prompts, responses, index, *_ = views
+    prompts, responses, index, clean, _ = views
     groups = [responses[i : i + 3] for i in range(0, len(responses), 3)]
-    return token_perception(policy, prompts[::3], groups, perturbed, index[::3], hidden, **options)
+    batch = policy.group_batch(prompts[::3], groups, clean, index[::3], share=True)
+    return token_perception(policy, batch, perturbed, hidden, **options)
 
 
 def perceive(policy, views, perturbed=None, **options):

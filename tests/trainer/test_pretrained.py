@@ -109,13 +109,13 @@ def test_under_bfloat16_compute_sampler_and_trainer_multiply_alike():
     prompts = [policy.encode_prompt("describe", 4)]
     options = {"group_size": 4, "max_new_tokens": 6}
     out = generate(policy, prompts, pixels, [0], **options, generator=torch.Generator().manual_seed(0))
-    groups = [[list(ids) for ids in out.token_ids]]
-    gaps = (response_logps(policy, prompts, groups, pixels) - out.logps).abs()
+    batch = policy.group_batch(prompts, [out.token_ids], pixels, [0], share=True)
+    gaps = (response_logps(policy, batch) - out.logps).abs()
     gap = gaps.max()
     assert gaps[:, 0].max() < 1e-3  # of one state: heads in different dtypes give 0.003
     assert dtypes == {torch.bfloat16} and out.logps.dtype == torch.float32
     policy.compute = torch.float32
-    rounding = (response_logps(policy, prompts, groups, pixels) - out.logps).abs().max()
+    rounding = (response_logps(policy, batch) - out.logps).abs().max()
     assert 0 < rounding < 0.5 and gap < 2 * rounding
 
 

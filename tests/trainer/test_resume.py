@@ -206,11 +206,11 @@ def kill(settings, path: str, call: int, *, after: bool = False) -> None:
 DEATHS = {
     "the warm-up": {
         "while the vision tower trains": ("mmrpt.world.warm_start.vision_loss", 3, False),
-        "between the vision tower and the warm-up": ("mmrpt.engines.native.supervised_loss", 1, False),
-        "before the first checkpoint": ("mmrpt.engines.native.supervised_loss", 2, False),
+        "between the vision tower and the warm-up": ("mmrpt.engines.native.supervised_backward", 1, False),
+        "before the first checkpoint": ("mmrpt.engines.native.supervised_backward", 2, False),
         "between a backward pass and its step": ("mmrpt.optimiser.Optimiser.step", 4, False),
         "between a step and its metrics": ("mmrpt.optimiser.Optimiser.step", 2, True),
-        "between checkpoints": ("mmrpt.engines.native.supervised_loss", 2, False),
+        "between checkpoints": ("mmrpt.engines.native.supervised_backward", 2, False),
         "right after a checkpoint": ("mmrpt.engines.phase.drop_older", 2, False),
         "between the last checkpoint and the end": ("mmrpt.engines.phase.save_checkpoint", 1, False),
     },
@@ -223,7 +223,7 @@ DEATHS = {
         "at the end of reinforcement": ("mmrpt.engines.native.log_step", 4, True),
     },
     "the control and the evaluation": {
-        "in the control": ("mmrpt.engines.native.supervised_loss", 5 + 4, False),
+        "in the control": ("mmrpt.engines.native.supervised_backward", 5 + 4, False),
         "between two models' evaluation": ("mmrpt.engines.native.evaluate_policy", 2, False),
         "in an evaluation": ("mmrpt.held_out.answer_samples", 5, False),
         "among the pictures": ("mmrpt.engines.native.write_images", 1, False),
