@@ -43,7 +43,7 @@ $(VENV)/.stamp-train: $(SOURCES)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(SOURCES)
-	$(BOOTSTRAP) --extras train,data,trl,dev
+	$(BOOTSTRAP) --extras train,data,trl,lora,dev
 	@touch $@ $(VENV)/.stamp-train
 
 demo: $(VENV)/.stamp-train

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mmrpt.corpus.files import sync
+from mmrpt.lora import CONFIG, adapter_weights, read_adapters
 from mmrpt.policy import Policy
 from mmrpt.run_folder import RunError
 
@@ -53,9 +54,19 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
 
     Raises RunError, naming the folder, where it cannot be read.
     """
+    wanted, found = bool(adapter_weights(policy.model)), (folder / CONFIG).is_file()
+    if wanted != found and folder.is_dir():
+        kinds = {True: "adapters alone (model.lora.rank above 0)", False: "all weights (model.lora.rank=0)"}
+        raise RunError(
+            f"the checkpoint {folder} holds {kinds[found]} and this run trains {kinds[wanted]}: go on with the "
+            "settings that began it, or start a new run under another name."
+        )
     try:
-        saved = Policy.load(folder, dtype=policy.model.dtype)
-        policy.model.load_state_dict(saved.model.state_dict())
+        if found:
+            read_adapters(policy.model, folder)
+        else:
+            saved = Policy.load(folder, dtype=policy.model.dtype)
+            policy.model.load_state_dict(saved.model.state_dict())
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # of safetensors, pickle, zip and JSON
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -29,7 +29,7 @@ from mmrpt_kernels.testing import assert_close_to_truth
 
 __all__ = ["Finding", "examine", "main"]
 
-OPTIONAL = ("triton", "datasets", "accelerate", "trl", "verl", "liger-kernel")
+OPTIONAL = ("triton", "datasets", "accelerate", "peft", "bitsandbytes", "trl", "verl", "liger-kernel")
 RUN_BYTES = 500 * 2**20  # what a default run leaves behind, checkpoints included, with room to spare
 
 

@@ -110,7 +110,8 @@ def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse
     answers: list[dict[str, Any]] = []
     with tqdm(total=len(CONDITIONS) * len(sets) * len(folders), desc="evaluate", unit="set") as bar:
         for name, path in folders.items():
-            model = replace(settings, model=replace(settings.model, path=str(path)))
+            whole = replace(settings.model.lora, rank=0)  # a folder of adapters says itself what it holds
+            model = replace(settings, model=replace(settings.model, path=str(path), revision=None, lora=whole))
             policy = start_policy(model, sources, device)
             new_rows, new_answers = _ask(policy, model, name, sets, bar.update, options.sampled or 0)
             del policy  # gone from memory before the next one comes

@@ -124,7 +124,7 @@ def model_folder(path: str | Path, revision: str | None = None) -> Path:
     folder = Path(path)
     is_name = isinstance(path, str) and path.count("/") == 1 and path[:1] not in "./~"
     if folder.is_dir() or not is_name:
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             absent = "" if folder.is_dir() else " (there is no such folder)"
             raise FileNotFoundError(
                 f"no config.json in {folder}{absent}: expected a Hugging Face model folder, or a hub name such as "

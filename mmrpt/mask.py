@@ -190,9 +190,8 @@ def _open_model(settings: Settings, source: PairSource, device: torch.device) ->
     given = settings.model
     if given.path is not None:
         pixel_limits = {"min_pixels": given.min_pixels, "max_pixels": given.max_pixels}
-        return load_caption_model(
-            given.path, getattr(torch, given.dtype), device, revision=given.revision, **pixel_limits
-        )
+        how = {"revision": given.revision, "quantized": given.lora.quantized, **pixel_limits}
+        return load_caption_model(given.path, getattr(torch, given.dtype), device, **how)
     print("model.path is null: the tiny model scores untrained, which shows that all works and nothing else.")
     with TemporaryDirectory() as folder:  # each process meets the first bad rows; they are named when all is scored
         if settings.data.pairs is not None:

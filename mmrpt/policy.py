@@ -33,6 +33,7 @@ from mmrpt.families import (
     use_patch_projection,
     video_settings,
 )
+from mmrpt.lora import base_folder, check_quantized, open_adapters, quantization, save_weights
 from mmrpt.types import Batch, PixelBatch
 from mmrpt_kernels.integrations.caches import cache_keyword
 from mmrpt_kernels.integrations.packed_rows import PackedRows
@@ -89,24 +90,35 @@ class Policy:
         device: str | torch.device = "cpu",
         *,
         revision: str | None = None,
+        quantized: bool = False,
         **pixel_limits: int | None,
     ) -> Policy:
         """Opens a Hugging Face folder or hub name; `min_pixels` and `max_pixels` replace its image processor's.
 
-        Raises OSError (FileNotFoundError for a folder) or ValueError with the remedy.
+        A folder of LoRA adapters opens the model that they were made for, with the adapters in it. `quantized`: the
+        decoder's linear layers in 4 bits. Raises OSError (FileNotFoundError for a folder) or ValueError with the
+        remedy.
         """
         folder = model_folder(path, revision)
-        model_type = type(AutoConfig.from_pretrained(folder)).model_type
+        base = base_folder(folder)
+        model_type = type(AutoConfig.from_pretrained(base)).model_type
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"{folder} holds a {model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+            raise ValueError(f"{base} holds a {model_type!r}; the trainer serves {SUPPORTED_MODEL_TYPES}.")
+        options = quantization(dtype, device) if quantized else {}
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **options).to(device)
         check_kept(model, "dtype", dtype)
-        return cls(model, AutoTokenizer.from_pretrained(folder), load_image_processor(folder, **pixel_limits))
+        policy = cls(model, AutoTokenizer.from_pretrained(folder), load_image_processor(folder, **pixel_limits))
+        if quantized:
+            check_quantized(policy)
+        if base != folder:
+            open_adapters(model, folder)
+        return policy
 
     def write_files(self, folder: Path) -> None:
-        """Writes the files of an ordinary Hugging Face folder, which is made where it is not there."""
+        """Writes the files of an ordinary Hugging Face folder, which is made where it is not there; of a model with
+        adapters the adapters alone, as peft writes them."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        save_weights(self.model, folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         # AutoProcessor asks for these two where torchvision is installed; nothing here reads them.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from scripts.bootstrap import CONSTRAINTS, CUDA_PACKAGE, ROOT, pins_of, plain
 
-EXTRAS = ("train", "data", "trl", "dev")  # of `make test`, which are those of `make demo` and more
+EXTRAS = ("train", "data", "trl", "lora", "dev")  # of `make test`, which are those of `make demo` and more
 GIVEN = ("torch", "triton")
 
 HEAD = """\

@@ -31,9 +31,10 @@ TESTS = (
     "tests/trainer/test_policy*.py",
     "tests/trainer/test_tiny_vlm*.py",
     "tests/trainer/test_rollout*.py",
+    "tests/trainer/test_lora*.py",
 )
-EXTRAS = ("train", "data", "trl")
-SHOWN = ("transformers", "trl", "accelerate", "tokenizers", "huggingface-hub", "datasets", "numpy")
+EXTRAS = ("train", "data", "trl", "lora")
+SHOWN = ("transformers", "trl", "peft", "accelerate", "tokenizers", "huggingface-hub", "datasets", "numpy")
 EVERYWHERE = "needs an NVIDIA GPU"  # the one reason to skip that says nothing about versions
 BY_DESIGN = ("transformers 4 asks accelerate for FSDP",)  # why a whole file may be skipped
 
@@ -76,12 +77,12 @@ def released(package: str) -> list[str]:
 
 
 def wanted(combination: str) -> list[str]:
-    """The combination's requirements. oldest: all that `train` and `trl` name is, and the rest follows; numpy does not
-    count, since releases of pyarrow refuse old ones without telling pip."""
+    """The combination's requirements. oldest: all that `train`, `trl` and `lora` name is, and the rest follows; numpy
+    does not count, since releases of pyarrow refuse old ones without telling pip."""
     lines = requirements(*EXTRAS)
     if combination == "newest":
         return lines
-    named = [line for line in requirements("train", "trl") if line not in requirements()]
+    named = [line for line in requirements("train", "trl", "lora") if line not in requirements()]
     return lines + [oldest(line, released(re.match(r"[\w-]+", line).group())) for line in named]
 
 

@@ -14,7 +14,7 @@ from mmrpt.perception import PerceptionWeights, shape_and_filter
 from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction
 from mmrpt.rollout.buffer import GroupBuffer, stack_rows
-from mmrpt.rollout.collect import collect_round
+from mmrpt.rollout.collect import Reference, collect_round
 from mmrpt.settings import RLSettings, Settings
 from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, Group, MaskedSample, PixelBatch, PolicyTargets, SamplingRound
@@ -30,7 +30,7 @@ def fill_buffer(
     images: ImageCache,
     settings: Settings,
     first_round: int,
-    reference: Policy | None = None,
+    reference: Reference | None = None,
     *,
     custom: Mapping[str, RewardFunction] | None = None,
 ) -> Iterator[SamplingRound]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from mmrpt.checkpoint import load_checkpoint
 from mmrpt.corpus import ImageCache
 from mmrpt.families import freeze_parts
+from mmrpt.lora import adapter_weights, add_adapters, check_adapters, check_lora, copied, put_back, with_weights
 from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction, load_rewards
+from mmrpt.rollout.collect import Reference
 from mmrpt.run_folder import RunFolder
 from mmrpt.settings import Settings, SettingsError
 from mmrpt.sources import Sources, open_sources
@@ -72,6 +76,7 @@ class Run:
     folder: RunFolder
     rewards: Mapping[str, RewardFunction]  # of reward.custom, by the term's name
     stop: Stop = field(default_factory=Stop)
+    start_adapters: Mapping[str, Tensor] = field(default_factory=dict)  # of the start model, where it has any
 
     def load(self, phase: str | None) -> None:
         """Puts into the policy the weights that `phase` ended with; of a phase without steps, those it began with."""
@@ -79,39 +84,63 @@ class Run:
             phase = BEGINS_WITH[phase]
         if phase is not None:
             load_checkpoint(self.folder.checkpoints / phase, self.policy)
+        elif self.start_adapters:
+            put_back(self.policy.model, self.start_adapters)
         else:
             start = start_policy(self.settings, self.sources, self.policy.device)
             self.policy.model.load_state_dict(start.model.state_dict())
 
-    def frozen(self, phase: str) -> Policy:
-        """Another policy, with the weights that `phase` ended with, which is not to be trained."""
+    def frozen(self, phase: str) -> Reference:
+        """The policy that `phase` ended with, not to be trained: `with frozen() as other:`, as often as is needed.
+
+        A copy of the model; with adapters the model itself, whose own adapters step aside inside.
+        """
+        if self.start_adapters:
+            own = copied(self.policy.model)
+            self.load(phase)
+            weights = copied(self.policy.model)
+            put_back(self.policy.model, own)
+            return partial(with_weights, self.policy, weights)
         other = replace(self, policy=start_policy(self.settings, self.sources, self.policy.device))
         other.load(phase)
         other.policy.model.eval().requires_grad_(False)
-        return other.policy
+        return partial(nullcontext, other.policy)
 
 
 def open_run(settings: Settings) -> Run:
     """Opens pairs, model and folder. Raises SettingsError, OSError or ValueError with the remedy."""
+    check_lora(settings)
     check_dtype(settings)
     device = prepare_machine(settings, settings.device)
     rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track)
     sources = open_sources(settings)
     policy = start_policy(settings, sources, device)
+    if adapter_weights(policy.model) and not settings.model.lora.rank:
+        raise SettingsError(
+            f"model.path is {settings.model.path}, a folder of adapters, and model.lora.rank is 0: give their rank to "
+            f"train them on, or merge them first: python -m mmrpt.export {settings.model.path} MERGED."
+        )
     folder = RunFolder(settings.run_dir)
     folder.trackers = trackers
     trackers.start(settings, folder.path)
     folder.record_environment(device_name(device))
     print(f"device: {device_name(device)}", flush=True)
-    return Run(settings, policy, sources, ImageCache(sources.train, settings.data.cache_mb << 20), folder, rewards)
+    images = ImageCache(sources.train, settings.data.cache_mb << 20)
+    start = {name: weights.cpu() for name, weights in copied(policy.model).items()}
+    return Run(settings, policy, sources, images, folder, rewards, start_adapters=start)
 
 
 def start_policy(settings: Settings, sources: Sources, device: torch.device) -> Policy:
     """The model before any training: that of model.path, or the tiny one of the demo."""
     model = settings.model
     if model.path is not None:
-        where = {"dtype": getattr(torch, model.dtype), "device": device, "revision": model.revision}
-        policy = Policy.load(model.path, **where, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+        pixel_limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
+        how = {"revision": model.revision, "quantized": model.lora.quantized, **pixel_limits}
+        policy = Policy.load(model.path, getattr(torch, model.dtype), device, **how)
+        if model.lora.rank and adapter_weights(policy.model):
+            check_adapters(policy, model.lora, model.path)
+        elif model.lora.rank:
+            add_adapters(policy, model.lora, model.path, model.revision, settings.seed)
     else:
         policy = build_start_policy(settings, sources)
         policy.model.to(device)
@@ -152,9 +181,9 @@ def device_name(device: torch.device) -> str:
 
 
 def check_dtype(settings: Settings) -> None:
-    """Raises SettingsError where the weights are bfloat16 and updates too small to change them."""
+    """Raises SettingsError where trained weights are bfloat16 and updates too small to change them."""
     model = settings.model
-    if model.path is None or model.dtype != "bfloat16":
+    if model.path is None or model.dtype != "bfloat16" or model.lora.rank:  # adapters are float32
         return
     for phase, steps, optimiser in (
         ("warmup", settings.warmup.steps, settings.warmup.optimiser),

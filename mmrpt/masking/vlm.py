@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmrpt.families import SUPPORTED_MODEL_TYPES, model_folder
+from mmrpt.lora import base_folder
 from mmrpt.masking.forward import CaptionModel, PolicyModel, Prompt
 from mmrpt.policy import Policy
 from mmrpt_kernels.integrations.transformers import enable_visual_mass, record_visual_mass
@@ -120,16 +121,21 @@ def load_caption_model(
     device: str | torch.device,
     *,
     revision: str | None = None,
+    quantized: bool = False,
     **pixel_limits: int | None,
 ) -> CaptionModel:
-    """A model from a Hugging Face folder or hub name: as the trainer's policy where that serves its family.
+    """A model from a Hugging Face folder or hub name: as the trainer's policy where that serves its family, with what
+    `Policy.load` does with adapters and `quantized`.
 
     Raises FileNotFoundError, OSError or ValueError with the remedy.
     """
     folder = model_folder(path, revision)
-    model_type = type(AutoConfig.from_pretrained(folder)).model_type
+    model_type = type(AutoConfig.from_pretrained(base_folder(folder))).model_type
     if model_type in SUPPORTED_MODEL_TYPES:
-        return PolicyModel(Policy.load(folder, dtype=dtype, device=device, **pixel_limits))
+        return PolicyModel(Policy.load(folder, dtype=dtype, device=device, quantized=quantized, **pixel_limits))
+    if quantized or base_folder(folder) != folder:
+        what = "model.lora.quantized is" if quantized else f"{path} is a folder of adapters, which are"
+        raise ValueError(f"{what} for {SUPPORTED_MODEL_TYPES} alone, and the model is a {model_type!r}.")
     if any(pixel_limits.values()):
         raise ValueError(
             f"model.min_pixels and model.max_pixels are for {SUPPORTED_MODEL_TYPES}, but {path} holds a "

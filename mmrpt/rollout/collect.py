@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from mmrpt.rollout.prompts import restore_prompts, restore_text
 from mmrpt.settings import PerceptionSettings, RolloutSettings, Settings
 from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, Generation, Group, MaskedSample, PixelBatch, Rollout, SamplingRound
+
+Reference = Callable[[], AbstractContextManager[Policy]]  # `with reference() as other:` gives the policy of rl.kl_coef
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def collect_round(
     images: Mapping[str, Image.Image],
     settings: Settings,
     seed: int,
-    reference: Policy | None = None,
+    reference: Reference | None = None,
     *,
     custom: Mapping[str, RewardFunction] | None = None,
 ) -> SamplingRound:
@@ -155,7 +159,7 @@ def _groups(kept: _Kept, fields: Mapping[str, Tensor], rewards: Tensor, advantag
 
 
 def _token_fields(
-    policy: Policy, reference: Policy | None, kept: _Kept, settings: Settings, seed: int
+    policy: Policy, reference: Reference | None, kept: _Kept, settings: Settings, seed: int
 ) -> dict[str, Tensor]:
     """The per-token fields of `Group`, (P * n, T) each: those that the settings ask for."""
     fields = {"logps": kept.logps, "perception": torch.zeros_like(kept.logps)}
@@ -168,13 +172,16 @@ def _token_fields(
             )
         models["ref_logps"] = reference
     if settings.rl.max_importance is not None:
-        models["trainer_logps"] = policy
+        models["trainer_logps"] = partial(nullcontext, policy)
     if not (models or settings.perception.enabled):
         return fields
     fields |= {name: torch.zeros_like(kept.logps) for name in models}
     inputs = kept.prompts, kept.responses, kept.pixels.select, settings.model.batch_tokens
     for part, batch in policy.group_batches(*inputs):
-        found = {name: response_logps(model, batch, temperature=temperature) for name, model in models.items()}
+        found = {}
+        for name, opened in models.items():
+            with opened() as model:
+                found[name] = response_logps(model, batch, temperature=temperature)
         if settings.perception.enabled:
             hidden = None if kept.hidden is None else kept.hidden[kept.rows[part.rows]]
             seeds = [seed_of(seed, kept.samples[i].id) for i in part.prompts]

@@ -22,7 +22,7 @@ from mmrpt.settings.method import (
     WarmupSettings,
     threshold_rule,
 )
-from mmrpt.settings.model import ModelSettings
+from mmrpt.settings.model import LoraSettings, ModelSettings
 from mmrpt.settings.reward import RewardSettings
 from mmrpt.settings.tree import Settings
 
@@ -31,6 +31,7 @@ __all__ = [
     "DataSettings",
     "DemoSettings",
     "EvaluationSettings",
+    "LoraSettings",
     "MaskingSettings",
     "ModelSettings",
     "OptimiserSettings",

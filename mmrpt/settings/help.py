@@ -9,16 +9,20 @@ from typing import Any
 import yaml
 
 from mmrpt.settings.load import flatten
-from mmrpt.settings.model import WITH_MODEL_PATH
+from mmrpt.settings.model import WITH_LORA, WITH_MODEL_PATH
 from mmrpt.settings.tree import Settings
 
 
 def settings_help() -> str:
     """What `--help` prints below the options: `name=default  help`, a paragraph for each group."""
     title = "settings, which a file (YAML) and key=value arguments change:"
-    changed = " ".join(f"{name}={value!r}" for name, value in flatten(WITH_MODEL_PATH).items())
-    real = wrap(f"defaults that differ with model.path: {changed}", 116)
-    return "\n".join([title, *_group(Settings(), ""), "", *real])
+    other = [("with model.path", WITH_MODEL_PATH), ("then with model.lora.rank", WITH_LORA)]
+    changed = [f"defaults that differ {when}: {_shown(defaults)}" for when, defaults in other]
+    return "\n".join([title, *_group(Settings(), ""), "", *(line for text in changed for line in wrap(text, 116))])
+
+
+def _shown(defaults: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value!r}" for name, value in flatten(defaults).items())
 
 
 def _group(group: Any, prefix: str) -> list[str]:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mmrpt.settings.base import SettingsError
-from mmrpt.settings.model import WITH_MODEL_PATH
+from mmrpt.settings.model import WITH_LORA, WITH_MODEL_PATH
 from mmrpt.settings.tree import Settings
 
 # Names that earlier versions had, with what became of them. A name stands for all below it, unless they are here too.
@@ -50,12 +50,15 @@ def load_settings(file: str | Path | None = None, overrides: Sequence[str] = ())
     """Defaults, then the YAML file, then `a.b.c=value` overrides (values are read as YAML). Raises SettingsError.
 
     Each changes what it names and nothing beside it; a list such as `demo.world.card_weights` is given whole. Where
-    model.path is given, the defaults are those for a pretrained model (`WITH_MODEL_PATH`).
+    model.path is given, the defaults are those for a pretrained model (`WITH_MODEL_PATH`, and `WITH_LORA` over it where
+    model.lora.rank is).
     """
     given, defaults = given_settings(file, overrides), dataclasses.asdict(Settings())
     model = given.get("model")
     if isinstance(model, dict) and model.get("path") is not None:
+        lora = model.get("lora")
         defaults = _merged(defaults, WITH_MODEL_PATH)
+        defaults = _merged(defaults, WITH_LORA if isinstance(lora, dict) and lora.get("rank") else {})
     if unknown := _unknown(given, defaults):
         raise SettingsError(_as_list(_about_unknown(name, flatten(defaults)) for name in unknown))
     try:

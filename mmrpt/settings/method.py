@@ -237,7 +237,7 @@ class RLSettings:
         "exact", description="of tokens with a gradient, over the vocabulary, or -log-prob of all tokens (sampled)"
     )
     kl_coef: float = Field(
-        0.0, ge=0, description="weight of the divergence from the warm start, kept as a copy; 0: none"
+        0.0, ge=0, description="weight of the divergence from the warm start, of which a copy is kept; 0: none"
     )
     max_importance: float | None = Field(
         None, ge=1, description="cap of the weights that correct for the sampler's probabilities; null: no correction"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -10,6 +11,22 @@ from pydantic.dataclasses import dataclass
 from mmrpt.settings.base import STRICT, require
 
 PARTS = ("vision", "merger", "decoder")
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraSettings:
+    """Low-rank adapters (LoRA, by peft): they alone are trained, in float32, over weights that stay as they are."""
+
+    # No dropout: the ratio of the policy's probabilities to the sampler's, and perception, compare two forward passes.
+    rank: int = Field(0, ge=0, description="rank of the adapters; 0: none, all weights of the model are trained")
+    alpha: int | None = Field(None, ge=1, description="adapters count alpha / rank times; null: twice the rank")
+    targets: Literal["decoder", "all"] | tuple[str, ...] = Field(
+        "decoder",
+        description="linear layers that get adapters: the decoder's; all: tower and merger too; or names, as [q_proj]",
+    )
+    quantized: bool = Field(
+        False, description="the decoder's frozen weights in 4-bit NF4 (QLoRA, by bitsandbytes), of model.path"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -40,6 +57,7 @@ class ModelSettings:
         "sdpa", description="sdpa: torch's fastest kernel for the mask; eager: plain products, which hold all scores"
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
         require(
@@ -63,4 +81,11 @@ WITH_MODEL_PATH: dict[str, Any] = {
     "warmup": {"steps": 0, "optimiser": {"kind": "adamw", "lr": 1e-6}},
     "rollout": {"max_new_tokens": 2048, "top_p": 0.99},
     "rl": {"caption_weight": 0.0, "optimiser": {"lr": 1e-6}},
+}
+
+# With adapters these too: float32 adapters move over weights that need not.
+WITH_LORA: dict[str, Any] = {
+    "model": {"dtype": "bfloat16"},
+    "warmup": {"optimiser": {"lr": 1e-5}},
+    "rl": {"optimiser": {"lr": 1e-5}},
 }

@@ -44,7 +44,8 @@ def test_a_frozen_copy_is_apart_from_the_policy(tmp_path):
     finish(settings)
     run = open_run(settings)
     run.load("warmup")
-    frozen = run.frozen("warmup")
+    with run.frozen("warmup")() as frozen:
+        assert frozen is not run.policy
     own, copied = (dict(policy.model.named_parameters()) for policy in (run.policy, frozen))
     assert all(copied[name].equal(own[name]) for name in own)
     assert not any(parameter.requires_grad for parameter in copied.values())

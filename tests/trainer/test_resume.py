@@ -29,7 +29,7 @@ from mmrpt.run_folder import PHASES
 from mmrpt.settings import load_settings
 from mmrpt.sources import Sources
 from mmrpt.train import main
-from tests.trainer.conftest import SMALL_RUN, ColourPairs
+from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_policy
 
 EXACT_FILES = ("scores.jsonl", "masked.jsonl", "masking.json", "answers.jsonl", "perception.jsonl", "samples.jsonl")
 
@@ -87,10 +87,12 @@ def without_seconds(rows):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def check_same_run(found: Path, wanted: Path) -> None:
-    assert sorted(p.name for p in (found / "checkpoints").iterdir()) == sorted(PHASES)
-    for phase in PHASES:
-        a, b = (load_file(folder / "checkpoints" / phase / "model.safetensors") for folder in (found, wanted))
+def check_same_run(
+    found: Path, wanted: Path, phases: tuple[str, ...] = PHASES, file: str = "model.safetensors"
+) -> None:
+    assert sorted(p.name for p in (found / "checkpoints").iterdir()) == sorted(phases)
+    for phase in phases:
+        a, b = (load_file(folder / "checkpoints" / phase / file) for folder in (found, wanted))
         assert a.keys() == b.keys()
         different = [name for name in b if not torch.equal(a[name], b[name])]
         assert not different, f"{phase}: {len(different)} of {len(b)} tensors differ, {different[:3]}"
@@ -294,6 +296,22 @@ def test_checkpoints_do_not_change_the_run(straight, tmp_path):
     settings = settings_in(tmp_path, "checkpoint_every=1000")
     finish(settings)
     check_same_run(settings.run_dir, straight)
+
+
+def test_adapters_are_resumed_to_the_same_bits(tmp_path):
+    """The reference of rl.kl_coef and the control begin with the start model, whose adapters are drawn again."""
+    pytest.importorskip("peft", reason="needs peft: pip install 'mmrpt[lora]'")
+    make_policy().write_files(tmp_path / "model")
+    lora = (f"model.path={tmp_path / 'model'}", "model.lora.rank=2", "rl.optimiser.lr=1e-2", "rl.kl_coef=0.1")
+    runs = [settings_in(tmp_path / name, *lora, "warmup.steps=0") for name in ("straight", "killed")]
+    finish(runs[0])
+    kill(runs[1], "mmrpt.engines.native.log_step", 4)  # a step after the checkpoint of the second
+    kill(runs[1], "mmrpt.engines.native.supervised_backward", 4)  # in the control
+    finish(runs[1])
+    folders = [settings.run_dir for settings in runs]
+    check_same_run(folders[1], folders[0], ("rl", "control"), "adapter_model.safetensors")
+    weights = [load_file(folders[0] / "checkpoints" / name / "adapter_model.safetensors") for name in ("rl", "control")]
+    assert not any(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 # ------------------------------------------------------------------------------------------------ a real process

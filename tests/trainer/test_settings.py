@@ -56,6 +56,7 @@ DEFAULTS = leaves(Settings())
 # Where the rule below gives what a check refuses.
 FITTING = {
     "model.freeze": ("vision",),
+    "model.lora.targets": ("q_proj",),
     "masking.layers": (2, 3),
     "masking.threshold": "quantile:0.25",
     "rl.max_importance": 2.0,
