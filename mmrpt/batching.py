@@ -17,19 +17,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmrpt.types import Batch, PixelBatch
+from mmrpt.types import Batch, Pixels
 
 
 def row_batch(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
-    pixels: PixelBatch,
+    pixels: Pixels,
     image_index: Sequence[int],
     *,
     pad_id: int,
+    device: torch.device,
     pad_left: bool = False,
 ) -> Batch:
-    """Pads rows of prompt + response into one `Batch` on the pixels' device; `response_mask` marks response tokens."""
+    """Pads rows of prompt + response into one `Batch`; `response_mask` marks response tokens."""
     rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
     width = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id)
@@ -40,19 +41,18 @@ def row_batch(
         input_ids[i, start : start + len(row)] = torch.tensor(row)
         attention[i, start : start + len(row)] = 1
         response[i, start + len(prompt) : start + len(row)] = True
-    device = pixels.pixel_values.device
     index = torch.as_tensor(image_index, device=device)
-    masks = attention.to(device), response.to(device)
-    return Batch(input_ids.to(device), *masks, pixels.pixel_values, pixels.grid_thw, index)
+    return Batch(input_ids.to(device), attention.to(device), response.to(device), pixels, index)
 
 
 def group_batch(
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Sequence[int]]],
-    pixels: PixelBatch,
+    pixels: Pixels,
     image_index: Sequence[int],
     *,
     pad_id: int,
+    device: torch.device,
     share: bool,
 ) -> Batch:
     """Prompts with all their responses: a row a group where `share`, else a row a response.
@@ -64,9 +64,9 @@ def group_batch(
     if not share:
         rows = [(prompt, r, i) for prompt, rs, i in zip(prompts, groups, image_index, strict=True) for r in rs]
         alone, responses, index = zip(*rows, strict=True)
-        return row_batch(alone, responses, pixels, index, pad_id=pad_id)
+        return row_batch(alone, responses, pixels, index, pad_id=pad_id, device=device)
     flat = [[token for response in responses for token in response] for responses in groups]
-    batch = row_batch(prompts, flat, pixels, image_index, pad_id=pad_id)
+    batch = row_batch(prompts, flat, pixels, image_index, pad_id=pad_id, device=device)
     segments = torch.full(batch.input_ids.shape, -1)
     for row, (prompt, responses) in enumerate(zip(prompts, groups, strict=True)):
         sizes = torch.tensor([len(prompt), *map(len, responses)])
@@ -129,14 +129,14 @@ def split_rows(batch: Batch, batch_tokens: int) -> list[Batch]:
     runs = _runs(lengths, batch_tokens, _padded)
     if len(runs) == 1:
         return [batch]
-    pixels, parts = PixelBatch(batch.pixel_values, batch.image_grid_thw), []
+    parts = []
     for run in runs:
         width = max(lengths[run])
         images, index = batch.image_index[run].unique(return_inverse=True)
-        shown = pixels.select(images.tolist())
+        shown = batch.pixels.select(images.tolist())
         rows = (x[run, :width] for x in (batch.input_ids, batch.attention_mask, batch.response_mask))
         segments = None if batch.segments is None else batch.segments[run, :width]
-        parts.append(Batch(*rows, shown.pixel_values, shown.grid_thw, index, segments))
+        parts.append(Batch(*rows, shown, index, segments))
     return parts
 
 

@@ -34,10 +34,8 @@ def caption_batch(
     examples = [source[i] for i in items]
     if cut is not None:
         examples = [cut(example, rng) for example in examples]
-    pixels = policy.pixels([source.image(e.id) for e in examples])
-    counts = pixels.tokens_per_image(policy.merge_size).tolist()
     rows = [_row(example, prompts, restore_fraction, rng, visual=cut is not None) for example in examples]
-    encoded_prompts = [policy.encode_prompt(ask, count) for (ask, _), count in zip(rows, counts, strict=True)]
+    encoded_prompts, pixels = policy.prompts([ask for ask, _ in rows], [source.image(e.id) for e in examples])
     responses = [[*policy.encode_text(answer), policy.eos_token_id] for _, answer in rows]
     return policy.batch(encoded_prompts, responses, pixels, range(len(examples)))
 

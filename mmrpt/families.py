@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoImageProcessor
 
+from mmrpt.perturbation import black_patches
+from mmrpt.types import PixelBatch
+
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+TOWERS = ("visual", "vision_tower", "vision_model")  # what models call their vision tower
+MERGERS = ("multi_modal_projector", "connector")  # and what is between it and the decoder, where that stands outside
 OTHER_RELEASE = "This release of transformers has another name for it; install one from 4.57 to 5.24."
 
 
@@ -89,6 +94,39 @@ def mrope_positions(
     return positions.masked_fill(attention_mask == 0, 0)
 
 
+def blacken_pixels(
+    pixels: PixelBatch, image_processor: Any, seeds: Sequence[int], *, patch_size: int = 14, probability: float = 0.5
+) -> PixelBatch:
+    """Processed images with black patches (VPPO's perturbation), each drawn from its seed.
+
+    `patch_size` counts pixels of the resized images, as the model sees them. For an image that the processor does not
+    resize this is the same as processing `mmrpt.perturbation.blacken_patches` of it. Raises ValueError where the pixels
+    are not rows of patches that `image_processor` made.
+    """
+    side, merge = image_processor.patch_size, image_processor.merge_size
+    unit = side * merge
+    # Any black image gives the processor's own value for black.
+    black = image_processor(images=[Image.new("RGB", (unit, unit))], return_tensors="pt")["pixel_values"][0]
+    expected = (int(pixels.grid_thw.prod(-1).sum()), len(black))
+    if pixels.pixel_values.shape != expected:
+        raise ValueError(
+            f"pixel_values have shape {tuple(pixels.pixel_values.shape)}: expected {expected}, a row of this image "
+            "processor for each patch of the grid; give the processor that made them."
+        )
+    black = black.to(pixels.pixel_values)
+    masks = []
+    for (frames, rows, columns), seed in zip(pixels.grid_thw.tolist(), seeds, strict=True):
+        options = {"seed": seed, "patch_size": patch_size, "probability": probability}
+        mask = torch.from_numpy(black_patches(rows * side, columns * side, **options))
+        # The processor's order: blocks of merge x merge patches, row by row; within a patch, channel before row.
+        mask = mask.view(rows // merge, merge, side, columns // merge, merge, side).permute(0, 3, 1, 4, 2, 5)
+        masks.append(mask.reshape(rows * columns, 1, side * side).repeat(frames, 1, 1))
+    mask = torch.cat(masks).to(black.device)
+    per_pixel = pixels.pixel_values.unflatten(-1, (-1, side * side))  # (patches, channels * temporal, pixels)
+    values = torch.where(mask, black.unflatten(-1, (-1, side * side)), per_pixel)
+    return PixelBatch(values.flatten(1), pixels.grid_thw)
+
+
 def load_image_processor(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
     """The folder's image processor; `min_pixels` and `max_pixels` None: as the folder says."""
     settings = json.loads((folder / "preprocessor_config.json").read_text())
@@ -106,10 +144,10 @@ def load_image_processor(folder: Path, min_pixels: int | None = None, max_pixels
     return AutoImageProcessor.from_pretrained(folder)
 
 
-def video_settings(vision_config: Any) -> dict[str, Any]:
+def video_settings(vision_config: Any, processor: str) -> dict[str, Any]:
     """What AutoProcessor wants to know of videos, which the trainer has none of."""
     return {
-        "video_processor_type": "Qwen2VLVideoProcessor",
+        "video_processor_type": processor,
         "patch_size": vision_config.patch_size,
         "merge_size": vision_config.spatial_merge_size,
         "temporal_patch_size": vision_config.temporal_patch_size,
@@ -143,29 +181,55 @@ def model_folder(path: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """The model without its head; transformers 4 does not name it for every family."""
+    return model.model if model.base_model is model else model.base_model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text model without its head; for some families transformers 4 names the whole base model instead."""
+    decoder, base = model.get_decoder(), base_model(model)
+    return base.text_model if decoder is base else decoder
+
+
 def freeze_parts(model: nn.Module, parts: Collection[str]) -> None:
-    """Takes the gradients from `parts` of the model: "vision" (the tower without its merger), "merger" (what makes the
-    decoder's tokens of its output) and "decoder" (all else, embedding and head included)."""
+    """Takes the gradients from `parts` of the model: "vision" (the tower without its mergers), "merger" (what makes the
+    decoder's tokens of its output) and "decoder" (with embedding and head)."""
     if not parts:
         return
-    visual = getattr(model.model, "visual", None)
-    if getattr(visual, "merger", None) is None:
-        raise ValueError(f"{type(model).__name__} has no model.visual.merger to tell its parts by. {OTHER_RELEASE}")
-    merger = set(visual.merger.parameters())
-    tower = set(visual.parameters()) - merger
-    for parameter in model.parameters():
-        part = "merger" if parameter in merger else "vision" if parameter in tower else "decoder"
-        if part in parts:
+    base = base_model(model)
+    tower = next((module for name in TOWERS if (module := getattr(base, name, None)) is not None), nn.Module())
+    inside = {p for name, child in tower.named_children() if "merger" in name for p in child.parameters()}
+    vision = set(tower.parameters()) - inside
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    decoder = {p for module in (decoder_of(model), *words) for p in module.parameters()} - vision - inside
+    merger = set(model.parameters()) - vision - decoder
+    if not (vision and merger and decoder):
+        raise ValueError(
+            f"{type(base).__name__} has no {', '.join(TOWERS)}, or nothing between it and the decoder: its parts "
+            f"cannot be told; leave model.freeze out. {OTHER_RELEASE}"
+        )
+    for part, parameters in (("vision", vision), ("merger", merger), ("decoder", decoder)):
+        for parameter in parameters if part in parts else ():
             parameter.requires_grad_(False)
 
 
-def joined_features(output: Any) -> Tensor:
-    """(sum of image tokens, H) of what `get_image_features` returned."""
-    features = getattr(output, "pooler_output", output)  # 4.x returns the parts themselves
+def feature_levels(output: Any, *, deepstack: bool) -> tuple[Tensor, ...]:
+    """What `get_image_features` returned: (sum of image tokens, H), then DeepStack's levels of that shape."""
+    if not deepstack:
+        return (_joined(getattr(output, "pooler_output", output), output),)  # 4.x returns the parts themselves
+    if isinstance(output, tuple) and len(output) == 2:  # 4.x
+        features, levels = output
+    else:
+        features, levels = (getattr(output, name, None) for name in ("pooler_output", "deepstack_features"))
+    return (_joined(features, output), *(_joined(level, output) for level in levels or ()))
+
+
+def _joined(features: Any, output: Any) -> Tensor:
     if isinstance(features, Tensor):
         return features
-    parts = list(features)
-    if not all(isinstance(part, Tensor) for part in parts):
+    parts = list(features or ())
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
         raise ValueError(
             f"get_image_features returned a {type(output).__name__} without pooler_output: expected the "
             f"features of each image. {OTHER_RELEASE}"

@@ -122,10 +122,10 @@ def _completions(
     texts: list[str] = []
     for start in range(0, len(samples), size):
         part = samples[start : start + size]
-        pixels = policy.pixels(list(islice(images, len(part))))
+        prompts, pixels = restore_prompts(policy, part, list(islice(images, len(part))), settings.prompts)
         out = generate(
             policy,
-            restore_prompts(policy, part, pixels, settings.prompts),
+            prompts,
             pixels,
             range(len(part)),
             group_size=count,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmrpt.families import OTHER_RELEASE, model_folder
+from mmrpt.families import MERGERS, OTHER_RELEASE, TOWERS, base_model, model_folder
 from mmrpt.settings import LoraSettings, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def target_layers(policy: Policy, targets: str | tuple[str, ...]) -> set[str]:
     named = model.named_modules()  # with adapters, a layer is what peft put in its place and what is inside of that
     names = {module: name.removesuffix(".base_layer") for name, module in named if ".lora_" not in name}
     if isinstance(targets, str):
-        part = {"decoder": policy.text_model, "all": model.model}[targets]
+        part = {"decoder": policy.text_model, "all": base_model(model)}[targets]
         layers = {names[m] for m in part.modules() if m in names and isinstance(m, nn.Linear)}
         if not layers:
             raise ValueError(f"{type(model).__name__} has no linear layers in {targets}. {OTHER_RELEASE}")
@@ -287,7 +287,7 @@ def quantization(dtype: torch.dtype, device: str | torch.device) -> dict[str, An
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         # The losses read the head's weights; the vision tower is small, and what it sees is what is trained.
-        llm_int8_skip_modules=["lm_head", "model.visual"],
+        llm_int8_skip_modules=["lm_head", *(f"model.{name}" for name in (*TOWERS, *MERGERS))],
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

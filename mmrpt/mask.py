@@ -183,7 +183,7 @@ def _open_model(settings: Settings, source: PairSource, device: torch.device) ->
 
     from mmrpt.corpus import GoodRows, RejectedRows
     from mmrpt.masking.forward import PolicyModel
-    from mmrpt.masking.vlm import load_caption_model
+    from mmrpt.policy import Policy
     from mmrpt.sources import Sources
     from mmrpt.world.warm_start import build_start_policy
 
@@ -191,7 +191,7 @@ def _open_model(settings: Settings, source: PairSource, device: torch.device) ->
     if given.path is not None:
         pixel_limits = {"min_pixels": given.min_pixels, "max_pixels": given.max_pixels}
         how = {"revision": given.revision, "quantized": given.lora.quantized, **pixel_limits}
-        return load_caption_model(given.path, getattr(torch, given.dtype), device, **how)
+        return PolicyModel(Policy.load(given.path, getattr(torch, given.dtype), device, **how))
     print("model.path is null: the tiny model scores untrained, which shows that all works and nothing else.")
     with TemporaryDirectory() as folder:  # each process meets the first bad rows; they are named when all is scored
         if settings.data.pairs is not None:

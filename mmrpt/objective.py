@@ -26,7 +26,12 @@ def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
     shares = (mask / mask.sum(-1, keepdim=True) / mask.shape[0]).flatten()
     with policy.autocast():
         return linear_token_loss(
-            hidden, policy.head_weight, targets, lambda logps, entropy, rows: -logps * shares[rows], active_mask=mask
+            hidden,
+            policy.head_weight,
+            targets,
+            lambda logps, entropy, rows: -logps * shares[rows],
+            active_mask=mask,
+            bias=policy.head_bias,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmrpt.families import decoder_of
 from mmrpt.muon import LR_SCALE, Muon
 from mmrpt.settings import OptimiserSettings
 
@@ -85,7 +86,7 @@ def _words_and_vision(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Param
     would train the vision tower as if it were the decoder.
     """
     words = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
-    vision = set(model.parameters()) - set(model.get_decoder().parameters()) - words
+    vision = set(model.parameters()) - set(decoder_of(model).parameters()) - words
     if not vision:
         raise ValueError(
             f"{type(model).__name__} has no parameters outside of its decoder, embedding and head: expected a vision "

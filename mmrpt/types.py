@@ -6,9 +6,9 @@ one prompt with their rewards (`Group`) -> tensors of a forward pass (`Batch`) a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:  # reading a corpus needs no torch, which takes seconds to load
     import torch
@@ -100,9 +100,22 @@ class Rollout:
     finished: bool  # ended by itself rather than by the length limit
 
 
+class Pixels(Protocol):
+    """Processed images, as a policy's family has them (`PixelBatch`, `ProcessedImages`)."""
+
+    def select(self, images: Sequence[int]) -> Self:
+        """The images of these indices, in their order."""
+        ...
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The images of all parts, one after another."""
+        ...
+
+
 @dataclass(frozen=True)
 class PixelBatch:
-    """Processed images. `pixel_values` (sum of patches, C * temporal * patch * patch), `grid_thw` (P, 3)."""
+    """Images as rows of patches. `pixel_values` (sum of patches, C * temporal * patch * patch), `grid_thw` (P, 3)."""
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
@@ -117,6 +130,30 @@ class PixelBatch:
         parts = self.pixel_values.split(self.grid_thw.prod(-1).tolist())
         return PixelBatch(cat([parts[i] for i in images]), self.grid_thw[list(images)])
 
+    @classmethod
+    def joined(cls, parts: Sequence[PixelBatch]) -> PixelBatch:
+        """The images of all parts, one after another."""
+        from torch import cat
+
+        return cls(cat([part.pixel_values for part in parts]), cat([part.grid_thw for part in parts]))
+
+
+@dataclass(frozen=True)
+class ProcessedImages:
+    """Images as their family's own processor gives them: `tensors[i]` is what the model takes of `pictures[i]`."""
+
+    pictures: tuple[Image.Image, ...]
+    tensors: tuple[Mapping[str, torch.Tensor], ...]
+
+    def select(self, images: Sequence[int]) -> ProcessedImages:
+        """The images of these indices, in their order."""
+        return ProcessedImages(*(tuple(values[i] for i in images) for values in (self.pictures, self.tensors)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[ProcessedImages]) -> ProcessedImages:
+        """The images of all parts, one after another."""
+        return cls(sum((part.pictures for part in parts), ()), sum((part.tensors for part in parts), ()))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -129,8 +166,7 @@ class Batch:
     input_ids: torch.Tensor  # (R, T) int64
     attention_mask: torch.Tensor  # (R, T) int64
     response_mask: torch.Tensor  # (R, T) bool, true at tokens the policy generated
-    pixel_values: torch.Tensor  # (P * patches, C * temporal * patch * patch) float32, as the processor gives it
-    image_grid_thw: torch.Tensor  # (P, 3) int64
+    pixels: Pixels  # of P images
     image_index: torch.Tensor  # (R,) int64 into P
     segments: torch.Tensor | None = None  # (R, T) int64: 0 prompt, 1 to n the responses, -1 padding; None: one a row
 

@@ -25,7 +25,6 @@ from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SCORES, SUMMARY, select_masks
 from mmrpt.masking.shards import Shards
 from mmrpt.objective import supervised_backward
-from mmrpt.perception import perturbed_picture
 from mmrpt.report.images import write_images
 from mmrpt.report.statistics import roc_auc
 from mmrpt.report.step_log import log_step
@@ -188,7 +187,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             rows, answers = rows + new_rows, answers + new_answers
     write_jsonl(run.folder / "answers.jsonl", answers)
     patches = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
-    perturbed = partial(perturbed_picture, run.policy, **patches)
+    perturbed = partial(run.policy.perturbed_picture, **patches)
     write_images(run.folder.path, run.sources.train, run.sources.held_out, perturbed)
     scores = iter_jsonl(run.folder / SCORES)
     known = [(row["needs_image"], row["score"]) for row in scores if row["needs_image"] is not None]

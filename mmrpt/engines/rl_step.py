@@ -17,7 +17,7 @@ from mmrpt.rollout.buffer import GroupBuffer, stack_rows
 from mmrpt.rollout.collect import Reference, collect_round
 from mmrpt.settings import RLSettings, Settings
 from mmrpt.stopwatch import Stopwatch
-from mmrpt.types import Batch, Group, MaskedSample, PixelBatch, PolicyTargets, SamplingRound
+from mmrpt.types import Batch, Group, MaskedSample, Pixels, PolicyTargets, SamplingRound
 
 # Statistics that need no log-prob of a token without gradient.
 OF_ANY_STEP = ("tokens", "kept_fraction", "clip_fraction_low", "clip_fraction_high")
@@ -107,7 +107,7 @@ def _backward(
     totals: dict[str, float] = {}
     loss_value = 0.0
 
-    def pixels(chosen: list[int]) -> PixelBatch:
+    def pixels(chosen: list[int]) -> Pixels:
         names = [groups[i].example_id for i in chosen]
         shown = images.many(names)
         return policy.pixels([shown[name] for name in names])

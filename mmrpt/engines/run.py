@@ -137,6 +137,7 @@ def start_policy(settings: Settings, sources: Sources, device: torch.device) -> 
         pixel_limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
         how = {"revision": model.revision, "quantized": model.lora.quantized, **pixel_limits}
         policy = Policy.load(model.path, getattr(torch, model.dtype), device, **how)
+        policy.check_head()
         if model.lora.rank and adapter_weights(policy.model):
             check_adapters(policy, model.lora, model.path)
         elif model.lora.rank:

@@ -27,9 +27,10 @@ from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 from trl import GRPOTrainer
 
 from mmrpt.corpus import read_jsonl, seed_of
-from mmrpt.perception import blacken_pixels, shape_and_filter
+from mmrpt.families import blacken_pixels
+from mmrpt.perception import shape_and_filter
 from mmrpt.perturbation import blacken_patches
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt.rollout.prompts import restore_text
 from mmrpt.settings import PerceptionSettings, PromptSettings
 from mmrpt.types import MaskedSample, PairSource, PixelBatch
@@ -88,7 +89,7 @@ class _ImageProcessor(Qwen2_5_VLProcessor):
         self.image_processor.save_pretrained(save_directory)
 
 
-def processor_of(policy: Policy) -> Qwen2_5_VLProcessor:
+def processor_of(policy: QwenVLPolicy) -> Qwen2_5_VLProcessor:
     """What TRL takes as `processing_class`, of a policy's own tokenizer and image processor. No video.
 
     For a model folder with all of its files, where torchvision is installed, `AutoProcessor` gives the same.

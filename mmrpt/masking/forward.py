@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Protocol
 
 import torch
@@ -12,20 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 from mmrpt.policy import Policy
-from mmrpt.types import PixelBatch
+from mmrpt.types import Pixels
 from mmrpt_kernels.integrations.transformers import record_visual_mass
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn with one image: its token ids, image tokens included, and what the vision tower takes."""
+    """One user turn with one image: its token ids, image tokens included, and the processed image."""
 
     ids: list[int]
-    tensors: dict[str, Tensor]
+    pixels: Pixels
 
 
 class CaptionModel(Protocol):
-    """A model that captions can be scored by: the trainer's `Policy`, or any family that the recorder serves."""
+    """A model that captions can be scored by."""
 
     depth: int  # layers of the text model
     head_weight: Tensor  # (V, H)
@@ -52,38 +51,37 @@ class CaptionModel(Protocol):
 
 
 class PolicyModel:
-    """The trainer's policy as a `CaptionModel`."""
+    """A policy as a `CaptionModel`."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.depth: int = policy.model.config.get_text_config().num_hidden_layers
         self.markers = policy.markers
-        self.head_bias = None
-        self._tokenizer_lock = Lock()  # a tokenizer's options are state of its own, which calls in other threads change
 
     @property
     def head_weight(self) -> Tensor:
         return self.policy.head_weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.policy.head_bias
+
     def prompt(self, instruction: str, image: Image.Image) -> Prompt:
-        pixels = self.policy.pixels([image])
-        with self._tokenizer_lock:
-            ids = self.policy.encode_prompt(instruction, int(pixels.tokens_per_image(self.policy.merge_size)))
-        return Prompt(ids, {"pixel_values": pixels.pixel_values, "grid_thw": pixels.grid_thw})
+        (ids,), pixels = self.policy.prompts([instruction], [image])
+        return Prompt(ids, pixels)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        with self._tokenizer_lock:
-            return self.policy.encode_with_offsets(text)
+        return self.policy.encode_with_offsets(text)
 
     def forward(
         self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], layers: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         policy = self.policy
-        pixels = PixelBatch(*(torch.cat([p.tensors[name] for p in prompts]) for name in ("pixel_values", "grid_thw")))
-        batch = policy.batch([p.ids for p in prompts], responses, pixels, range(len(prompts)))
+        pixels = type(prompts[0].pixels).joined([prompt.pixels for prompt in prompts])
+        batch = policy.batch([prompt.ids for prompt in prompts], responses, pixels, range(len(prompts)))
         if layers is None:
             return policy.hidden(batch), None
         groups = torch.stack((batch.input_ids == policy.image_token_id, batch.response_mask), -1)
-        with record_visual_mass(policy.text_model, key_weights=groups, layers=layers, head_reduction="mean") as record:
+        with record_visual_mass(policy.model, key_weights=groups, layers=layers, head_reduction="mean") as record:
             hidden = policy.hidden(batch, padded=True)
         return hidden, record.stacked()

@@ -15,14 +15,14 @@ from torch import Tensor
 from mmrpt.advantage import group_advantages
 from mmrpt.corpus import seed_of
 from mmrpt.objective import response_logps
-from mmrpt.perception import blacken_pixels, token_perception
+from mmrpt.perception import token_perception
 from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction, combine_rewards
 from mmrpt.rollout.generate import generate
 from mmrpt.rollout.prompts import restore_prompts, restore_text
 from mmrpt.settings import PerceptionSettings, RolloutSettings, Settings
 from mmrpt.stopwatch import Stopwatch
-from mmrpt.types import Batch, Generation, Group, MaskedSample, PixelBatch, Rollout, SamplingRound
+from mmrpt.types import Batch, Generation, Group, MaskedSample, Pixels, Rollout, SamplingRound
 
 Reference = Callable[[], AbstractContextManager[Policy]]  # `with reference() as other:` gives the policy of rl.kl_coef
 
@@ -34,7 +34,7 @@ class _Kept:
     samples: list[MaskedSample]
     prompts: list[list[int]]
     responses: list[list[list[int]]]
-    pixels: PixelBatch
+    pixels: Pixels
     logps: Tensor  # (P * n, T), as sampled
     hidden: Tensor | None  # (R, T, H) of all R rollouts
     rows: list[int]  # P * n of them
@@ -57,8 +57,8 @@ def collect_round(
     """
     n, watch = settings.rollout.group_size, Stopwatch()
     with watch.part("sampling"):
-        pixels = policy.pixels([images[s.example_id] for s in samples])
-        prompts = restore_prompts(policy, samples, pixels, settings.prompts)
+        shown = [images[s.example_id] for s in samples]
+        prompts, pixels = restore_prompts(policy, samples, shown, settings.prompts)
         generation = generate(
             policy,
             prompts,
@@ -200,11 +200,6 @@ def _perception(
     temperature: float,
 ) -> Tensor:
     """Token perception of the batch's responses; the patches of each image have a seed of their own."""
-    perturbed = blacken_pixels(
-        PixelBatch(batch.pixel_values, batch.image_grid_thw),
-        policy.image_processor,
-        seeds,
-        patch_size=options.patch_size,
-        probability=options.probability,
-    )
+    patches = {"patch_size": options.patch_size, "probability": options.probability}
+    perturbed = policy.perturbed(batch.pixels, seeds, **patches)
     return token_perception(policy, batch, perturbed, hidden, kind=options.kind, temperature=temperature)

@@ -1,21 +1,15 @@
-"""Sampling with a KV cache: each prompt is read once, and its group shares the cache; decoding stops when all ended.
-
-A group's rollouts are n tokens of one row at every step, behind a mask that shows each the prompt and its own past: the
-prompt's keys are never copied, and the cache holds P rows instead of P * n.
-"""
+"""Sampling with a KV cache, which the policy keeps (`Policy.decode`); decoding stops when all rows have ended."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from mmrpt.objective import sampling_logits
 from mmrpt.policy import Policy
-from mmrpt.types import Generation, PixelBatch
+from mmrpt.types import Generation, Pixels
 
 DRAWN_LOGITS = 1 << 26  # float32 logits that one draw holds at once: 256 MiB, and as much again for each step of it
 
@@ -24,7 +18,7 @@ DRAWN_LOGITS = 1 << 26  # float32 logits that one draw holds at once: 256 MiB, a
 def generate(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
-    pixels: PixelBatch,
+    pixels: Pixels,
     image_index: Sequence[int],
     *,
     group_size: int = 1,
@@ -45,99 +39,77 @@ def generate(
     """
     was_training = policy.model.training
     policy.model.eval()
+    at_once = len(prompts) if batch_size is None else max(1, batch_size // group_size)
+    rows = len(prompts) * group_size
+    draws = _Draws(policy, max_new_tokens, (temperature, top_p, generator), rows if keep_hidden else 0)
     try:
         with policy.autocast():
-            at_once = len(prompts) if batch_size is None else max(1, batch_size // group_size)
-            parts, hidden = [], None
             for first in range(0, len(prompts), at_once):
                 chosen = slice(first, first + at_once)
                 images = sorted(set(image_index[chosen]))
                 index = [images.index(i) for i in image_index[chosen]]
-                state = _read_prompts(policy, prompts[chosen], pixels.select(images), index, group_size)
-                if keep_hidden and hidden is None:
-                    hidden = state.hidden.new_zeros(len(prompts) * group_size, max_new_tokens, state.hidden.shape[-1])
-                own = None if hidden is None else hidden[first * group_size :]
-                parts.append(_decode(policy, state, max_new_tokens, temperature, top_p, generator, own))
-            return _joined(parts, hidden)
+                shown = pixels.select(images)
+                policy.decode(prompts[chosen], shown, index, group_size, max_new_tokens, draws.next_tokens)
+                draws.end()
+            return draws.joined()
     finally:
         policy.model.train(was_training)
 
 
-def _joined(parts: Sequence[Generation], hidden: Tensor | None) -> Generation:
-    width = max(part.logps.shape[1] for part in parts)
-    logps = [torch.nn.functional.pad(part.logps, (0, width - part.logps.shape[1])) for part in parts]
-    return Generation(
-        [ids for part in parts for ids in part.token_ids],
-        torch.cat(logps),
-        None if hidden is None else hidden[:, :width],
-        torch.cat([part.finished for part in parts]),
-    )
+class _Draws:
+    """The tokens drawn so far, by batches of responses. States of `kept_rows` are kept, of all responses or none."""
 
+    def __init__(
+        self, policy: Policy, most: int, how: tuple[float, float, torch.Generator | None], kept_rows: int
+    ) -> None:
+        self._policy, self._most, self._how, self._kept_rows = policy, most, how, kept_rows
+        self._bias = policy.sampling_bias()
+        self._hidden: Tensor | None = None
+        self._ended: list[Generation] = []
+        self._begin()
 
-@dataclass
-class _State:
-    cache: DynamicCache
-    hidden: Tensor  # (P, n, H) the states the next tokens are drawn from
-    seen: Tensor  # (P, 1, n, past) bool: which cached keys each rollout may attend to
-    position: Tensor  # (P, n) rotary position of the next token
+    def _begin(self) -> None:
+        self._tokens: list[Tensor] = []
+        self._logps: list[Tensor] = []
+        self._masks: list[Tensor] = []
+        self._alive: Tensor | None = None
 
+    def next_tokens(self, hidden: Tensor) -> Tensor | None:
+        """A token for each row of states (R, H), padding where it has ended; None where no row needs another."""
+        alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device) if self._alive is None else self._alive
+        token, logp = _draw(self._policy, hidden, self._bias, *self._how)
+        if self._kept_rows:
+            self._keep(hidden * alive[:, None])
+        token = torch.where(alive, token, self._policy.pad_token_id)
+        self._tokens.append(token)
+        self._logps.append(logp * alive)
+        self._masks.append(alive)
+        self._alive = alive & (token != self._policy.eos_token_id)
+        return None if len(self._tokens) == self._most or not self._alive.any() else token
 
-def _read_prompts(
-    policy: Policy, prompts: Sequence[Sequence[int]], pixels: PixelBatch, image_index: Sequence[int], group_size: int
-) -> _State:
-    batch = policy.batch(prompts, [[]] * len(prompts), pixels, image_index, pad_left=True)
-    cache = DynamicCache(config=policy.model.config.get_text_config())
-    hidden = policy.hidden(batch, cache=cache)[:, -1:]
-    grid = batch.image_grid_thw[batch.image_index]
-    tokens = grid.prod(-1) // policy.merge_size**2
-    # An image's tokens advance the text by the longer side of its grid, not by their number.
-    position = batch.attention_mask.sum(-1) - tokens + grid[:, 1:].amax(-1) // policy.merge_size
-    return _State(
-        cache,
-        hidden.expand(-1, group_size, -1),
-        batch.attention_mask.bool()[:, None, None].expand(-1, 1, group_size, -1),
-        position[:, None].expand(-1, group_size),
-    )
+    def _keep(self, hidden: Tensor) -> None:
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros(self._kept_rows, self._most, hidden.shape[-1])
+        first = sum(len(part.token_ids) for part in self._ended)
+        self._hidden[first : first + len(hidden), len(self._tokens)] = hidden
 
+    def end(self) -> None:
+        """Ends a batch of responses: the next states are those of others."""
+        lengths = torch.stack(self._masks, -1).sum(-1).tolist()
+        ids = torch.stack(self._tokens, -1).tolist()
+        rows = [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+        self._ended.append(Generation(rows, torch.stack(self._logps, -1), None, ~self._alive))
+        self._begin()
 
-def _decode(
-    policy: Policy,
-    state: _State,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator | None,
-    kept: Tensor | None,
-) -> Generation:
-    """Responses of the prompts that were read; the states that they are sampled from go into `kept` (>= R, T, H)."""
-    bias = policy.sampling_bias()
-    prompts, n, _ = state.hidden.shape
-    own = torch.eye(n, dtype=torch.bool, device=bias.device).expand(prompts, 1, n, n)
-    alive = torch.ones(prompts * n, dtype=torch.bool, device=bias.device)
-    tokens, logps, masks = [], [], []
-    for _ in range(max_new_tokens):
-        hidden = state.hidden.flatten(0, 1)
-        token, logp = _draw(policy, hidden, bias, temperature, top_p, generator)
-        if kept is not None:
-            kept[: len(hidden), len(tokens)] = hidden * alive[:, None]
-        token = torch.where(alive, token, policy.pad_token_id)
-        tokens.append(token)
-        logps.append(logp * alive)
-        masks.append(alive)
-        alive = alive & (token != policy.eos_token_id)
-        if not alive.any() or len(tokens) == max_new_tokens:
-            break
-        state.seen = torch.cat((state.seen, own), -1)
-        state.hidden = policy.step(token.view(prompts, n), state.position, state.seen, state.cache)
-        state.position = state.position + 1
-    lengths = torch.stack(masks, -1).sum(-1).tolist()
-    ids = torch.stack(tokens, -1).tolist()
-    return Generation(
-        [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)],
-        torch.stack(logps, -1),
-        None,
-        ~alive,
-    )
+    def joined(self) -> Generation:
+        width = max(part.logps.shape[1] for part in self._ended)
+        logps = [torch.nn.functional.pad(part.logps, (0, width - part.logps.shape[1])) for part in self._ended]
+        return Generation(
+            [ids for part in self._ended for ids in part.token_ids],
+            torch.cat(logps),
+            None if self._hidden is None else self._hidden[:, :width],
+            torch.cat([part.finished for part in self._ended]),
+        )
 
 
 def _draw(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from PIL import Image
+
 from mmrpt.masking.sentences import sentence_at, sentence_spans
 from mmrpt.policy import Policy
 from mmrpt.settings import PromptSettings
-from mmrpt.types import MaskedSample, PixelBatch
+from mmrpt.types import MaskedSample, Pixels
 
 THINK_WORDS = 3  # enough to say which thing is meant
 
@@ -26,8 +28,7 @@ def begun_thought(caption: str, sample: MaskedSample) -> str:
 
 
 def restore_prompts(
-    policy: Policy, samples: Sequence[MaskedSample], pixels: PixelBatch, prompts: PromptSettings
-) -> list[list[int]]:
-    """Token ids of the prompt of each sample, whose image is the one at its place in `pixels`."""
-    counts = pixels.tokens_per_image(policy.merge_size).tolist()
-    return [policy.encode_prompt(restore_text(s, prompts), count) for s, count in zip(samples, counts, strict=True)]
+    policy: Policy, samples: Sequence[MaskedSample], images: Sequence[Image.Image], prompts: PromptSettings
+) -> tuple[list[list[int]], Pixels]:
+    """Token ids of the prompt of each sample, whose image is the one at its place in `images`; and those, processed."""
+    return policy.prompts([restore_text(sample, prompts) for sample in samples], images)

@@ -34,7 +34,7 @@ class ModelSettings:
     """The model that is trained."""
 
     path: str | None = Field(
-        None, description="Hugging Face folder or hub name, Qwen2-VL family; null: the demo's tiny model"
+        None, description="Hugging Face folder or hub name of a vision-language model; null: the demo's tiny model"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub name; null: main")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights of a model from model.path")

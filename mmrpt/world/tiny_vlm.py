@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mmrpt.families import OTHER_RELEASE, make_image_processor
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt.settings import TinyVLMConfig
 
 SPECIAL_TOKENS = (
@@ -73,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def build_tiny_vlm(
     config: TinyVLMConfig, texts: Iterable[str], seed: int = 0, images: Sequence[Image.Image] = ()
-) -> Policy:
+) -> QwenVLPolicy:
     """A randomly initialised policy whose tokenizer knows `texts`. The same arguments give the same weights.
 
     With `images`, the vision tower starts from them: its patch embedding from their principal components
@@ -87,7 +87,7 @@ def build_tiny_vlm(
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         raise ValueError(f"the head has weights of its own: expected the embedding's. {OTHER_RELEASE}")
     image_processor = make_image_processor(config.patch_size, config.max_pixels, config.image_mean, config.image_std)
-    policy = Policy(model, tokenizer, image_processor)
+    policy = QwenVLPolicy(model, tokenizer, image_processor)
     if images:
         whiten_patches(policy, images, config.patch_std)
         spread_features(policy, images, config.feature_std)
@@ -153,7 +153,7 @@ def _check_names(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def whiten_patches(policy: Policy, images: Sequence[Image.Image], std: float) -> None:
+def whiten_patches(policy: QwenVLPolicy, images: Sequence[Image.Image], std: float) -> None:
     """Makes the patch embedding the principal components of the images' patches, nearly whitened, of deviation `std`.
 
     Neighbouring pixels are nearly equal, so a random embedding says the same of all things: the colour behind them. A
@@ -176,7 +176,7 @@ def whiten_patches(policy: Policy, images: Sequence[Image.Image], std: float) ->
 
 
 @torch.no_grad()
-def spread_features(policy: Policy, images: Sequence[Image.Image], std: float) -> None:
+def spread_features(policy: QwenVLPolicy, images: Sequence[Image.Image], std: float) -> None:
     """Makes the features of `images` have mean 0 and, over all their tokens, standard deviation `std`.
 
     From a plain random start nine tenths of a feature are the same for every image; the decoder normalises each token,
@@ -184,7 +184,7 @@ def spread_features(policy: Policy, images: Sequence[Image.Image], std: float) -
     """
     pixels = policy.pixels(images)
     last = policy.model.model.visual.merger.mlp[2]
-    features = policy.image_features(pixels.pixel_values, pixels.grid_thw)
+    (features,) = policy.image_features(pixels)
     spread = features.std(0).mean()
     last.weight.mul_(std / spread)
     last.bias.mul_(std / spread)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt.types import PixelBatch
 
 SHARPNESS = 20.0  # of the softmax over cosines in [-1, 1]
 
 
-def label_weights(policy: Policy, captions: Iterable[str]) -> Tensor:
+def label_weights(policy: QwenVLPolicy, captions: Iterable[str]) -> Tensor:
     """(V,) float32 weight of each token as a label: log(captions / (1 + captions that hold it)), at least 0.
 
     Words of nearly every caption weigh nothing.
@@ -37,19 +37,19 @@ def label_weights(policy: Policy, captions: Iterable[str]) -> Tensor:
     return (math.log(max(total, 1)) - torch.log1p(counts)).clamp_min(0.0).to(policy.device)
 
 
-def label_ids(policy: Policy, caption: str) -> list[int]:
+def label_ids(policy: QwenVLPolicy, caption: str) -> list[int]:
     """The distinct token ids of a caption, each word as it stands inside a text."""
     return sorted(set(policy.encode_text(" " + caption)))
 
 
-def vision_loss(policy: Policy, pixels: PixelBatch, captions: Sequence[str], weights: Tensor) -> Tensor:
+def vision_loss(policy: QwenVLPolicy, pixels: PixelBatch, captions: Sequence[str], weights: Tensor) -> Tensor:
     """Cross-entropy between an image's classes and its caption's words, mean over images: a scalar, >= 0.
 
     Differentiable in the vision tower and the head. `weights` (V,) of `label_weights`; a caption whose words all
     weigh 0 adds nothing. Classes are a softmax over the cosine between each word's row of the head and the image's
     mean feature.
     """
-    features = policy.image_features(pixels.pixel_values, pixels.grid_thw)
+    (features,) = policy.image_features(pixels)
     per_image = pixels.tokens_per_image(policy.merge_size).tolist()
     pooled = torch.stack([part.mean(0) for part in features.split(per_image)])
     logits = SHARPNESS * normalize(pooled.float(), dim=-1) @ normalize(policy.head_weight.float(), dim=-1).T

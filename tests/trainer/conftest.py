@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt.rewards.combine import REWARDS
 from mmrpt.settings import Settings, load_settings
 from mmrpt.types import Batch, Example, MaskedSample, Word
@@ -87,12 +87,12 @@ class ColourPairs:
         return Image.fromarray(pixels)
 
 
-def make_policy(seed: int = 0) -> Policy:
+def make_policy(seed: int = 0) -> QwenVLPolicy:
     texts = [ColourPairs()[i].caption for i in range(4)] + ["user assistant describe restore:"]
     return build_tiny_vlm(TINY, texts, seed=seed)
 
 
-def make_looking_policy(seed: int = 0) -> Policy:
+def make_looking_policy(seed: int = 0) -> QwenVLPolicy:
     """A policy whose words depend on the image, as a random start's hardly do: larger features, attention and head."""
     policy = make_policy(seed)
     pairs = ColourPairs()
@@ -116,21 +116,21 @@ def masked_colour(pairs: ColourPairs, index: int) -> MaskedSample:
     )
 
 
-def forward_inputs(policy: Policy, batch: Batch) -> dict[str, Any]:
+def forward_inputs(policy: QwenVLPolicy, batch: Batch) -> dict[str, Any]:
     """The batch as transformers' own forward pass takes it: pixels repeated row by row."""
-    parts = batch.pixel_values.split(batch.image_grid_thw.prod(-1).tolist())
+    parts = batch.pixels.pixel_values.split(batch.pixels.grid_thw.prod(-1).tolist())
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "pixel_values": torch.cat([parts[i] for i in batch.image_index.tolist()]),
-        "image_grid_thw": batch.image_grid_thw[batch.image_index],
+        "image_grid_thw": batch.pixels.grid_thw[batch.image_index],
     }
     if "mm_token_type_ids" in inspect.signature(policy.model.model.forward).parameters:
         inputs["mm_token_type_ids"] = (batch.input_ids == policy.image_token_id).int()
     return inputs
 
 
-def response_logits(policy: Policy, batch: Batch) -> list[torch.Tensor]:
+def response_logits(policy: QwenVLPolicy, batch: Batch) -> list[torch.Tensor]:
     """Per row (length, V) logits that predict its response, markers at -inf, from transformers' own forward pass."""
     states = policy.model.model(**forward_inputs(policy, batch)).last_hidden_state
     logits = states @ policy.model.lm_head.weight.T
@@ -150,13 +150,13 @@ def pairs() -> ColourPairs:
 
 
 @pytest.fixture
-def policy() -> Policy:
+def policy() -> QwenVLPolicy:
     torch.manual_seed(0)
     return make_policy()
 
 
 @pytest.fixture
-def looking_policy() -> Policy:
+def looking_policy() -> QwenVLPolicy:
     return make_looking_policy()
 
 

@@ -17,7 +17,7 @@ from mmrpt.corpus import ImageCache
 from mmrpt.engines.rl_step import train_on_groups
 from mmrpt.engines.run import prepare_machine
 from mmrpt.objective import supervised_backward
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt.rollout import collect
 from mmrpt.rollout.collect import collect_round, hidden_fits
 from mmrpt.rollout.generate import generate
@@ -98,7 +98,7 @@ def test_the_parts_of_a_batch_are_its_rows_with_their_images(policy, pairs, budg
             assert torch.equal(getattr(part, name), wanted[:, :width])
         assert not whole.attention_mask[rows, width:].any() and part.attention_mask.any(0).all()
         of_rows = policy.pixels([pairs.image(pairs[i].id) for i in index[rows]]).pixel_values
-        shown = part.pixel_values.split(part.image_grid_thw.prod(-1).tolist())
+        shown = part.pixels.pixel_values.split(part.pixels.grid_thw.prod(-1).tolist())
         assert torch.equal(torch.cat([shown[i] for i in part.image_index]), of_rows)
         first += count
     assert first == 5
@@ -113,14 +113,14 @@ METHOD = ("rollout.group_size=4", "rollout.max_new_tokens=6", "rl.kl_coef=0.1", 
 @pytest.fixture
 def passes(monkeypatch):
     """(rows, tokens of each) of every forward pass but those of sampling, which fill a cache."""
-    seen, hidden = [], Policy.hidden
+    seen, hidden = [], QwenVLPolicy.hidden
 
     def spy(self, batch, *args, cache=None, **options):
         if cache is None:
             seen.append(tuple(batch.input_ids.shape))
         return hidden(self, batch, *args, cache=cache, **options)
 
-    monkeypatch.setattr(Policy, "hidden", spy)
+    monkeypatch.setattr(QwenVLPolicy, "hidden", spy)
     return seen
 
 

@@ -112,7 +112,7 @@ def test_each_row_shows_the_image_of_its_own_pair(policy, pairs):
     items = [5, 2, 2, 9]
     batch, _ = rows_of(policy, pairs, items, 0.0)
     wanted = policy.pixels([pairs.image(pairs[i].id) for i in items])
-    assert torch.equal(batch.pixel_values, wanted.pixel_values) and batch.image_index.tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch.pixels.pixel_values, wanted.pixel_values) and batch.image_index.tolist() == [0, 1, 2, 3]
 
 
 def test_rows_depend_on_the_seed_alone(policy, pairs):

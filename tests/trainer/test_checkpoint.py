@@ -16,7 +16,7 @@ from mmrpt.checkpoint import (
     save_checkpoint,
     unfinished_checkpoints,
 )
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt.run_folder import RunError
 from tests.trainer.conftest import forward_inputs, make_policy
 
@@ -98,7 +98,7 @@ def die(monkeypatch, moment):
         raise Killed
 
     if moment in MOMENTS[:2]:
-        monkeypatch.setattr(Policy, "write_files", in_files)
+        monkeypatch.setattr(QwenVLPolicy, "write_files", in_files)
     elif moment == "in the state":
         monkeypatch.setattr(torch, "save", in_state)
     else:

@@ -178,10 +178,10 @@ def test_a_model_of_the_hub_is_downloaded_by_its_name(models, pairs, tmp_path, c
 
 def test_what_earlier_models_gave_survives_a_model_that_fails(models, pairs, tmp_path, capsys):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     chosen = (f"data.pairs={pairs}", "data.held_out=4", "evaluation.samples=2")
     assert evaluate(tmp_path, models[0], str(tmp_path / "other"), *chosen) == 2
     error = capsys.readouterr().err
-    assert "the trainer serves" in error and f"gave is in {tmp_path / 'runs' / 'evaluate'}" in error
+    assert "holds a 'bert'" in error and f"gave is in {tmp_path / 'runs' / 'evaluate'}" in error
     rows, answers = result(tmp_path / "runs" / "evaluate")
     assert {row["model"] for row in rows} == {models[0]} and len(answers) == 3 * 2

@@ -148,7 +148,7 @@ def test_layers_that_the_model_has_not_are_refused(layers):
 
 def test_a_token_of_two_sentences_counts_once_and_in_the_first():
     offsets = [(0, 1), (1, 8), (8, 12), (12, 13)]  # the second token is " cat! A"
-    row = CaptionRow(Example("e", "a cat! A dog."), Prompt([1], {}), [1, 2, 3, 4], offsets)
+    row = CaptionRow(Example("e", "a cat! A dog."), Prompt([1], None), [1, 2, 3, 4], offsets)
     first, second = _sentences(row, [0.1, 0.2, 0.3, 0.5], None)
     assert (first.token_masses, second.token_masses) == ((0.1, 0.2), (0.3, 0.5))
     assert (first.score, second.score) == (pytest.approx(0.15), pytest.approx(0.4))

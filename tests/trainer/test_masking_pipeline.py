@@ -261,7 +261,7 @@ class WordModel:
     depth, markers, head_weight, head_bias = 2, (), None, None
 
     def prompt(self, instruction, image):
-        return Prompt([0, 0], {})
+        return Prompt([0, 0], None)
 
     def encode(self, text):
         spans = word_spans(text)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mmrpt.batching import response_slices
 from mmrpt.corpus import seed_of
-from mmrpt.families import make_image_processor
-from mmrpt.perception import blacken_pixels, perturbed_picture, shape_and_filter, token_perception
+from mmrpt.families import blacken_pixels, make_image_processor
+from mmrpt.perception import shape_and_filter, token_perception
 from mmrpt.perturbation import black_patches, blacken_patches, blank
 from mmrpt.rollout.generate import generate
 from mmrpt.types import PixelBatch
@@ -251,7 +251,7 @@ def test_patches_of_any_size_are_pixels_of_the_resized_image(patch_size):
 def test_a_picture_shows_what_the_model_sees(policy):
     policy.image_processor = make_image_processor(14, 280 * 280)
     _, rows, columns = policy.pixels([noise(1000, 700)]).grid_thw[0].tolist()
-    shown = np.asarray(perturbed_picture(policy, noise(1000, 700), 4))
+    shown = np.asarray(policy.perturbed_picture(noise(1000, 700), 4, patch_size=14, probability=0.5))
     drawn = black_patches(rows * 14, columns * 14, seed=4)
     assert shown.shape == (*drawn.shape, 3) and np.array_equal((shown == 0).all(-1), drawn)
 

@@ -11,7 +11,7 @@ import torch
 
 from mmrpt import families
 from mmrpt.families import PatchProjection, mrope_positions, use_patch_projection
-from mmrpt.policy import Policy
+from mmrpt.policy import Policy, QwenVLPolicy
 from mmrpt.rollout import generate
 from mmrpt_kernels.integrations.transformers import record_visual_mass
 from tests.trainer.conftest import make_policy
@@ -27,9 +27,9 @@ def make_batch(policy, pairs, *, pad_left=False, shared=False):
 
 def own_forward(policy, batch):
     """What transformers computes from pixels repeated row by row."""
-    grid = batch.image_grid_thw[batch.image_index]
-    per_image = batch.image_grid_thw.prod(-1).tolist()
-    parts = batch.pixel_values.split(per_image)
+    grid = batch.pixels.grid_thw[batch.image_index]
+    per_image = batch.pixels.grid_thw.prod(-1).tolist()
+    parts = batch.pixels.pixel_values.split(per_image)
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -52,7 +52,7 @@ def test_hidden_equals_the_models_own_forward(policy, pairs, pad_left, shared):
 @pytest.mark.parametrize("pad_left", [False, True])
 def test_positions_equal_get_rope_index(policy, pairs, pad_left):
     batch = make_batch(policy, pairs, pad_left=pad_left)
-    grid = batch.image_grid_thw[batch.image_index]
+    grid = batch.pixels.grid_thw[batch.image_index]
     inputs = {"input_ids": batch.input_ids, "image_grid_thw": grid, "attention_mask": batch.attention_mask}
     if "mm_token_type_ids" in inspect.signature(policy.model.model.get_rope_index).parameters:
         inputs["mm_token_type_ids"] = (batch.input_ids == policy.image_token_id).int()
@@ -226,7 +226,7 @@ def test_an_unknown_release_is_refused(policy, pairs, monkeypatch):
     ):
         monkeypatch.setattr(model, "get_image_features", result)
         with pytest.raises(ValueError, match=message):
-            policy.image_features(pixels.pixel_values, pixels.grid_thw)
+            policy.image_features(pixels)
     monkeypatch.setattr(model, "get_image_features", get)
     forward = policy.text_model.forward
     for taken, message in (
@@ -235,7 +235,7 @@ def test_an_unknown_release_is_refused(policy, pairs, monkeypatch):
     ):
         monkeypatch.setattr(policy.text_model, "forward", taken)
         with pytest.raises(ValueError, match=message):
-            Policy(policy.model, policy.tokenizer, policy.image_processor)
+            QwenVLPolicy(policy.model, policy.tokenizer, policy.image_processor)
     monkeypatch.setattr(policy.text_model, "forward", forward)
     with pytest.raises(ValueError, match="patch_size is None: expected 14"):
         families.check_kept(object(), "patch_size", 14)

@@ -127,7 +127,7 @@ class Mortal:
         "pathlib.Path.unlink",
         "pathlib.Path.mkdir",
         "mmrpt.corpus.files.JsonlWriter.write",
-        "mmrpt.policy.Policy.write_files",
+        "mmrpt.policy.QwenVLPolicy.write_files",
     )
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:

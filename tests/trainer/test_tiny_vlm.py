@@ -63,7 +63,7 @@ def test_building_leaves_the_global_random_state_alone():
 def features(policy, images):
     pixels = policy.pixels(images)
     with torch.no_grad():
-        return policy.image_features(pixels.pixel_values, pixels.grid_thw)
+        return policy.image_features(pixels)[0]
 
 
 @pytest.mark.parametrize("std", [0.05, 0.2, 1.0])

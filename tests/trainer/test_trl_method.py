@@ -105,11 +105,15 @@ def responses_of(out) -> tuple[list[list[int]], list[list[int]]]:
 def log_probs(policy, prompts, responses, images):
     """(rows of (length, V)) float64 log-probabilities of every response, by transformers' own forward pass."""
     batch = policy.batch(prompts, responses, policy.pixels(images), range(len(images)))
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pixel_values": batch.pixel_values}
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "pixel_values": batch.pixels.pixel_values,
+    }
     if "mm_token_type_ids" in inspect.signature(policy.model.model.forward).parameters:
         inputs["mm_token_type_ids"] = (batch.input_ids == policy.image_token_id).int()
     with torch.no_grad():
-        logits = policy.model(**inputs, image_grid_thw=batch.image_grid_thw).logits.double() / TEMPERATURE
+        logits = policy.model(**inputs, image_grid_thw=batch.pixels.grid_thw).logits.double() / TEMPERATURE
     where = [mask.nonzero()[:, 0] - 1 for mask in batch.response_mask]
     return [torch.log_softmax(row[places], -1) for row, places in zip(logits, where, strict=True)]
 

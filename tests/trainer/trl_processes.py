@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mmrpt.corpus import write_jsonl
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
-from mmrpt.policy import Policy
+from mmrpt.policy import QwenVLPolicy
 from mmrpt_kernels.integrations.guards import UnsupportedError
 from mmrpt_kernels.integrations.trl import fused_head
 from tests.trainer.conftest import ColourPairs, make_looking_policy, masked_colour
@@ -81,7 +81,7 @@ def forget_last_trainer() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
 
 
-def new_policy(tied: bool) -> Policy:
+def new_policy(tied: bool) -> QwenVLPolicy:
     policy = make_looking_policy()
     if tied:
         return policy
@@ -90,7 +90,7 @@ def new_policy(tied: bool) -> Policy:
     model = type(policy.model)(config)
     model.load_state_dict(policy.model.state_dict())
     assert model.lm_head.weight is not model.get_input_embeddings().weight
-    return Policy(model, policy.tokenizer, policy.image_processor)
+    return QwenVLPolicy(model, policy.tokenizer, policy.image_processor)
 
 
 def make_trainer(folder: Path, cls: type[GRPOTrainer], *, fsdp: bool, tied: bool, **more: Any) -> GRPOTrainer:
