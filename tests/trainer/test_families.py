@@ -15,13 +15,14 @@ from mmrpt.batching import response_slices
 from mmrpt.corpus import ImageCache
 from mmrpt.engines.rl_step import train_on_groups
 from mmrpt.families import feature_levels, freeze_parts, mrope_positions
+from mmrpt.lora import adapter_weights, add_adapters
 from mmrpt.objective import response_logps, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.policy import OwnForwardPolicy, Policy, QwenVLPolicy
 from mmrpt.policy.qwen_vl import FAMILIES
 from mmrpt.rollout.collect import collect_round
 from mmrpt.rollout.generate import generate
-from mmrpt.settings import OptimiserSettings
+from mmrpt.settings import LoraSettings, OptimiserSettings
 from mmrpt.train import main as train
 from tests.kernels.integrations.vlm_families import switch_checkpointing
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, forward_inputs, masked_colour
@@ -241,6 +242,24 @@ def test_a_folder_of_the_family_runs_from_start_to_end(family, tmp_path, rewards
     rows = [json.loads(line) for line in (tmp_path / "it" / "metrics.jsonl").read_text().splitlines()]
     gaps = [row["rollout_logp_gap"] for row in rows if "rollout_logp_gap" in row]
     assert gaps and max(gaps) < 2**-8 * 8
+
+
+def test_adapters_train_a_model_of_another_family(tmp_path):
+    write_llava(tmp_path / "model")
+    policy = Policy.load(tmp_path / "model")
+    add_adapters(policy, LoraSettings(rank=2), str(tmp_path / "model"), None, seed=0)
+    prompts, pixels, groups = rows_of(policy)
+    batch = group_batch(policy, prompts, groups, pixels)
+    supervised_loss(policy, batch).backward()
+    learning = {name for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
+    assert learning and all(".lora_" in name and ".language_model." in name for name in learning)
+    with torch.no_grad():
+        for parameter in adapter_weights(policy.model).values():
+            parameter.add_(0.1)
+    policy.write_files(tmp_path / "adapters")
+    again = Policy.load(tmp_path / "adapters")
+    assert torch.equal(again.hidden(batch), policy.hidden(batch))
+    assert not torch.equal(again.hidden(batch), Policy.load(tmp_path / "model").hidden(batch))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
