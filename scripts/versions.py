@@ -29,6 +29,7 @@ TESTS = (
     "tests/kernels/integrations/test_trl*.py",
     "tests/trainer/test_trl*.py",
     "tests/trainer/test_policy*.py",
+    "tests/trainer/test_famil*.py",
     "tests/trainer/test_tiny_vlm*.py",
     "tests/trainer/test_rollout*.py",
     "tests/trainer/test_lora*.py",

@@ -130,3 +130,14 @@ def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
     sizes = sizes or ((16, 16), (16, 16))
     noise = (np.random.default_rng(i).integers(1, 256, (h, w, 3), np.uint8) for i, (w, h) in enumerate(sizes))
     return [Image.fromarray(pixels) for pixels in noise]
+
+
+def rows_of(policy, *sizes):
+    """Two prompts of different lengths, their images, and two groups of responses of different lengths."""
+    prompts, pixels = policy.prompts(["restore: a card", "describe"], pictures(*sizes))
+    ids = policy.encode_text("the card is red. cards are made of paper.")
+    return prompts, pixels, [[ids[:5], ids[1:2], ids[2:5]], [ids[3:4], ids[:7]]]
+
+
+def group_batch(policy, prompts, groups, pixels):
+    return policy.group_batch(prompts, groups, pixels, [0, 1], share=policy.shares_prompts)
