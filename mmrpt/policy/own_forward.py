@@ -191,9 +191,9 @@ class _Choice(LogitsProcessor):
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Image inputs of several rows as one. Rows whose image was cut into fewer tiles are filled up with empty ones."""
-    if len({part.shape[1:] for part in parts}) > 1 and parts[0].dim() > 2:
-        tiles = max(part.shape[1] for part in parts)
-        ends = [0, 0] * (parts[0].dim() - 2)
-        parts = [functional.pad(part, (*ends, 0, tiles - part.shape[1])) for part in parts]
-    return torch.cat(list(parts))
+    """Image inputs of several rows as one. Images of fewer tiles, or of smaller sides, are filled up with zeros behind
+    their own, as their processors do for images of one batch."""
+    sizes = [max(own) for own in zip(*(part.shape[1:] for part in parts), strict=True)]
+    missing = ([size - own for size, own in zip(sizes, part.shape[1:], strict=True)] for part in parts)
+    ends = [[n for count in reversed(counts) for n in (0, count)] for counts in missing]
+    return torch.cat([functional.pad(part, end) if any(end) else part for part, end in zip(parts, ends, strict=True)])

@@ -79,5 +79,7 @@ def test_images_cut_into_different_numbers_of_tiles_are_one_batch():
     joined = _joined(parts)
     assert joined.shape == (2, 5, 3, 4, 4)
     assert torch.equal(joined[0, :2], parts[0][0]) and not joined[0, 2:].any() and torch.equal(joined[1:], parts[1])
+    sides = _joined([torch.ones(1, 3, 4, 6), 2 * torch.ones(1, 3, 5, 2)])
+    assert sides.shape == (2, 3, 5, 6) and sides[0, :, :4].all() and sides[1, :, :, :2].all() and sides.sum() == 3 * 44
     rows = [torch.ones(6, 12), torch.ones(4, 12)]  # patches of two images, one after another
     assert _joined(rows).shape == (10, 12)
