@@ -30,7 +30,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_captions_words(policy, pa
     with torch.no_grad():
         for i, caption in enumerate(captions):
             own = policy.pixels([pairs.image(pairs[i].id)])
-            pooled = policy.image_features(own.pixel_values, own.grid_thw).mean(0)
+            pooled = policy.image_features(own)[0].mean(0)
             logits = SHARPNESS * torch.cosine_similarity(pooled[None], policy.head_weight, dim=-1)
             logps = logits.log_softmax(-1)
             ids = label_ids(policy, caption)
@@ -62,7 +62,7 @@ def test_a_few_steps_teach_the_tower_to_tell_colours(policy, pairs):
 
     def told() -> float:
         with torch.no_grad():
-            features = policy.image_features(pixels.pixel_values, pixels.grid_thw).view(len(pairs), -1, 32).mean(1)
+            features = policy.image_features(pixels)[0].view(len(pairs), -1, 32).mean(1)
             words = sorted({ids[0] for ids in colours})
             scores = torch.cosine_similarity(features[:, None], policy.head_weight[words], dim=-1)
         return sum(words[best] == ids[0] for best, ids in zip(scores.argmax(-1).tolist(), colours, strict=True)) / 24
