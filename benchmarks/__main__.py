@@ -2,6 +2,7 @@
 
     python -m benchmarks                      every operator that has a benchmark
     python -m benchmarks logprobs divergence  these two
+    python -m benchmarks step                 one optimiser step of a 0.5B model by part (long; only when named)
     python -m benchmarks end_to_end           the main job over several seeds (long; only when named)
 
 Names come first. --results names the folder of the JSON files and plots, --budget the seconds for all together; other
@@ -29,12 +30,13 @@ from benchmarks.plot import draw
 
 HERE = Path(__file__).resolve().parent
 GRACE = 20.0  # seconds of a share kept for imports, compilation and the last case
+LONG = {"step": 1200.0}  # seconds; run only when named
 WRITING = 15.0  # seconds for pytest to write what it has, when it is interrupted
 
 
 def operators() -> list[str]:
-    """What has a benchmark: the files bench_<name>.py of this folder."""
-    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    """What has a benchmark of minutes: the files bench_<name>.py of this folder, but for the long ones."""
+    return sorted({path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")} - set(LONG))
 
 
 def command_of(name: str, options: Sequence[str], results: Path) -> list[str]:
@@ -80,10 +82,10 @@ def keep(name: str, results: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    known = [*operators(), "end_to_end"]
+    known = [*operators(), *LONG, "end_to_end"]
     usage = f"python -m benchmarks [name ...] [--budget SECONDS] [options of pytest]; names: {', '.join(known)}"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--budget", type=float, help="seconds for all together (default 120 each)")
+    parser.add_argument("--budget", type=float, help="seconds for all together (default 120 each; step 1200)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for JSON and plots")
     words = list(sys.argv[1:] if argv is None else argv)
     # The options' own values are words too, so names are what stands before the first option.
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if set(names) != {"end_to_end"} and importlib.util.find_spec("pytest_benchmark") is None:
         parser.error("pytest-benchmark is not installed: pip install -e '.[bench]'")
     results.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + (args.budget or 120.0 * len(names))
+    end = time.monotonic() + (args.budget or sum(LONG.get(name, 120.0) for name in names))
     codes = {}
     for place, name in enumerate(names):
         share = max((end - time.monotonic()) / (len(names) - place), 1.0)
@@ -105,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             # A budget that was asked for is kept: what is left of it is the hard limit of every benchmark.
             limit = min(share + GRACE, end - time.monotonic()) if args.budget else 3 * share
-            reserve = min(GRACE, 0.3 * share)
-            options_here = [*options, *(("--budget", f"{max(share - reserve, 1.0):.0f}") if args.budget else ())]
+            reserve, own = min(GRACE, 0.3 * share), args.budget or name in LONG
+            options_here = [*options, *(("--budget", f"{max(share - reserve, 1.0):.0f}") if own else ())]
         codes[name], output = run_one(command_of(name, options_here, results), max(limit, 1.0))
         print(output.strip(), flush=True)
         keep(name, results)

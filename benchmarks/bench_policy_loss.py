@@ -46,6 +46,7 @@ from benchmarks.heads import (
     no_compiler,
     ours,
     products,
+    rounding_float32,
     words_left_out,
 )
 from mmrpt_kernels import linear_logprobs, linear_policy_loss, linear_token_loss
@@ -256,21 +257,6 @@ def judge_gpu(found: Goals, case: CaseRows, name: str) -> None:
     for peer in ("Liger GRPO", "TRL") if trains and keep == 1.0 else ():
         found.at_least(f"{peer}'s time / {name}", case.name, ratio(case.of(peer, "seconds"), seconds), 1.5)
     found.at_most(f"memory / fastest peer's ({best}), {name}", case.name, memory, 0.5)
-
-
-def rounding_float32(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """With the process-wide setting that lets float32 products on a CPU round their inputs, a user's to make: the
-    logits of bfloat16 inputs stay what they were."""
-
-    def call(**inputs: Any) -> torch.Tensor:
-        products = torch.backends.mkldnn.matmul
-        before, products.fp32_precision = products.fp32_precision, "bf16"
-        try:
-            return fn(**inputs)
-        finally:
-            products.fp32_precision = before
-
-    return call
 
 
 def contenders(device: torch.device) -> list[Contender]:

@@ -74,7 +74,7 @@ class Contender:
     compare: names of the results that the gate compares where the baseline has them; None: all the baseline has. A
         contender that returns fewer must name those it has; (): what it computes is something else.
     approximate: asked to be inexact beyond the error rule: its errors are reported, not judged.
-    facts: called as facts(**inputs), untimed: name -> number worth knowing beside the times, shown in the note.
+    facts: called as facts(**inputs) after all rounds: name -> number worth knowing beside the times, shown in the note.
     variant: another setting of a contender that is there already: in the tables, not in the plots.
     """
 
@@ -231,8 +231,6 @@ def _measure(
         try:
             call()  # compilation and caches are neither the operator's memory nor its time
             row["peak_bytes"] = peak_bytes(call, device)
-            if contender.facts is not None:
-                row["facts"] = contender.facts(**inputs)
             calls[contender.name] = call
         except Exception as error:
             row["status"] = _status_of(error, contender.kind)
@@ -246,6 +244,8 @@ def _measure(
     for name, seconds in times.items():
         row = rows[name]
         row["samples"] = seconds
+        if facts := next(c.facts for c in contenders if c.name == name):
+            row["facts"] = facts(**inputs)
         if case.flops:
             row["tflops"] = case.flops / quartiles(seconds)[0] * 1e-12
         if floor := reference.get("floor"):

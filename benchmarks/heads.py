@@ -108,6 +108,21 @@ def words_left_out(name: str, call: Callable[[float | str], Callable[..., Any]])
     ]
 
 
+def rounding_float32(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """With the process-wide setting that lets float32 products on a CPU round their inputs, a user's to make: the
+    logits of bfloat16 inputs stay what they were."""
+
+    def call(*args: Any, **inputs: Any) -> Any:
+        products = torch.backends.mkldnn.matmul
+        before, products.fp32_precision = products.fp32_precision, "bf16"
+        try:
+            return fn(*args, **inputs)
+        finally:
+            products.fp32_precision = before
+
+    return call
+
+
 def gate_rows(logits: str) -> int:
     """Rows that the gate compares: what may be left out shows in many."""
     return 64 if logits == "flat" else 1024

@@ -13,12 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "device_name", "peak_bytes", "provenance", "quartiles", "result_path", "time_in_turns"]
+__all__ = [
+    "RESULTS",
+    "device_name",
+    "held_bytes",
+    "peak_bytes",
+    "provenance",
+    "quartiles",
+    "result_path",
+    "time_in_turns",
+]
 
 Call = Callable[[], Any]
 
@@ -152,15 +162,33 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device) - before
         del result
         return peak
+    changes = _allocations(call)[0]
+    return max(accumulate(changes), default=0)
+
+
+def held_bytes(call: Call, device: torch.device) -> int:
+    """Memory that a call leaves above what was live before it, in bytes: its results and what autograd saved for them.
+
+    Seen as by `peak_bytes`.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        held = torch.cuda.memory_allocated(device) - before
+        del result
+        return held
+    changes, result = _allocations(call)
+    del result
+    return sum(changes)
+
+
+def _allocations(call: Call) -> tuple[list[int], Any]:
+    """Bytes that PyTorch's CPU allocator gave (above 0) and took back while a call ran, in order; and its result."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
-    del result
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())], result
 
 
 def device_name(device: torch.device) -> str:
