@@ -154,8 +154,9 @@ def video_settings(vision_config: Any, processor: str) -> dict[str, Any]:
     }
 
 
-def model_folder(path: str | Path, revision: str | None = None) -> Path:
+def model_folder(path: str | Path, revision: str | None = None, files: Sequence[str] = MODEL_FILES) -> Path:
     """The local folder of a model: `path` itself, or what the hub has under the name owner/model, downloaded once.
+    `files` are the patterns of those that are.
 
     Raises FileNotFoundError for a folder that is not there or holds no model, OSError for a name that the hub lacks.
     """
@@ -172,7 +173,7 @@ def model_folder(path: str | Path, revision: str | None = None) -> Path:
             raise ValueError(f"model.revision is {revision!r}, but model.path is the folder {folder}: leave it out.")
         return folder
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         reason = str(error).splitlines()[0]

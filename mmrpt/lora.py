@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmrpt.families import MERGERS, OTHER_RELEASE, TOWERS, base_model, model_folder
+from mmrpt.families import MERGERS, MODEL_FILES, OTHER_RELEASE, TOWERS, base_model, model_folder
 from mmrpt.settings import LoraSettings, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -255,8 +255,9 @@ def merge(model: nn.Module) -> None:
     del model.peft_config
 
 
-def base_folder(folder: Path) -> Path:
-    """The folder of the model beneath a folder of adapters; `folder` itself where it holds none.
+def base_folder(folder: Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of the model beneath a folder of adapters; `folder` itself where it holds none. `files`: of
+    `model_folder`.
 
     Raises FileNotFoundError or OSError, naming both, where that model is not there.
     """
@@ -264,7 +265,7 @@ def base_folder(folder: Path) -> Path:
         return folder
     config = imported("peft", "lora").PeftConfig.from_pretrained(str(folder))
     try:
-        return model_folder(config.base_model_name_or_path, config.revision)
+        return model_folder(config.base_model_name_or_path, config.revision, files)
     except OSError as error:
         raise type(error)(
             f"the adapters in {folder} are for the model {config.base_model_name_or_path}: {error} Where it has moved, "

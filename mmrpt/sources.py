@@ -66,8 +66,11 @@ def open_sources(settings: Settings) -> Sources:
     return Sources(train, train, {"held_out": held_out}, None, rejected)
 
 
-def open_given(settings: Settings) -> Corpus:
-    """All rows of data.pairs. Raises SettingsError where they cannot be used or are not those the run began with."""
+def open_given(settings: Settings, *, hold: bool = True) -> Corpus:
+    """All rows of data.pairs. Raises SettingsError where they cannot be used or are not those the run began with.
+
+    Unless `hold`, which leaves a note of them in the run's folder, nothing is compared or written.
+    """
     data = settings.data
     limits = Limits(
         root=data.root,
@@ -77,7 +80,8 @@ def open_given(settings: Settings) -> Corpus:
     )
     try:
         corpus = open_corpus(data.pairs, limits)
-        hold_to_corpus(settings.run_dir / "corpus.json", corpus)
+        if hold:
+            hold_to_corpus(settings.run_dir / "corpus.json", corpus)
     except CorpusError as error:
         raise SettingsError(f"data.pairs: {error}") from error
     for note in corpus.notes:

@@ -24,7 +24,7 @@ SHARED = "lm_head"
 BACKENDS_USERS = ("api", None, "options")  # who asks the table: an operator's api, and lm_head's options for three
 ALLOWED_FOREIGN = {"torch", "triton"}  # mmrpt_kernels depends on these alone, integrations apart
 # The modules of mmrpt that may know the kernels.
-KERNEL_USERS = ("objective", "perception", "policy", "masking", "integrations", "doctor")
+KERNEL_USERS = ("objective", "perception", "policy", "memory", "masking", "integrations", "doctor")
 # Who may import whom in mmrpt: a lower rank never imports a higher one.
 COMMAND_LINE = ("train", "mask", "evaluate", "export", "command_line")
 ENGINES = ("engines",)

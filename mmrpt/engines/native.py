@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mmrpt.captions import caption_batch
 from mmrpt.corpus import items_at, iter_jsonl, read_jsonl, seed_of, write_json, write_jsonl
+from mmrpt.engines.dry_run import tell_memory
 from mmrpt.engines.phase import Phase
 from mmrpt.engines.rl_step import fill_buffer, train_on_groups
 from mmrpt.engines.run import Run
@@ -37,6 +38,7 @@ from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
 
 def train(run: Run) -> Path:
     """Runs every phase that is not done yet and returns the path of the report."""
+    tell_memory(run.settings, sum(p.numel() for p in run.policy.model.parameters()), run.policy.device)
     for name, phase in (("vision_pretraining", pretrain_vision), ("warmup", warm_up)):
         with run.folder.timed(name):
             phase(run)

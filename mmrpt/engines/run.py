@@ -138,13 +138,20 @@ def start_policy(settings: Settings, sources: Sources, device: torch.device) -> 
         how = {"revision": model.revision, "quantized": model.lora.quantized, **pixel_limits}
         policy = Policy.load(model.path, getattr(torch, model.dtype), device, **how)
         policy.check_head()
-        if model.lora.rank and adapter_weights(policy.model):
-            check_adapters(policy, model.lora, model.path)
-        elif model.lora.rank:
-            add_adapters(policy, model.lora, model.path, model.revision, settings.seed)
     else:
         policy = build_start_policy(settings, sources)
         policy.model.to(device)
+    prepare_policy(policy, settings)
+    return policy
+
+
+def prepare_policy(policy: Policy, settings: Settings) -> None:
+    """Makes of a loaded model one that is trained as the settings say."""
+    model = settings.model
+    if model.lora.rank and adapter_weights(policy.model):
+        check_adapters(policy, model.lora, model.path)
+    elif model.lora.rank:
+        add_adapters(policy, model.lora, model.path, model.revision, settings.seed)
     policy.compute = getattr(torch, model.compute)
     freeze_parts(policy.model, model.freeze)
     if model.gradient_checkpointing:
@@ -152,7 +159,6 @@ def start_policy(settings: Settings, sources: Sources, device: torch.device) -> 
         # gradients of blocks whose input needs none.
         renamed = getattr(policy.model, "activation_checkpointing_enable", None)
         (renamed or policy.model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return policy
 
 
 def prepare_machine(settings: Settings, device: str) -> torch.device:

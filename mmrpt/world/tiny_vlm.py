@@ -83,7 +83,8 @@ def build_tiny_vlm(
     tokenizer = train_tokenizer(texts, config.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(_hugging_face_config(config, tokenizer))
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+        model = Qwen2_5_VLForConditionalGeneration(tiny_config(config, ids, len(tokenizer)))
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         raise ValueError(f"the head has weights of its own: expected the embedding's. {OTHER_RELEASE}")
     image_processor = make_image_processor(config.patch_size, config.max_pixels, config.image_mean, config.image_std)
@@ -94,12 +95,12 @@ def build_tiny_vlm(
     return policy
 
 
-def _hugging_face_config(config: TinyVLMConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> Qwen2_5_VLConfig:
+    """The model's config for a tokenizer of so many words with these ids of the special tokens."""
     head_size = config.hidden_size // config.heads
     sections = [head_size // 8, 3 * head_size // 16, head_size // 2 - head_size // 8 - 3 * head_size // 16]
     text = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "vocab_size": -(-words // 64) * 64,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.layers,

@@ -25,7 +25,7 @@ from mmrpt_kernels.divergence.pair_softmax import (
 )
 from mmrpt_kernels.lm_head import gemm
 from mmrpt_kernels.lm_head.chunk_loop import Projection, chunk_loop
-from mmrpt_kernels.lm_head.chunk_sizes import chunk_rows
+from mmrpt_kernels.lm_head.chunk_sizes import block_rows, chunk_rows
 from mmrpt_kernels.lm_head.head_gradients import HeadGradients
 from mmrpt_kernels.lm_head.options import Head, HeadOptions, LoopOptions, build_head, check_word_ids
 from mmrpt_kernels.lm_head.row_selection import RowSelection, select_rows
@@ -113,7 +113,7 @@ class PairSweep:
         """Rows of a chunk that row kernels take at a time: on a CPU few; all where ranks wait for each other."""
         count, step = raw.shape[0], raw.shape[0]
         if self.head.shard is None and raw.device.type == "cpu":
-            step = max(1, BLOCK_BYTES // (raw.shape[1] * raw.element_size())) * torch.get_num_threads()
+            step = block_rows(BLOCK_BYTES // (raw.shape[1] * raw.element_size()), count) * torch.get_num_threads()
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def finish(self, tall: RowSelection) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.lm_head import gemm
-from mmrpt_kernels.lm_head.chunk_sizes import ChunkRows, chunk_rows
+from mmrpt_kernels.lm_head.chunk_sizes import ChunkRows, chunk_rows, device_type
 from mmrpt_kernels.lm_head.head_gradients import HeadGradients, unit_slopes
 from mmrpt_kernels.lm_head.options import Head, LoopOptions
 from mmrpt_kernels.lm_head.row_selection import RowSelection
@@ -92,7 +92,7 @@ class Projection:
             views = self.views if self.in_place else len(self.learning)
             shape = (views * rows, weight.shape[0] + padding)
             self.matrix = weight.new_empty(shape, dtype=self.matrix_dtype)[:, : weight.shape[0]]
-        if weight.device.type == "cpu" and not self.in_place:
+        if device_type(weight.device) == "cpu" and not self.in_place:
             shape = (self.views * max(self.padded_rows, min(size.logits, count)), weight.shape[0])
             self.scratch = weight.new_empty(shape, dtype=self.dtype)
 

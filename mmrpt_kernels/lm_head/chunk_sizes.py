@@ -1,5 +1,5 @@
-"""How many rows of logits the chunk loop holds at a time: memory budgets, where taller chunks pay, and the setting that
-makes all of them alike."""
+"""How many rows of logits the chunk loop holds at a time: memory budgets, where taller chunks pay, the setting that
+makes all of them alike, and the one that sizes them for another device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+_sized_for: str | None = None  # the device type that memory is estimated for
 _batch_invariant = os.environ.get("MMRPT_KERNELS_BATCH_INVARIANT", "0") not in ("", "0")
 
 # What the logits and the matrix of a chunk take of a GPU's memory together.
@@ -30,6 +31,9 @@ CPU_MIN_ROWS = 16
 # times as fast at V = 1024, where every chunk's calls count, and no slower at 8192.
 CPU_SHORT_ROWS = 256
 CPU_MAX_ROWS = 1024
+# Blocks of a chunk in an estimate, at most: a block of a row or two would be thousands of operations for a large
+# vocabulary, and the temporaries of a sixteenth are small beside the chunk.
+ESTIMATE_BLOCKS = 16
 
 
 class ChunkRows(NamedTuple):
@@ -38,6 +42,30 @@ class ChunkRows(NamedTuple):
     logits: int
     products: int
     padded: bool = False  # every product of logits has `logits` rows, whatever the chunk has
+
+
+@contextmanager
+def sized_for(device_type: str) -> Iterator[None]:
+    """Inside the block the portable loop takes memory as on a device of that type, whatever its tensors are on.
+
+    For estimates on tensors without data, of this machine or of a GPU elsewhere. Holds for the process.
+    """
+    global _sized_for
+    before, _sized_for = _sized_for, device_type
+    try:
+        yield
+    finally:
+        _sized_for = before
+
+
+def device_type(device: torch.device) -> str:
+    """The type of the device, or that which memory is estimated for."""
+    return _sized_for or device.type
+
+
+def block_rows(rows: int, chunk: int) -> int:
+    """Rows of a chunk of so many that several elementwise passes take together: `rows`, at least 1."""
+    return max(1, rows, 0 if _sized_for is None else chunk // ESTIMATE_BLOCKS)
 
 
 @contextmanager
@@ -82,7 +110,7 @@ def chunk_rows(
     matrix_bytes = 0 if matrix_dtype in (None, logits_dtype) else vocab * views * matrix_dtype.itemsize
     if chunk_size is not None:
         logits = products = chunk_size
-    elif weight.device.type == "cpu":
+    elif device_type(weight.device) == "cpu":
         logits = _cpu_rows(vocab * logits_dtype.itemsize)
         # A chunk reads and writes the whole weight gradient, which tall chunks pay back: up to an eighth of its size.
         products = max(logits, min(width // 8, CPU_MAX_ROWS)) if matrix_dtype is not None else logits
@@ -98,7 +126,7 @@ def chunk_rows(
     if _batch_invariant:
         logits = _fixed_rows(weight, vocab * logits_dtype.itemsize, views)
         return ChunkRows(logits, max(logits, products), padded=True)
-    tile = GPU_TILE if weight.is_cuda else 1
+    tile = GPU_TILE if device_type(weight.device) == "cuda" else 1
     products = _even_rows(count, products, tile)
     if matrix_dtype == logits_dtype:
         return ChunkRows(products, products)
@@ -107,7 +135,7 @@ def chunk_rows(
 
 def _fixed_rows(weight: torch.Tensor, row_bytes: int, views: int) -> int:
     """Rows of logits at a time, by the head's sizes alone."""
-    if weight.device.type == "cpu":
+    if device_type(weight.device) == "cpu":
         return _cpu_rows(row_bytes)
     return max(1, min(GPU_LOGIT_ROWS // views, GPU_BYTES // 2 // (row_bytes * views)))
 

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from mmrpt_kernels.common.dtypes import statistics_dtype
+from mmrpt_kernels.lm_head.chunk_sizes import device_type
 
 # Words of a half-precision weight that are widened to float32 at a time: few stay in a CPU's cache until they are used.
 WIDEN_ROWS = 2048
@@ -37,7 +38,8 @@ def products_dtype(hidden: torch.Tensor, weight: torch.Tensor, *, scaled: bool =
 
 def multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of matrices in `dtype`, a half precision, are faster on `device` than float32's."""
-    return device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and _cpu_multiplies_bfloat16())
+    kind = device_type(device)
+    return kind == "cuda" or (kind == "cpu" and dtype == torch.bfloat16 and _cpu_multiplies_bfloat16())
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch
 
 from mmrpt_kernels.common.dtypes import statistics_dtype
 from mmrpt_kernels.lm_head import gemm, sparse_vocab
+from mmrpt_kernels.lm_head.chunk_sizes import device_type
 from mmrpt_kernels.lm_head.options import Head, HeadOptions
 from mmrpt_kernels.lm_head.row_softmax import Slopes
 
@@ -98,7 +99,8 @@ class HeadGradients:
         rest = None
         if factor is not None:
             hidden, rest = gemm.scaled_rows(hidden, factor, matrix.dtype)
-        if only_chunk and rest is None and matrix.is_cuda and matrix.dtype == hidden.dtype == self.weight_dtype:
+        on_gpu = device_type(matrix.device) == "cuda"
+        if only_chunk and rest is None and on_gpu and matrix.dtype == hidden.dtype == self.weight_dtype:
             self.weight = matrix.t() @ hidden  # sums in float32, rounded once
             return
         fresh = self.weight is None

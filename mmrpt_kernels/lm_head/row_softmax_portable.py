@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from mmrpt_kernels.lm_head.chunk_sizes import block_rows
 from mmrpt_kernels.lm_head.options import HeadOptions, transform_backward, transform_logits
 from mmrpt_kernels.lm_head.row_softmax import FAR_BELOW, Exponentials, Partials, RowKernels, Slopes, Softmax
 
@@ -29,7 +30,8 @@ class RowState(NamedTuple):
 
 def rows_at_a_time(logits: torch.Tensor) -> int:
     """Rows of logits (n, V) that several elementwise passes take together; their temporaries are as large."""
-    return max(1, (CACHED_ELEMENTS if logits.device.type == "cpu" else GPU_ELEMENTS) // logits.shape[-1])
+    elements = CACHED_ELEMENTS if logits.device.type == "cpu" else GPU_ELEMENTS
+    return block_rows(elements // logits.shape[-1], logits.shape[0])
 
 
 def raw_to_z(raw: torch.Tensor, bias: torch.Tensor | None, options: HeadOptions) -> torch.Tensor:

@@ -86,6 +86,19 @@ def test_trl_visits_a_gpu_head_in_tall_chunks():
         assert rows >= 300 and rows * VOCAB * logits.itemsize * trl.LOGIT_COPIES <= GPU_BYTES
 
 
+@pytest.mark.parametrize("dtype", (HALF, SINGLE))
+def test_chunks_can_be_sized_for_a_gpu_that_is_not_there(dtype):
+    """As the same head on a GPU would have them; after the block as before."""
+    with FakeTensorMode():
+        weight = torch.empty(VOCAB, 64, dtype=dtype)
+    with gpu_head(dtype) as there:
+        wanted = chunk_rows(10_000, there, SINGLE, dtype)
+    before = chunk_rows(10_000, weight, SINGLE, dtype)
+    with chunk_sizes.sized_for("cuda"):
+        assert chunk_rows(10_000, weight, SINGLE, dtype) == wanted != before
+    assert chunk_rows(10_000, weight, SINGLE, dtype) == before
+
+
 class Allocations(TorchDispatchMode):
     """Elements of the largest tensor that an operation has given memory of its own."""
 
