@@ -179,6 +179,14 @@ def shared_mask(segments: Tensor) -> Tensor:
     return (allowed | torch.eye(width, dtype=torch.bool, device=segments.device))[:, None]
 
 
+def as_addend(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a mask (..., T) bool is true and -inf elsewhere, of its shape. Rows start at multiples of 16 elements, or
+    CUDA's kernels would copy them to such places."""
+    width = allowed.shape[-1]
+    padded = allowed.new_zeros(*allowed.shape[:-1], -(-width // 16) * 16, dtype=dtype)
+    return padded[..., :width].masked_fill_(~allowed, -torch.inf)
+
+
 def shared_positions(positions: Tensor, segments: Tensor) -> Tensor:
     """Rotary positions (3, R, T) of shared rows, from those of the same rows read as one text."""
     order = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)

@@ -86,7 +86,8 @@ class Policy(ABC):
         model_type = type(AutoConfig.from_pretrained(base)).model_type
         options = quantization(dtype, device) if quantized else {}
         try:
-            model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **options).to(device)
+            options |= {"dtype": dtype, "output_loading_info": True}
+            model, info = AutoModelForImageTextToText.from_pretrained(base, **options)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
@@ -94,8 +95,13 @@ class Policy(ABC):
                 f"{base} holds a {model_type!r}, which transformers {transformers.__version__} does not open as a "
                 "model of images and text: use a vision-language model."
             ) from error
+        if lost := sorted(info["missing_keys"]):  # transformers warns and draws them at random
+            raise ValueError(
+                f"{base} lacks {len(lost)} weights of a {type(model).__name__}, the first {lost[0]}: expected all of "
+                "them; is model_type in config.json that of the weights, and is every file there?"
+            )
         check_kept(model, "dtype", dtype)
-        policy = policy_class(model_type).of_folder(model, folder, **pixel_limits)
+        policy = policy_class(model_type).of_folder(model.to(device), folder, **pixel_limits)
         if quantized:
             check_quantized(policy)
         if base != folder:

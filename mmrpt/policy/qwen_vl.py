@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
-from mmrpt.batching import shared_mask, shared_positions
+from mmrpt.batching import as_addend, shared_mask, shared_positions
 from mmrpt.families import (
     OTHER_RELEASE,
     blacken_pixels,
@@ -263,11 +263,12 @@ class QwenVLPolicy(Policy):
             )
         return out.last_hidden_state
 
-    @staticmethod
-    def _attention_mask(batch: Batch) -> Tensor | None:
+    def _attention_mask(self, batch: Batch) -> Tensor | None:
         """What attention needs besides being causal: a causal row never sees padding on its right."""
         if batch.segments is not None:
-            return shared_mask(batch.segments)
+            # SDPA makes such a sum of a boolean mask in each layer, and autograd keeps them all.
+            dtype = self.head_weight.dtype if self.compute == torch.float32 else self.compute
+            return as_addend(shared_mask(batch.segments), dtype)
         right = bool((batch.attention_mask.diff(dim=-1) <= 0).all())
         return None if right else batch.attention_mask
 
