@@ -54,7 +54,7 @@ def trainer(hidden, weight, bias, ids, response_mask, scores, advantages, old_lo
     from mmrpt.types import Batch, PolicyTargets
 
     settings = Settings()
-    batch = Batch(ids, torch.ones_like(ids), response_mask, None, None, None)
+    batch = Batch(ids, torch.ones_like(ids), response_mask, None, None)
     options = {"keep_ratio": settings.perception.keep_ratio, "min_weight": settings.perception.min_weight}
     weights = shape_and_filter(scores, response_mask[:, PROMPT:], **options)
     targets = PolicyTargets(advantages, old_logps, weights.perception_mask, weights.trajectory_weights)

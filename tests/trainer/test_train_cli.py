@@ -263,9 +263,11 @@ def test_a_model_that_cannot_be_opened_is_refused_at_the_start(tmp_path, capsys)
     assert "no config.json" in capsys.readouterr().err
     make_policy().write_files(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
-    assert run(tmp_path / "runs", *SMALL_RUN, f"model.path={tmp_path / 'model'}") == 2
-    assert "weights of a LlavaForConditionalGeneration, the first" in capsys.readouterr().err
+    refused = {"bert": "holds a 'bert', which transformers", "llava": "weights of a LlavaForConditionalGeneration"}
+    for model_type, message in refused.items():
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        assert run(tmp_path / "runs", *SMALL_RUN, f"model.path={tmp_path / 'model'}") == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "runs" / "demo").exists()
 
 
