@@ -180,7 +180,7 @@ def test_rows_without_letters_move_neither_baseline_nor_threshold(tmp_path, mode
 
     other = mask(tmp_path / "without", model, settings, Without())
     # Other rows share their forward passes: scores, sums of some 100 float32 masses of at most 1, may round otherwise.
-    assert summary["threshold"] == pytest.approx(other["threshold"], rel=0, abs=100 * np.finfo(np.float32).eps)
+    assert summary["threshold"] == pytest.approx(other["threshold"], rel=0, abs=100 * float(np.finfo(np.float32).eps))
     assert summary["samples"] == other["samples"]
     assert not any(row["example_id"] == "colour/009" for row in read_jsonl(tmp_path / "with" / MASKED))
     assert summary["sentences"] == other["sentences"] + 2
