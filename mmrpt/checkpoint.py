@@ -67,13 +67,18 @@ def load_checkpoint(folder: Path, policy: Policy) -> dict[str, Any]:
         else:
             saved = Policy.load(folder, dtype=policy.model.dtype)
             policy.model.load_state_dict(saved.model.state_dict())
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return load_state(folder)
     except Exception as error:  # of safetensors, pickle, zip and JSON
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(
             f"the checkpoint {folder} cannot be read ({type(error).__name__}: {reason}). Restore it from a copy, or "
             "delete it to go on from what is before it."
         ) from error
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state that was saved with the folder's weights, on the CPU."""
+    return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def load_newest(root: Path, phase: str, policy: Policy) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from mmrpt.trackers import Trackers
 
 # The phases that train, in order; each leaves checkpoints/<phase>.
 PHASES = ("vision_pretraining", "warmup", "rl", "control")
-STEP_FILES = ("metrics.jsonl", "samples.jsonl", "perception.jsonl")
+STEP_FILES = ("metrics.jsonl", "samples.jsonl", "perception.jsonl", "validation.jsonl")
 
 
 class RunError(RuntimeError):

@@ -25,13 +25,14 @@ TOKENIZER_CAPTIONS = 1_000
 @dataclass(frozen=True)
 class Sources:
     """`train` is sampled from, `one_card` (scenes of one card, where the world draws) by the warm-up's first lessons;
-    `held_out` names sets never trained on."""
+    `held_out` names sets never trained on, and `validation` is neither trained nor evaluated on."""
 
     train: PairSource
     one_card: PairSource
     held_out: dict[str, PairSource]
     world: World | None
     rejected: RejectedRows | None = None  # where the bad rows of a corpus are named
+    validation: PairSource | None = None  # None where `evaluation.every` is 0
 
     @property
     def rows(self) -> PairSource:
@@ -50,20 +51,22 @@ class Sources:
 
 def open_sources(settings: Settings) -> Sources:
     """Opens the pairs that the settings name. Raises SettingsError with the remedy when they cannot be used."""
+    count = settings.data.validation if settings.evaluation.every else 0
     if settings.data.pairs is None:
         world = World(settings.demo.world)
-        held_out = {n: world.source(n, 2 * settings.evaluation.samples) for n in world.SPLITS if n != "train"}
+        held_out = {name: world.source(name, 2 * settings.evaluation.samples) for name in world.HELD_OUT}
         simple = World(replace(settings.demo.world, min_cards=1, max_cards=1))
         first = simple.source("train", settings.demo.size)
-        return Sources(world.source("train", settings.demo.size), first, held_out, world)
+        validation = world.source("validation", count, held_out.values()) if count else None
+        return Sources(world.source("train", settings.demo.size), first, held_out, world, validation=validation)
     corpus = open_given(settings)
     try:
-        parts = split_held_out(corpus, settings.data.held_out)
+        parts = split_held_out(corpus, settings.data.held_out, count)
     except CorpusError as error:
         raise SettingsError(f"data.pairs: {error}") from error
     rejected = RejectedRows(settings.run_dir / "rejected.jsonl", settings.data.max_rejected)
-    train, held_out = (GoodRows(part, rejected) for part in parts)
-    return Sources(train, train, {"held_out": held_out}, None, rejected)
+    train, held_out, validation = (GoodRows(part, rejected) if len(part) else None for part in parts)
+    return Sources(train, train, {"held_out": held_out}, None, rejected, validation)
 
 
 def open_given(settings: Settings, *, hold: bool = True) -> Corpus:

@@ -216,8 +216,9 @@ class CorpusPart:
         return self.corpus.where(int(self.rows[index]))
 
 
-def split_held_out(corpus: Corpus, count: int) -> tuple[CorpusPart, CorpusPart]:
-    """(train, held out): at least `count` rows (2 or more) are held out, chosen by a hash of their image's name.
+def split_held_out(corpus: Corpus, count: int, validation: int = 0) -> tuple[CorpusPart, CorpusPart, CorpusPart]:
+    """(train, held out, validation): at least `count` rows (2 or more) are held out, and at least `validation` others
+    kept for validation, chosen by a hash of their image's name. What is held out does not depend on `validation`.
 
     All captions of one image are on one side, and rows that come or go leave most others where they are. Rows that
     are bad already without their image stay in train, where they are met and counted.
@@ -226,13 +227,25 @@ def split_held_out(corpus: Corpus, count: int) -> tuple[CorpusPart, CorpusPart]:
     rows = np.flatnonzero(images)
     order = np.argsort(images[rows], kind="stable")
     ranks = images[rows][order]
-    last = int(np.searchsorted(ranks, ranks[count - 1], side="right")) if 0 < count <= len(ranks) else len(ranks)
+
+    def end(wanted: int) -> int:
+        """The first place behind `wanted` rows and the others of the last one's image."""
+        return int(np.searchsorted(ranks, ranks[wanted - 1], side="right")) if 0 < wanted <= len(ranks) else len(ranks)
+
+    held = end(count)
+    last = end(held + validation) if validation and held < len(rows) else held
     if count < 2 or last >= len(rows):
+        names = "data.held_out is {} and data.validation {}" if validation else "data.held_out is {}"
         raise CorpusError(
-            f"data.held_out is {count} of {len(corpus)} rows of {corpus.name}, {len(rows)} of them with caption and "
-            "image name: expected at least 2 to evaluate on and at least one other image to train on. Change "
-            "data.held_out or bring more pairs."
+            f"{names.format(count, validation)} of {len(corpus)} rows of {corpus.name}, {len(rows)} of them with "
+            "caption and image name: expected at least 2 to evaluate on and at least one other image to train on. "
+            f"Change {'them' if validation else 'data.held_out'} or bring more pairs."
         )
-    held = np.zeros(len(corpus), bool)
-    held[rows[order[:last]]] = True
-    return CorpusPart(corpus, np.flatnonzero(~held), "train"), CorpusPart(corpus, np.flatnonzero(held), "held_out")
+    sides = np.zeros(len(corpus), np.int8)
+    sides[rows[order[:held]]], sides[rows[order[held:last]]] = 1, 2
+    train, kept, validated = (np.flatnonzero(sides == side) for side in range(3))
+    return (
+        CorpusPart(corpus, train, "train"),
+        CorpusPart(corpus, kept, "held_out"),
+        CorpusPart(corpus, validated, "validation"),
+    )

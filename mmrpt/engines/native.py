@@ -33,6 +33,7 @@ from mmrpt.rollout.buffer import GroupBuffer
 from mmrpt.settings import OptimiserSettings
 from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, MaskedSample
+from mmrpt.validation import Validation
 from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
 
 
@@ -100,7 +101,9 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
     reference = run.frozen("warmup") if settings.rl.kl_coef and not phase.done else None
     buffer = GroupBuffer.from_state(phase.state.get("buffer", []), run.policy.device)
     done = {"round": phase.state.get("round", 0)}
-    for step in phase.steps(lambda: {"buffer": buffer.state(), **done}):
+    validation = Validation(run.policy, run.sources.validation, run.folder, settings)
+    validation.settle(phase.total if phase.done else phase.state["step"])
+    for step in phase.steps(lambda: {"buffer": buffer.state(), **done}, validation.settle):
         sampling = fill_buffer(
             run.policy, buffer, samples, run.images, settings, done["round"], reference, custom=run.rewards
         )
@@ -112,6 +115,7 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
         metrics, weights = train_on_groups(
             run.policy, phase.optimiser, groups, run.images, settings, step, captions, watch=watch
         )
+        validation.after(step, watch)
         log_step(
             run.folder,
             step,
@@ -125,6 +129,9 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
         )
         phase.note(step, groups=len(groups), skipped=metrics["skipped"])
         phase.bar.set_postfix(reward=f"{rounds[-1].metrics['reward']:.2f}" if rounds else "-")
+    validation.settle(phase.total)
+    if validation.rows:
+        print(validation.summary(), flush=True)
 
 
 def train_control(run: Run) -> None:

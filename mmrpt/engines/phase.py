@@ -54,9 +54,12 @@ class Phase:
         self.problem = ""
         run.folder.rewind(name, self.state["step"])
 
-    def steps(self, extra: Callable[[], dict[str, Any]] = dict) -> Iterator[int]:
+    def steps(
+        self, extra: Callable[[], dict[str, Any]] = dict, saved: Callable[[int], None] = lambda steps: None
+    ) -> Iterator[int]:
         """Each step that is left. Between them the phase saves every `checkpoint_every` steps, and where the process
-        was asked to end; after the last it leaves checkpoints/<phase>. `extra()` is saved besides."""
+        was asked to end; after the last it leaves checkpoints/<phase>. `extra()` is saved besides, and `saved(n)` is
+        called when a checkpoint holds n steps."""
         if self.done:
             return
         start, every = self.state["step"], self.run.settings.checkpoint_every
@@ -66,6 +69,7 @@ class Phase:
                 yield step
                 if self.run.stop.requested or (step + 1) % every == 0:
                     self._save(step + 1, extra())
+                    saved(step + 1)
                     self.run.stop.check(f"{self.name} step {step + 1}")
         if not self.taught:
             raise RunError(f"{self.name}: not one of its {self.total} steps taught anything. {self._why()}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmrpt.report.markdown import duration, points
-from mmrpt.report.read import Row, Run
+from mmrpt.report.read import CONDITIONS, Row, Run
 from mmrpt.report.statistics import Interval, auc_interval, paired_difference_interval, roc_auc, wilson_interval
 
 MODELS = {"warmup": "warm start", "rl": "RL", "control": "control"}
@@ -21,7 +21,6 @@ SETS = {
     "held_out": "held-out pairs",
 }
 ALL_SETS = "all sets"
-CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
 COLUMNS = CONDITIONS | {"gap": "gap (with image − another's)"}  # of every table of accuracies
 COMPARISONS = {("rl", "warmup"): "RL − warm start", ("rl", "control"): "RL − control"}  # first minus second
 

@@ -32,6 +32,7 @@ from mmrpt.report.numbers import (
 )
 from mmrpt.report.plots import PLOTS, draw_all
 from mmrpt.report.read import Run, changed_settings, number, read_run
+from mmrpt.report.statistics import wilson_interval
 from mmrpt.settings import Settings, flatten, to_yaml
 
 Numbers = Mapping[str, Estimate]
@@ -113,6 +114,7 @@ def _summary(run: Run, numbers: Numbers) -> list[str]:
     return [
         "The run is finished." if run.evaluation else "**The run is not finished**: `--resume` goes on with it.",
         *([found, HOW_MEASURED] if found else []),
+        _validation(run),
         _phases(run),
         _masking(run, numbers),
     ]
@@ -122,6 +124,24 @@ def headline(run: Run, numbers: Numbers, comparisons: Mapping[tuple[str, str], s
     """Every model and comparison over all sets, a Markdown table; "" before the evaluation."""
     subjects = _models(run) | {f"change/{one} - {other}": f"**{label}**" for (one, other), label in comparisons.items()}
     return accuracy_table([ALL_SETS], subjects, lambda name: _cell(numbers, name))
+
+
+def _validation(run: Run) -> str:
+    """Accuracy on the pairs for validation at the best step of RL and at the last; "" where it was not measured."""
+    rows = run.metrics.get("validation")
+    if not rows:
+        return ""
+    lines = []
+    for label, row in (("best", max(rows, key=lambda row: row["image"])), ("last", rows[-1])):
+        count = row["count"]
+        intervals = {name: wilson_interval(round(row[name] * count), count) for name in CONDITIONS}
+        cells = [percent(row[name]) + interval_of(intervals[name], percent).replace(" %", "") for name in CONDITIONS]
+        lines.append([f"{label}: after step {row['step'] + 1}", *cells, points(row["image"] - row["swapped"])])
+    header = [f"validation, {rows[-1]['count']:,} questions", *COLUMNS.values()]
+    return (
+        table(header, lines, right=range(1, 1 + len(COLUMNS))) + "\n\nThe best weights, `checkpoints/rl-best`, were "
+        "chosen by these questions, which flatters them here; the held-out sets are asked of the last weights."
+    )
 
 
 def _models(run: Run) -> dict[str, str]:

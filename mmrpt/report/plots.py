@@ -209,8 +209,13 @@ PLOTS: dict[str, tuple[Callable[[Run], Figure | None] | tuple[Panel, ...], str]]
         "What a model gets from looking is the gap between the first group of bars and the other two.",
     ),
     "reward": (
-        (Panel("Reward", "mean of the step", ("reward",)), Panel("Exact answers", SHARE, ("accuracy", "format"))),
-        "Faint: a step's rollouts on training captions, sampled; strong: their mean over a tenth of the steps.",
+        (
+            Panel("Reward", "mean of the step", ("reward",)),
+            Panel("Exact answers", SHARE, ("accuracy", "format")),
+            Panel("Validation", SHARE, tuple(CONDITIONS), "validation"),
+        ),
+        "Faint: a step's rollouts on training captions, sampled; strong: their mean over a tenth of the steps. "
+        "Validation, where the settings ask for it: answers on pairs of its own, with the image and its two controls.",
     ),
     "dependency": (
         plot_dependency,

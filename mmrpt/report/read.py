@@ -24,6 +24,7 @@ from mmrpt.settings import flatten
 
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
+CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
 EXAMPLES = 3  # training examples that are shown
 
 
@@ -35,7 +36,7 @@ class Run:
     environment: dict[str, Any]
     masking: Row
     seconds: dict[str, float]  # by phase
-    metrics: dict[str, list[Row]]  # by phase, a row a step
+    metrics: dict[str, list[Row]]  # by phase, a row a step; of "validation" one each time
     samples: list[Row]
     token_perception: Floats  # (N,) >= 0, a part of all tokens
     trajectory_perception: Floats  # (M,) >= 0
@@ -66,6 +67,12 @@ def read_run(folder: Path | str) -> Run:
     seconds, evaluation, masking = (
         _document(folder / f"{name}.json", problems) for name in ("seconds", "evaluation", "masking")
     )
+    settings = flatten(_document(folder / "config.yaml", problems))
+    by_phase = {phase: [row for row in metrics if row.get("phase") == phase] for phase in PHASES}
+    if settings.get("evaluation.every"):
+        numbers = ("step", "count", *CONDITIONS)
+        rows = _rows(folder / "validation.jsonl", problems)
+        by_phase["validation"] = [row for row in rows if all(math.isfinite(number(row, name)) for name in numbers)]
     examples = _choose_examples(folder, samples)
     masked = _of_examples(_rows(folder / "masked.jsonl", problems), examples)
     scores, needs_image = array("d"), array("d")
@@ -73,11 +80,11 @@ def read_run(folder: Path | str) -> Run:
     return Run(
         folder=folder,
         problems=problems,
-        settings=flatten(_document(folder / "config.yaml", problems)),
+        settings=settings,
         environment=flatten(_document(folder / "environment.json", problems)),
         masking=masking,
         seconds={phase: number(seconds, phase) for phase in seconds},
-        metrics={phase: rows for phase in PHASES if (rows := [row for row in metrics if row.get("phase") == phase])},
+        metrics={phase: rows for phase, rows in by_phase.items() if rows},
         samples=samples,
         token_perception=_gather(perception, "token_scores"),
         trajectory_perception=_gather(perception, "trajectory_scores"),

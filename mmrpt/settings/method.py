@@ -25,6 +25,9 @@ class DataSettings:
         None, description="folder that image paths start from and must lie inside; null: the folder of the pairs' file"
     )
     held_out: int = Field(200, ge=0, description="pairs kept for evaluation, drawn by image")
+    validation: int = Field(
+        100, ge=2, description="pairs kept for validation during RL, drawn by image; none where evaluation.every is 0"
+    )
     max_megapixels: float = Field(50.0, gt=0, description="images of more million pixels are rejected")
     max_aspect_ratio: float = Field(100.0, ge=1, description="images with a larger ratio of their sides are rejected")
     max_caption_chars: int = Field(8000, ge=1, description="captions of more characters are rejected")
@@ -287,5 +290,8 @@ class ControlSettings:
 class EvaluationSettings:
     """Accuracy on held-out masked captions, with the image, a blanked one and another caption's."""
 
+    every: int = Field(
+        0, ge=0, description="steps of RL between validations on data.validation pairs, the last always; 0: none"
+    )
     samples: int = Field(150, ge=2, description="masked captions of each held-out set; two or more, to swap images")
     batch_size: int = Field(96, ge=1, description="masked captions answered at once")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import ClassVar
 
 from PIL import Image
@@ -29,10 +30,11 @@ class World:
 
     Splits: "train"; "new_scenes", arrangements that train never shows; "new_combinations", scenes made only of
     (object, colour) pairs that no other split shows; "new_style", arrangements that train never shows, in artwork
-    that no other split uses. What is held out does not depend on the seed.
+    that no other split uses; "validation", drawn as new_scenes are. What is held out does not depend on the seed.
     """
 
-    SPLITS: ClassVar[tuple[str, ...]] = ("train", "new_scenes", "new_combinations", "new_style")
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "new_scenes", "new_combinations", "new_style", "validation")
+    HELD_OUT: ClassVar[tuple[str, ...]] = SPLITS[1:4]
 
     def __init__(self, config: WorldConfig | None = None) -> None:
         self.config = config or WorldConfig()
@@ -44,17 +46,27 @@ class World:
     def __reduce__(self) -> tuple[type[World], tuple[WorldConfig]]:
         return World, (self.config,)  # loader processes draw for themselves; the memory of pairs stays here
 
-    def source(self, split: str, size: int) -> WorldPairs:
-        """The first `size` pairs of a split. A longer source starts with the same pairs."""
+    def source(self, split: str, size: int, without: Iterable[WorldPairs] = ()) -> WorldPairs:
+        """The first `size` pairs of a split, those left out whose arrangement one of `without` shows. A longer source
+        starts with the same pairs."""
         self._number(split)
         if size < 1:
             raise ValueError(f"a source of {size} pairs was asked for: expected 1 or more.")
-        return WorldPairs(self, split, size)
+        if not (shown := {self.scene(other.split, i).signature() for other in without for i in other.indices}):
+            return WorldPairs(self, split, range(size))
+        fresh = (i for i in range(_PATIENCE) if self.scene(split, i).signature() not in shown)
+        indices = tuple(islice(fresh, size))
+        if len(indices) < size:
+            raise ValueError(
+                f"of {_PATIENCE} scenes {len(indices)} are not among the held-out ones, but {size} were asked for: "
+                "lower data.validation or evaluation.samples, or raise demo.world.concepts or max_cards."
+            )
+        return WorldPairs(self, split, indices)
 
     def scene(self, split: str, index: int) -> Scene:
         """The truth of the image of a pair."""
         draws = Draws(self.config.seed, self._number(split), index, 0)
-        reserved = split in ("new_scenes", "new_style")
+        reserved = split in ("new_scenes", "new_style", "validation")
         for _ in range(_PATIENCE):
             plan = self._plan(draws, split)
             text = ";".join(f"{cell} {concept.name} {colour}" for cell, concept, colour in plan)
@@ -127,22 +139,22 @@ def _is_reserved(signature: str) -> bool:
 
 @dataclass(frozen=True)
 class WorldPairs(PairSource):
-    """The first `size` pairs of a split, drawn when they are asked for."""
+    """Pairs of a split, drawn when they are asked for."""
 
     world: World
     split: str
-    size: int
+    indices: Sequence[int]
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self.size:
-            raise IndexError(f"index {index} of a source of {self.size} pairs")
-        return self.world.example(self.split, index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a source of {len(self)} pairs")
+        return self.world.example(self.split, self.indices[index])
 
     def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(self.size))
+        return (self[index] for index in range(len(self)))
 
     def image(self, example_id: str) -> Image.Image:
         return self.world.image(example_id)

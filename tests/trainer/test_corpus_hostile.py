@@ -524,7 +524,7 @@ def captions_of_images(folder: Path, images: int, each: int, name: str = "many.j
 
 def test_all_captions_of_an_image_are_on_one_side(tmp_path: Path) -> None:
     corpus = open_corpus(captions_of_images(tmp_path, 200, 5))
-    train, held_out = split_held_out(corpus, 101)
+    train, held_out, _ = split_held_out(corpus, 101)
     assert len(held_out) == 105 and len(train) == 895
     images = [{e.caption.split()[-1] for e in (part[i] for i in range(len(part)))} for part in (train, held_out)]
     assert not images[0] & images[1] and len(images[1]) == 21
@@ -532,11 +532,25 @@ def test_all_captions_of_an_image_are_on_one_side(tmp_path: Path) -> None:
     numbers = sorted(int(i) for i in images[1])
     assert numbers[0] < 60 and numbers[-1] > 140 and np.diff(numbers).min() < np.diff(numbers).max()  # from all over
     again = split_held_out(open_corpus(tmp_path / "many.jsonl"), 101)
-    assert [p.fingerprint for p in again] == [train.fingerprint, held_out.fingerprint]
+    assert [p.fingerprint for p in again[:2]] == [train.fingerprint, held_out.fingerprint]
     assert {again[1][i].id for i in range(105)} == held and train.fingerprint != held_out.fingerprint
     fewer = split_held_out(open_corpus(captions_of_images(tmp_path, 200, 5, "fewer.jsonl", skip=7)), 101)[1]
     assert len({fewer[i].id for i in range(len(fewer))} & held) >= 100
     assert train.where(0).startswith(f"{tmp_path}/many.jsonl:") and train.name == "many/train"
+
+
+def test_pairs_for_validation_are_neither_trained_on_nor_held_out(tmp_path: Path) -> None:
+    corpus = open_corpus(captions_of_images(tmp_path, 200, 5))
+    alone = split_held_out(corpus, 101)
+    parts = split_held_out(corpus, 101, 32)
+    assert len(alone[2]) == 0 and len(parts[2]) == 35 and sum(map(len, parts)) == len(corpus)
+    assert [parts[1][i].id for i in range(105)] == [alone[1][i].id for i in range(105)]
+    images = [{part[i].caption.split()[-1] for i in range(len(part))} for part in parts]
+    assert [len(one) for one in images] == [200 - 21 - 7, 21, 7] and len(set().union(*images)) == 200
+    assert len({part.fingerprint for part in parts}) == 3
+    for validation in (895, 900):
+        with pytest.raises(CorpusError, match=rf"data.held_out is 101 and data.validation {validation} of 1000 rows"):
+            split_held_out(corpus, 101, validation)
 
 
 @pytest.mark.parametrize("count", [0, 1, 10, 11])
@@ -548,7 +562,7 @@ def test_a_split_leaves_something_on_both_sides(tmp_path: Path, count: int) -> N
 
 def test_bad_rows_are_met_in_training(hostile, tmp_path: Path) -> None:
     path, bad = hostile
-    train, held_out = split_held_out(open_corpus(path), 6)
+    train, held_out, _ = split_held_out(open_corpus(path), 6)
     rejected = RejectedRows(tmp_path / "rejected.jsonl", 1.0)
     for part in (train, held_out):
         rows = GoodRows(part, rejected)

@@ -50,7 +50,8 @@ def patch_outside_world(patch: pytest.MonkeyPatch) -> None:
 
     def open_sources(settings):
         train = ColourPairs(24)
-        return Sources(train=train, one_card=train, held_out={"new_scenes": ColourPairs(9, "new")}, world=None)
+        validation = ColourPairs(8, "validation") if settings.evaluation.every else None
+        return Sources(train, train, {"new_scenes": ColourPairs(9, "new")}, None, validation=validation)
 
     for name in REWARDS:
         patch.setitem(REWARDS, name, column)

@@ -132,6 +132,36 @@ def test_new_scenes_and_new_style_hold_no_arrangement_of_train(world: World) -> 
     assert len(shown) > 300 and len(kept) > 20 and not shown & kept
 
 
+@pytest.mark.parametrize("config", [WorldConfig(), WorldConfig(concepts=16, max_cards=1, object_zipf=1.0)])
+def test_validation_shows_no_arrangement_of_another_split(config: WorldConfig) -> None:
+    world = World(config)
+    held_out = {name: world.source(name, 20) for name in World.HELD_OUT}
+    pairs = world.source("validation", 40, held_out.values())
+    assert len(pairs) == 40 and len({pair.id for pair in pairs}) == 40
+    found = {world.scene(*_place(pair.id)).signature() for pair in pairs}
+    for split, count in (("train", 3000), *((name, 20) for name in World.HELD_OUT)):
+        assert not found & {world.scene(split, i).signature() for i in range(count)}, split
+    assert pairs.image(pairs[39].id).tobytes() == world.image(pairs[39].id).tobytes()
+    assert [pair.id for pair in pickle.loads(pickle.dumps(pairs))] == [pair.id for pair in pairs]
+    plain = world.source("validation", 40)
+    assert [p.id for p in plain] == [f"validation/{i:06d}" for i in range(40)]
+    few = config.concepts == 16  # where chance repeats arrangements
+    assert few == any(world.scene("validation", i).signature() not in found for i in range(40))
+
+
+def _place(example_id: str) -> tuple[str, int]:
+    split, _, number = example_id.partition("/")
+    return split, int(number)
+
+
+def test_a_world_too_small_for_more_scenes_is_refused() -> None:
+    world = World(WorldConfig(concepts=16, max_cards=1))
+    with pytest.raises(
+        ValueError, match="are not among the held-out ones, but 10 were asked for: lower data.validation"
+    ):
+        world.source("validation", 10, [world.source("new_scenes", 8000)])
+
+
 def test_new_combinations_are_pairs_no_other_split_shows(world: World) -> None:
     held = {(c.name, c.held_out_colour) for c in all_concepts() if c.held_out_colour}
     assert 0.08 < len(held) / (len(all_concepts()) * len(COLOURS)) < 0.12
