@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -22,6 +23,7 @@ from mmrpt.settings import (
     settings_help,
     to_yaml,
 )
+from mmrpt.settings.scale import TINY_MODEL
 
 if TYPE_CHECKING:
     from mmrpt.engines.run import Run
@@ -145,6 +147,7 @@ def give_back(folder: Path) -> None:
     """Removes the folder of a run that has not begun; what such a run does not write stays, and the folder with it."""
     for name in (CONFIG_FILE, "corpus.json", "rejected.jsonl", ".lock"):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TINY_MODEL, ignore_errors=True)
     for part in (folder / "checkpoints", folder):
         with suppress(OSError):
             part.rmdir()

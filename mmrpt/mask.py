@@ -184,10 +184,11 @@ def _open_model(settings: Settings, source: PairSource, device: torch.device) ->
     from mmrpt.corpus import GoodRows, RejectedRows
     from mmrpt.masking.forward import PolicyModel
     from mmrpt.policy import Policy
+    from mmrpt.scale import with_tiny_model
     from mmrpt.sources import Sources
     from mmrpt.world.warm_start import build_start_policy
 
-    given = settings.model
+    given = with_tiny_model(settings).model
     if given.path is not None:
         pixel_limits = {"min_pixels": given.min_pixels, "max_pixels": given.max_pixels}
         how = {"revision": given.revision, "quantized": given.lora.quantized, **pixel_limits}

@@ -21,6 +21,7 @@ from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction, load_rewards
 from mmrpt.rollout.collect import Reference
 from mmrpt.run_folder import RunFolder
+from mmrpt.scale import with_tiny_model
 from mmrpt.settings import Settings, SettingsError
 from mmrpt.sources import Sources, open_sources
 from mmrpt.trackers import Trackers
@@ -114,6 +115,7 @@ def open_run(settings: Settings) -> Run:
     device = prepare_machine(settings, settings.device)
     rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track)
     sources = open_sources(settings)
+    settings = with_tiny_model(settings)
     policy = start_policy(settings, sources, device)
     if adapter_weights(policy.model) and not settings.model.lora.rank:
         raise SettingsError(

@@ -14,6 +14,7 @@ from mmrpt.settings.base import STRICT, require
 from mmrpt.settings.demo import DemoSettings
 from mmrpt.settings.model import ModelSettings
 from mmrpt.settings.reward import RewardSettings
+from mmrpt.settings.scale import scaled_down
 
 DRAWN_CAPTIONS = 1_500  # of the drawn world, scored by default
 
@@ -28,6 +29,10 @@ class Settings:
     threads: int | None = Field(None, ge=1, description="threads of torch on the CPU; null: one a core")
     device: str = Field(
         "auto", description="where the model runs: cpu, cuda, cuda:1, mps; auto: cuda where torch has it, else cpu"
+    )
+    scale: Literal["full", "tiny"] = Field(
+        "full",
+        description="tiny: few random layers of the model's architecture and a minute's work, to try settings out",
     )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints, which --resume goes on from")
     patience: int = Field(
@@ -54,6 +59,9 @@ class Settings:
             bool(self.name.strip(".")) and Path(self.name).name == self.name,  # "..": not a folder of its own
             f"name is {self.name!r}: it names a folder inside output; use letters, digits, '-' and '_'.",
         )
+        if self.scale == "tiny":
+            for group, value in scaled_down(self).items():
+                object.__setattr__(self, group, value)
         sampled = self.rollout.prompts * self.rl.max_rounds
         require(
             sampled >= self.rl.groups_per_step,

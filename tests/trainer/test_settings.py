@@ -23,6 +23,7 @@ from mmrpt.engines.run import resolve_device
 from mmrpt.settings import Settings, SettingsError, WorldConfig, load_settings, save_settings, settings_help
 from mmrpt.settings.load import FORMER_NAMES, flatten
 from mmrpt.settings.model import WITH_MODEL_PATH
+from mmrpt.settings.scale import ANY_REWARD, LEFT_NULL, TINY_CAPS
 from mmrpt.world.concepts import all_concepts
 from tests.trainer.conftest import SMALL_RUN
 
@@ -74,6 +75,13 @@ FITTING = {
 ALSO = {
     "model.path": {"demo.vision_steps": 0, "demo.vision_frozen_steps": 0, **flatten(WITH_MODEL_PATH)},
     "data.pairs": {"demo.sentence_steps": 0},
+    "scale": {
+        **{name: cap if (v := DEFAULTS[name][0]) is None else min(v, cap) for name, cap in TINY_CAPS.items()},
+        **{name: DEFAULTS[name][0] for name in LEFT_NULL},
+        "rl.min_accuracy": 0.0,
+        "rl.max_accuracy": 1.0,
+        "reward.custom": {ANY_REWARD: 1.0},
+    },
 }
 
 
