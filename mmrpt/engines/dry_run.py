@@ -13,6 +13,7 @@ from mmrpt.engines.run import check_dtype, prepare_machine
 from mmrpt.families import model_folder
 from mmrpt.lora import base_folder, check_lora
 from mmrpt.memory import PARTS
+from mmrpt.scale import shrink
 from mmrpt.settings import Settings
 from mmrpt.sources import open_given
 from mmrpt.world.tiny_vlm import SPECIAL_TOKENS, tiny_config
@@ -22,6 +23,7 @@ GIB = 2**30
 USABLE = 0.95
 LARGE = 100_000_000  # parameters of a model whose memory is worth the seconds of an estimate
 CONFIGS = ("config.json", "adapter_config.json")
+ASKING = ("evaluation", "validation")  # phases of evaluation.batch_size questions at once
 HUB = "hf:"  # what names of data on the hub begin with
 
 
@@ -73,7 +75,10 @@ def model_config(settings: Settings) -> PretrainedConfig:
         ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
         return tiny_config(settings.demo.tiny, ids, settings.demo.tiny.vocab_size)
     folder = model_folder(model.path, model.revision, CONFIGS)
-    return AutoConfig.from_pretrained(base_folder(folder, CONFIGS))
+    config = AutoConfig.from_pretrained(base_folder(folder, CONFIGS))
+    if settings.scale == "tiny":
+        shrink(config, words=config.get_text_config().vocab_size)
+    return config
 
 
 def device_memory(device: torch.device) -> int:
@@ -154,9 +159,9 @@ def _changes(settings: Settings, phase: str, parts: Mapping[str, int]) -> list[s
         "model.freeze=[vision,merger]": model.freeze == ("vision",),
         "model.lora.rank=32 model.dtype=bfloat16": whole,
         "model.lora.quantized=true": bool(lora.rank) and not lora.quantized,
-        f"rollout.prompts={fewer}": parts.get(IMAGES, 0) > 0 and phase != "evaluation" and enough,
+        f"rollout.prompts={fewer}": parts.get(IMAGES, 0) > 0 and phase not in ASKING and enough,
         f"rollout.batch_size={at_once // 2}": phase == "sampling" and at_once // 2 >= rollout.group_size,
         "rollout.keep_hidden_mb=0": parts.get(HIDDEN, 0) > 0,
-        f"evaluation.batch_size={evaluation.batch_size // 2}": phase == "evaluation" and evaluation.batch_size > 1,
+        f"evaluation.batch_size={evaluation.batch_size // 2}": phase in ASKING and evaluation.batch_size > 1,
     }
     return [change for change, possible in changes.items() if possible]

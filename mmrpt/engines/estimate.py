@@ -36,7 +36,8 @@ from mmrpt.types import Batch, Group, PixelBatch
 TEXT, DEMO_TEXT = 256, 64  # tokens of a prompt besides its image's, and of a caption
 MAX_PIXELS = 1_003_520  # of an image where model.max_pixels is null: pictures of the web are rarely larger
 REFERENCE, HIDDEN, IMAGES = "reference model", "kept hidden states", "images of a round"
-TRAINED = ("update", "update: optimiser", "control", "control: optimiser")  # phases of the RL optimiser
+# Phases of the RL optimiser.
+TRAINED = ("update", "update: optimiser", "validation", "control", "control: optimiser")
 DECODED = 4  # tokens of an answer that are decoded; each of the rest adds what the third did
 
 
@@ -206,8 +207,7 @@ class _Phases:
         if settings.rl.steps and self.wanted("sampling", "perception", *TRAINED):
             self.reinforce()
         if self.wanted("evaluation"):
-            questions = min(settings.evaluation.batch_size, settings.evaluation.samples)
-            self.sample("evaluation", self.images(questions), questions, 1, 0.0)
+            self.ask("evaluation", settings.evaluation.samples)
 
     def reinforce(self) -> None:
         settings, policy = self.work.settings, self.work.policy
@@ -233,13 +233,16 @@ class _Phases:
         del kept, pixels
         if self.wanted("update", "update: optimiser"):
             self.train("update", update, optimiser, many=self.work.answers()[2])
+        if settings.evaluation.every and self.wanted("validation"):
+            self.ask("validation", settings.data.validation)
         del reference
         if settings.control.enabled and self.wanted("control", "control: optimiser"):
             self.train("control", captions, optimiser, many=self.many_captions())
 
     def images(self, count: int) -> PixelBatch:
         pixels = self.work.pixels(count)
-        self.ledger.hold([pixels.pixel_values], IMAGES)
+        if self.device_type == "cpu":  # they stay there until a pass takes its own
+            self.ledger.hold([pixels.pixel_values], IMAGES)
         return pixels
 
     def many_captions(self) -> bool:
@@ -278,6 +281,11 @@ class _Phases:
         self.fill_gradients()
         optimiser.step(0, 1)
         return optimiser
+
+    def ask(self, name: str, questions: int) -> None:
+        """A batch of that many questions, or as many as are asked at once."""
+        count = min(self.work.settings.evaluation.batch_size, questions)
+        self.sample(name, self.images(count), count, 1, 0.0)
 
     def fill_gradients(self) -> None:
         for parameter in self.work.policy.model.parameters():

@@ -109,8 +109,8 @@ class QwenVLPolicy(Policy):
         # Resizing an image to its own size costs four times the rest of the processing.
         fits = all(self._keeps_size(image) for image in images)
         out = self.image_processor(images=list(images), return_tensors="pt", **({"do_resize": False} if fits else {}))
-        device = self.device
-        return PixelBatch(out["pixel_values"].to(device), out["image_grid_thw"].to(device))
+        # A round's pixels stay where the processor made them: as patches an image takes 24 bytes a pixel.
+        return PixelBatch(out["pixel_values"], out["image_grid_thw"].to(self.device))
 
     def prompts(self, instructions: Sequence[str], images: Sequence[Image.Image]) -> tuple[list[list[int]], PixelBatch]:
         pixels = self.pixels(images)
@@ -154,7 +154,7 @@ class QwenVLPolicy(Policy):
         of that shape follow, one for each of the decoder's first layers."""
         grid = pixels.grid_thw
         with self.autocast():
-            output = self.model.model.get_image_features(pixels.pixel_values, grid)
+            output = self.model.model.get_image_features(pixels.pixel_values.to(self.device), grid)
         levels = feature_levels(output, deepstack=self.family.deepstack)
         shape = (int(grid.prod(-1).sum()) // self.merge_size**2, self.head_weight.shape[1])
         found, wanted = [tuple(level.shape) for level in levels], [shape] * self.levels

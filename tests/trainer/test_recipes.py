@@ -104,5 +104,15 @@ def test_a_recipe_passes_a_dry_run(recipe, offline, tmp_path, capsys):
     chosen.remove("scale=tiny")
     run = ["--config", str(recipe), f"output={tmp_path / 'runs'}", *chosen, "--dry-run", "--gpu-memory", "24"]
     assert train(run) == 0, capsys.readouterr().err
-    assert re.search(r"memory: \d+\.\d [GM]iB in \w+, \d+% of the device's 24.0 GiB", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"memory: \d+\.\d [GM]iB in \w+, \d+% of the device's 24.0 GiB", out)
+    assert ("\nvalidation " in out) == (load_settings(recipe).evaluation.every > 0)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_scale_tiny_is_of_the_tiny_model(offline, tmp_path, capsys):
+    recipe = next(one for one in RECIPES if "80gb" in one.name)
+    run = ["--config", str(recipe), f"output={tmp_path}", *offline(recipe), "--dry-run", "--gpu-memory", "24"]
+    assert train(run) == 0, capsys.readouterr().err
+    found = re.search(r"memory: (\d+)\.\d MiB", capsys.readouterr().out)
+    assert found and int(found[1]) < 500
