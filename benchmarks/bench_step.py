@@ -236,8 +236,8 @@ def case(name: str, shape: Shape, dtype: torch.dtype, *, quick: bool = False) ->
 def cases(device: torch.device) -> list[Case]:
     full, half = torch.float32, torch.bfloat16
     if device.type == "cpu":
-        group = {"responses": 4, "rows": 4}
-        few, all_layers = Shape(layers=4, **group, **HALF_B), Shape(layers=24, adamw=False, **group, **HALF_B)
+        few = Shape(layers=4, rows=4, **HALF_B)
+        all_layers = Shape(layers=24, responses=4, rows=4, adamw=False, **HALF_B)
         return [
             case("small", Shape(128, 2, 4, 2, 352, 8192, vision=(1, 64, 2, 96), width=32), full, quick=True),
             case("small-bf16", Shape(128, 2, 4, 2, 352, 8192, vision=(1, 64, 2, 96), width=32), half, quick=True),
