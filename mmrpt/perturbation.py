@@ -22,7 +22,7 @@ def black_patches(height: int, width: int, *, seed: int, patch_size: int = 14, p
 
 def blacken_patches(image: Image.Image, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> Image.Image:
     """A copy of a picture with `black_patches`. What a model sees is perturbed after its processor has resized it
-    (`mmrpt.perception.blacken_pixels`): patches that are shrunk with a photo only make it darker."""
+    (`mmrpt.families.blacken_pixels`): patches that are shrunk with a photo only make it darker."""
     pixels = np.asarray(image.convert("RGB")).copy()
     pixels[black_patches(*pixels.shape[:2], seed=seed, patch_size=patch_size, probability=probability)] = 0
     return Image.fromarray(pixels)
