@@ -21,7 +21,17 @@ from benchmarks.measure import provenance
 from mmrpt.corpus import write_bytes
 from mmrpt.report import plots
 from mmrpt.report.markdown import duration, table
-from mmrpt.report.numbers import ALL_SETS, COMPARISONS, CONDITIONS, MAY_DIFFER, MODELS, PROMISES, SETS, numbers_of
+from mmrpt.report.numbers import (
+    ALL_SETS,
+    COMPARISONS,
+    CONDITIONS,
+    MAY_DIFFER,
+    MODELS,
+    POOLS,
+    PROMISES,
+    SETS,
+    numbers_of,
+)
 from mmrpt.report.page import accuracy_table, format_of
 from mmrpt.report.read import changed_settings, read_run
 
@@ -73,7 +83,7 @@ def render(record: dict[str, Any], picture: str) -> str:
     parts += ["## Promises", _promises(record), f"![accuracy over seeds]({picture})", "## Held-out accuracy"]
     subjects = {f"accuracy/{model}": label for model, label in MODELS.items()}
     subjects |= {f"change/{one} - {other}": f"**{label}**" for (one, other), label in COMPARISONS.items()}
-    parts.append(accuracy_table([*SETS, ALL_SETS], subjects, lambda name: _spread(numbers.get(name), format_of(name))))
+    parts.append(accuracy_table([*SETS, *POOLS], subjects, lambda name: _spread(numbers.get(name), format_of(name))))
     times = [name for name in numbers if name.startswith("seconds/")]
     rows = [[name.removeprefix("seconds/"), _spread(numbers[name], duration)] for name in times]
     parts += ["## Time", table(["phase", "time"], rows, right=(1,))]

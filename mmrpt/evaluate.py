@@ -68,14 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _settings(options: argparse.Namespace) -> Settings:
     """The settings, whose run folder is that of the results: a settings file's name is that of the run it is from."""
-    if options.sampled is not None and options.sampled < 1:
-        raise SettingsError(f"--sampled is {options.sampled}: expected 1 or more answers to each question.")
     overrides = [text for text in options.overrides if OVERRIDE.fullmatch(text)]
     given = flatten(given_settings(None, overrides))
     if "name" in given or (options.out and "output" in given):
         raise SettingsError("name=... and output=... name the folder of a run: give --out FOLDER for the results.")
-    if options.samples is not None:
-        overrides.append(f"evaluation.samples={options.samples}")
+    for name in ("samples", "sampled"):
+        if (count := getattr(options, name)) is not None:
+            overrides.append(f"evaluation.{name}={count}")
     settings = load_settings(options.config, overrides)
     if options.out is None:
         return replace(settings, name=NAME)
@@ -113,7 +112,7 @@ def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse
             whole = replace(settings.model.lora, rank=0)  # a folder of adapters says itself what it holds
             model = replace(settings, model=replace(settings.model, path=str(path), revision=None, lora=whole))
             policy = start_policy(model, sources, device)
-            new_rows, new_answers = _ask(policy, model, name, sets, bar.update, options.sampled or 0)
+            new_rows, new_answers = _ask(policy, model, name, sets, bar.update)
             del policy  # gone from memory before the next one comes
             rows, answers = rows + new_rows, answers + new_answers
             write_jsonl(folder / "answers.jsonl", answers)
@@ -125,14 +124,14 @@ def _evaluate(settings: Settings, folders: Mapping[str, Path], options: argparse
         print(f"rows that cannot be used: {rejected.path}")
 
 
-def _ask(policy: Policy, settings: Settings, name: str, sets: Sets, progress: Any, sampled: int) -> Any:
+def _ask(policy: Policy, settings: Settings, name: str, sets: Sets, progress: Any) -> Any:
     """What `evaluate_policy` returns of the model."""
     import torch
 
     from mmrpt.held_out import evaluate_policy
 
     try:
-        return evaluate_policy(policy, name, sets, settings, progress, sampled=sampled)
+        return evaluate_policy(policy, name, sets, settings, progress, sampled=settings.evaluation.sampled)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"{name}: {reason} Lower evaluation.batch_size, or take model.dtype=bfloat16.") from error
@@ -194,43 +193,8 @@ def _tables(folder: Path, models: Sequence[str]) -> str:
     pairs = {(one, other): f"{escape(one)} − {escape(other)}" for other, one in combinations(models, 2)}
     run = read_run(folder)
     numbers = numbers_of(run, pairs)
-    parts = [headline(run, numbers, pairs), HOW_ASKED, *accuracies(run, numbers)]
-    if sampled := run.evaluation[0].get("sampled"):
-        parts += [f"avg@{sampled}, answers sampled at temperature 1:", _sampled_table(run.answers, models, pairs)]
+    parts = [headline(run, numbers, pairs), HOW_ASKED, *accuracies(run, numbers, pairs)]
     return "\n\n".join(parts) + "\n"
-
-
-def _sampled_table(
-    answers: Sequence[Mapping[str, Any]], models: Sequence[str], pairs: Mapping[tuple[str, str], str]
-) -> str:
-    """Mean share of right answers, by model and condition. Intervals are over questions: an accuracy's is Wilson's, as
-    if each question had been answered once, which is never too short for shares; a difference's is paired."""
-    import numpy as np
-
-    from mmrpt.report.markdown import escape, interval_of, percent, points, table
-    from mmrpt.report.numbers import COLUMNS, CONDITIONS
-    from mmrpt.report.statistics import paired_difference_interval, wilson_interval
-
-    shares: dict[tuple[str, str], list[float]] = {}
-    for row in answers:
-        hits = row["sampled_exact"]
-        shares.setdefault((row["model"], row["condition"]), []).append(sum(hits) / len(hits))
-    subjects = {escape(model): {model: 1} for model in models}
-    subjects |= {f"**{label}**": {one: 1, other: -1} for (one, other), label in pairs.items()}
-    lines = []
-    for label, signs in subjects.items():
-        columns = {c: sum(sign * np.array(shares[model, c]) for model, sign in signs.items()) for c in CONDITIONS}
-        columns["gap"] = columns["image"] - columns["swapped"]
-        cells = []
-        for column, values in columns.items():
-            if len(signs) == 1 and column in CONDITIONS:
-                interval, show = wilson_interval(values.sum(), len(values)), percent
-            else:
-                bound = len(signs) * (1 if column in CONDITIONS else 2) / 2
-                interval, show = paired_difference_interval(values, bound), points
-            cells.append(show(values.mean()) + interval_of(interval, show).replace(" %", ""))
-        lines.append([label, *cells])
-    return table(["", *COLUMNS.values()], lines, right=range(1, 1 + len(COLUMNS)))
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def evaluate_policy(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, answers): accuracy and count per held-out set and condition, and every completion behind them.
 
-    With `sampled`, rows also hold the accuracy of so many sampled answers to each question (avg@k).
+    With `sampled`, rows also hold the accuracy of so many sampled answers to each question (avg@k), in all and by kind.
     """
     rows, answers = [], []
     for set_name, (source, samples) in sets.items():
@@ -163,8 +163,8 @@ def evaluate_policy(
                 several = sampled_answers(policy, samples, images, settings, count=sampled, seed=seed)
                 for sample, answer, drawn in zip(samples, judged, several, strict=True):
                     answer.update(sampled=drawn, sampled_exact=[is_exact(text, sample.answer) for text in drawn])
-                hits = sum(sum(answer["sampled_exact"]) for answer in judged)
-                rows[-1] |= {"sampled": sampled, "sampled_accuracy": hits / (sampled * len(samples))}
+                found = _summary(samples, [sum(answer["sampled_exact"]) / sampled for answer in judged])
+                rows[-1] |= {"sampled": sampled, **{f"sampled_{key}": found[key] for key in ("accuracy", "by_kind")}}
             answers += [where | answer for answer in judged]
             progress()
     return rows, answers
@@ -174,6 +174,7 @@ def _judged(sample: MaskedSample, text: str) -> dict[str, Any]:
     return {
         "sample_id": sample.id,
         "example_id": sample.example_id,
+        "kind": sample.kind,
         "answer": sample.answer,
         "masked_caption": sample.masked_caption,
         "completion": text,
@@ -181,8 +182,8 @@ def _judged(sample: MaskedSample, text: str) -> dict[str, Any]:
     }
 
 
-def _summary(samples: Sequence[MaskedSample], right: Sequence[bool]) -> dict[str, Any]:
-    kinds: dict[str, list[bool]] = defaultdict(list)
+def _summary(samples: Sequence[MaskedSample], right: Sequence[float]) -> dict[str, Any]:
+    kinds: dict[str, list[float]] = defaultdict(list)
     for sample, hit in zip(samples, right, strict=True):
         kinds[sample.kind or "word"].append(hit)
     return {

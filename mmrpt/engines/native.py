@@ -7,7 +7,7 @@ result is there is read back instead of run again, and one that was cut off goes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def supervised_rows(run: Run, phase: str, step: int, lesson: Lesson, first: int)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Accuracy of every model on every held-out set and condition, and the AUC of the dependency scores."""
+    """Accuracy of every model on every held-out set and condition, and the AUCs of sentence and token scores."""
     path, settings = run.folder / "evaluation.json", run.settings
     if path.exists():
         return json.loads(path.read_text())
@@ -192,18 +192,28 @@ def evaluate(run: Run) -> dict[str, Any]:
     with tqdm(total=3 * len(sets) * len(models), desc="evaluate", unit="set") as bar:
         for phase in models:
             run.load(phase)
-            new_rows, new_answers = evaluate_policy(run.policy, phase, sets, settings, bar.update)
+            new_rows, new_answers = evaluate_policy(
+                run.policy, phase, sets, settings, bar.update, sampled=settings.evaluation.sampled
+            )
             rows, answers = rows + new_rows, answers + new_answers
     write_jsonl(run.folder / "answers.jsonl", answers)
     patches = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
     perturbed = partial(run.policy.perturbed_picture, **patches)
     write_images(run.folder.path, run.sources.train, run.sources.held_out, perturbed)
-    scores = iter_jsonl(run.folder / SCORES)
-    known = [(row["needs_image"], row["score"]) for row in scores if row["needs_image"] is not None]
-    auc = roc_auc(*map(list, zip(*known, strict=True))) if known else None
-    result = {"rows": rows, "dependency_auc": auc}
+    result = {"rows": rows, **_aucs(iter_jsonl(run.folder / SCORES))}
     write_json(path, result)
     return result
+
+
+def _aucs(rows: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+    """AUCs of the scores of sentences and of tokens, over those whose truth is known; None without both classes."""
+    scored: dict[str, list[tuple[bool, float]]] = {"dependency_auc": [], "token_auc": []}
+    for row in rows:
+        tokens = zip(row.get("token_needs_image", ()), row["token_masses"], strict=False)
+        scored["dependency_auc"] += [(row["needs_image"], row["score"])] if row["needs_image"] is not None else []
+        scored["token_auc"] += [one for one in tokens if one[0] is not None]
+    both = {name: known if len({truth for truth, _ in known}) == 2 else [] for name, known in scored.items()}
+    return {name: roc_auc(*map(list, zip(*known, strict=True))) if known else None for name, known in both.items()}
 
 
 def report(run: Run) -> Path:

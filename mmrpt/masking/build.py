@@ -78,7 +78,7 @@ def truth_masks(example: Example, *, mask: str) -> list[MaskedSample]:
 def _sample(
     example: Example, score: SentenceScore | None, start: int, end: int, mass: float, mask: str
 ) -> MaskedSample:
-    truth = _truth(example.words, start, end)
+    truth = truth_of(example.words, start, end)
     return MaskedSample(
         id=f"{example.id}#{start}-{end}",
         example_id=example.id,
@@ -94,7 +94,7 @@ def _sample(
     )
 
 
-def _truth(words: Sequence[Word], start: int, end: int) -> Word | None:
+def truth_of(words: Sequence[Word], start: int, end: int) -> Word | None:
     """The word of the truth that the span covers; one that needs the image wins over others."""
     inside = [w for w in words if w.start < end and start < w.end]
     return max(inside, key=lambda w: w.needs_image, default=None)

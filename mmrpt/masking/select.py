@@ -10,7 +10,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from mmrpt.corpus import RejectedRows, write_json, write_jsonl
 from mmrpt.masking.baseline import PositionBaseline
-from mmrpt.masking.build import build_masked_samples
+from mmrpt.masking.build import build_masked_samples, truth_of
 from mmrpt.masking.forward import CaptionModel
 from mmrpt.masking.leaks import answer_probabilities
 from mmrpt.masking.pipeline import token_batches
@@ -29,7 +29,7 @@ from mmrpt.masking.words import has_letters
 from mmrpt.perturbation import blank
 from mmrpt.rollout.prompts import begun_thought, restore_text
 from mmrpt.settings import Settings
-from mmrpt.types import Example, MaskedSample, PairSource, SentenceScore
+from mmrpt.types import Example, MaskedSample, PairSource, SentenceScore, Word
 
 MASKED, SCORES, SUMMARY, REJECTED = "masked.jsonl", "scores.jsonl", "masking.json", "rejected.jsonl"
 BLIND_WINDOW = 256  # samples whose pictures are held at once
@@ -151,7 +151,17 @@ def _score_rows(shards: Shards, baseline: PositionBaseline | None, found: _Stati
                 found.scores.append(score.score)
                 if score.kl is not None:
                     found.kls.append(score.kl)
-            yield {**score_to_json(score), "text": caption.example.caption[score.start : score.end]}
+            row = {**score_to_json(score), "text": caption.example.caption[score.start : score.end]}
+            if words := caption.example.words:
+                row["token_needs_image"] = _token_truth(score, words)
+            yield row
+
+
+def _token_truth(score: SentenceScore, words: Sequence[Word]) -> list[bool | None]:
+    """Whether the word of each token needs the image; None of tokens that stand in no word, as punctuation."""
+    near = [word for word in words if word.start < score.end and score.start < word.end]
+    found = [truth_of(near, start, end) for start, end in score.token_spans]
+    return [word.needs_image if word else None for word in found]
 
 
 def _write_rejected(shards: Shards, rejected: RejectedRows, found: _Statistics) -> None:

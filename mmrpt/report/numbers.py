@@ -9,8 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmrpt.report.markdown import duration, points
-from mmrpt.report.read import CONDITIONS, Row, Run
-from mmrpt.report.statistics import Interval, auc_interval, paired_difference_interval, roc_auc, wilson_interval
+from mmrpt.report.read import CONDITIONS, Row, Run, Scored
+from mmrpt.report.statistics import (
+    Interval,
+    auc_interval,
+    paired_difference_interval,
+    paired_ratio_interval,
+    roc_auc,
+    wilson_interval,
+)
+from mmrpt.report.tally import ALL_SETS, SEEN_ART, Key, Tally, never_right_blanked, only, tally_of
 
 MODELS = {"warmup": "warm start", "rl": "RL", "control": "control"}
 CONTROL = "the warm start trained for as many more steps on captions"
@@ -20,11 +28,11 @@ SETS = {
     "new_style": "new art style",
     "held_out": "held-out pairs",
 }
-ALL_SETS = "all sets"
+POOLS = (ALL_SETS, SEEN_ART)
 COLUMNS = CONDITIONS | {"gap": "gap (with image − another's)"}  # of every table of accuracies
 COMPARISONS = {("rl", "warmup"): "RL − warm start", ("rl", "control"): "RL − control"}  # first minus second
 
-Key = tuple[str, str, str]  # model, held-out set, condition
+CONDITIONS_AND_GAP = {one: {one: 1} for one in CONDITIONS} | {"gap": {"image": 1, "swapped": -1}}  # signed terms
 
 
 class Estimate(NamedTuple):
@@ -68,83 +76,91 @@ MAY_DIFFER = ("name", "output", "seed", "threads", "track")  # settings that lea
 
 
 def numbers_of(run: Run, comparisons: Iterable[tuple[str, str]] = tuple(COMPARISONS)) -> dict[str, Estimate]:
-    """Rates and their differences as fractions, seconds, and an AUC; a number that was not measured is absent.
+    """Rates and their differences as fractions, ratios, seconds, AUCs; a number that was not measured is absent.
 
-    "accuracy/<model>/<set>/<column>", "accuracy/<model>/<set>/<condition>/<kind>", "dependency_auc", "seconds/<phase>",
-    "change/<model> - <other>/<set>/<column>" of each of `comparisons`, "seconds/whole run". <set> is also "all sets";
-    the column "gap" is accuracy with the image minus that with another's image: what a model gets from looking at its
-    own.
+    "accuracy/<model>/<set>/<column>", "accuracy/<model>/<set>/<condition>/<kind>", "change/<model> - <other>/<set>/
+    <column>" of each of `comparisons`; both also as "sampled/..." (avg@k) and as "b_clean/..." (over the questions that
+    no model answers rightly with the image blanked, whose share is "b_clean_share/<set>"); "mirage/<model>/<set>" (the
+    accuracy with the image blanked over that with it); "dependency_auc", "token_auc"; "seconds/<phase>", "seconds/whole
+    run". <set> is also one of `POOLS`; the column "gap" is accuracy with the image minus that with another's image:
+    what a model gets from looking at its own.
     """
     sets, models = in_order(SETS, run.evaluation, "set"), in_order(MODELS, run.evaluation, "model")
-    cells = {(row["model"], row["set"], row["condition"]): row for row in run.evaluation}
-    counts = {key: np.array([round(row["accuracy"] * row["count"]), row["count"]], int) for key, row in cells.items()}
-    right = _right_answers(run.answers, counts)
-    for model in models:
-        for condition in CONDITIONS:
-            keys, pooled = [(model, name, condition) for name in sets], (model, ALL_SETS, condition)
-            if all(key in counts for key in keys):
-                counts[pooled] = sum(counts[key] for key in keys)
-            if all(key in right for key in keys):
-                right[pooled] = {(key[1], one): hit for key in keys for one, hit in right[key].items()}
     subjects = {f"accuracy/{model}": {model: 1} for model in models}
     subjects |= {f"change/{one} - {other}": {one: 1, other: -1} for one, other in comparisons}
-    columns = {condition: {condition: 1} for condition in CONDITIONS} | {"gap": {"image": 1, "swapped": -1}}
-    found = _auc(run) | _by_kind(cells)
-    for name in (*sets, ALL_SETS):
-        for subject, of_models in subjects.items():
-            for column, of_conditions in columns.items():
-                terms = {
-                    (model, name, one): s * t for model, s in of_models.items() for one, t in of_conditions.items()
-                }
-                if terms.keys() <= counts.keys():
-                    found[f"{subject}/{name}/{column}"] = _estimate(terms, counts, right)
+    greedy, sampled = (tally_of(run, sets, models, prefix) for prefix in ("", "sampled_"))
+    clean = never_right_blanked(greedy, models)
+    found = _aucs(run) | _by_kind(run.evaluation) | _mirage(greedy)
+    for prefix, tally in (("", greedy), ("sampled/", sampled), ("b_clean/", only(greedy, clean))):
+        for name in (*sets, *POOLS):
+            for subject, of_models in subjects.items():
+                for column, of_conditions in CONDITIONS_AND_GAP.items():
+                    terms = {(m, name, c): s * t for m, s in of_models.items() for c, t in of_conditions.items()}
+                    if terms.keys() <= tally.counts.keys():
+                        found[f"{prefix}{subject}/{name}/{column}"] = _estimate(terms, tally)
+    for name, questions in clean.items():
+        left, asked = len(questions), len(greedy.right[models[0], name, "blanked"])
+        found[f"b_clean_share/{name}"] = Estimate(left / asked, wilson_interval(left, asked), asked)
     seconds = run.seconds | ({"whole run": sum(run.seconds.values())} if run.seconds else {})
     return found | {f"seconds/{phase}": Estimate(value) for phase, value in seconds.items()}
 
 
-def _estimate(terms: Mapping[Key, int], counts: Mapping[Key, Any], right: Mapping[Key, dict]) -> Estimate:
-    """A sum of signed rates over the same questions; a difference is paired question by question."""
-    correct, count = counts[next(iter(terms))].tolist()
+def _estimate(terms: Mapping[Key, int], tally: Tally) -> Estimate:
+    """A sum of signed rates over the same questions; a difference is paired question by question.
+
+    Wilson's interval takes several answers to a question for one, which is never too short for their mean.
+    """
+    correct, count = tally.counts[next(iter(terms))].tolist()
     if len(terms) == 1:
-        return Estimate(correct / count, wilson_interval(correct, count), count)
-    value = float(sum(sign * counts[key][0] / counts[key][1] for key, sign in terms.items()))
-    answers = [(right.get(key, {}), sign) for key, sign in terms.items()]
+        return Estimate(correct / tally.answers / count, wilson_interval(correct / tally.answers, count), count)
+    value = sum(sign * tally.counts[key][0] / tally.counts[key][1] for key, sign in terms.items()) / tally.answers
+    answers = [(tally.right.get(key, {}), sign) for key, sign in terms.items()]
     questions = answers[0][0].keys()
     if not questions or any(one.keys() != questions for one, _ in answers):
-        return Estimate(value, None, count)
-    differences = [sum(sign * one[question] for one, sign in answers) for question in questions]
-    return Estimate(value, paired_difference_interval(differences, bound=len(terms) / 2), count)
+        return Estimate(float(value), None, count)
+    differences = [sum(sign * one[question] for one, sign in answers) / tally.answers for question in questions]
+    return Estimate(float(value), paired_difference_interval(differences, bound=len(terms) / 2), count)
 
 
-def _right_answers(answers: Iterable[Row], counts: Mapping[Key, Any]) -> dict[Key, dict]:
-    """Right or wrong by sample id, of the cells whose answers are all there and agree with evaluation.json."""
-    right: dict[Key, dict] = {}
-    for row in answers:
-        key = (row.get("model"), row.get("set"), row.get("condition"))
-        right.setdefault(key, {})[row.get("sample_id")] = bool(row.get("exact"))
-    return {k: hits for k, hits in right.items() if k in counts and [*counts[k]] == [sum(hits.values()), len(hits)]}
+def _mirage(tally: Tally) -> dict[str, Estimate]:
+    """Accuracy with the image blanked over that with it, where the latter is not zero."""
+    found = {}
+    for (model, name, condition), (correct, count) in tally.counts.items():
+        blanked = model, name, "blanked"
+        if condition != "image" or correct == 0 or blanked not in tally.counts:
+            continue
+        one, other = (tally.right.get(key, {}) for key in (blanked, (model, name, "image")))
+        paired = bool(other) and one.keys() == other.keys()
+        interval = paired_ratio_interval([one[key] for key in other], list(other.values())) if paired else None
+        value = tally.counts[blanked][0] / tally.counts[blanked][1] / (correct / count)
+        found[f"mirage/{model}/{name}"] = Estimate(float(value), interval, int(count))
+    return found
 
 
-def _by_kind(cells: Mapping[Key, Row]) -> dict[str, Estimate]:
+def _by_kind(rows: Iterable[Row]) -> dict[str, Estimate]:
     """Rates by kind of the hidden word, of each set and of all."""
     hits: dict[str, Any] = {}
-    for (model, name, condition), row in cells.items():
+    for row in rows:
         for kind, (rate, count) in (row.get("by_kind") or {}).items():
-            for place in (name, ALL_SETS):
-                path = f"accuracy/{model}/{place}/{condition}/{kind}"
+            for place in (row["set"], ALL_SETS):
+                path = f"accuracy/{row['model']}/{place}/{row['condition']}/{kind}"
                 hits[path] = hits.get(path, 0) + np.array([round(rate * count), count])
     return {path: Estimate(n / of, wilson_interval(n, of), of) for path, (n, of) in hits.items()}
 
 
-def _auc(run: Run) -> dict[str, Estimate]:
-    """The AUC that evaluation.json states, else that of scores.jsonl; its interval by the counts of scores.jsonl."""
-    known = np.isfinite(run.needs_image)
-    truth = run.needs_image[known]
-    auc = run.dependency_auc if math.isfinite(run.dependency_auc) else roc_auc(truth, run.scores[known])
+def _aucs(run: Run) -> dict[str, Estimate]:
+    """The AUCs that evaluation.json states, else those of scores.jsonl, which also gives their intervals."""
+    known = run.sentence_scores.of(np.isfinite(run.sentence_scores.needs_image))
+    stated = {"dependency_auc": (run.dependency_auc, known), "token_auc": (run.token_auc, run.token_scores)}
+    return {name: found for name, (auc, scores) in stated.items() if (found := _auc(auc, scores))}
+
+
+def _auc(stated: float, rows: Scored) -> Estimate | None:
+    auc = stated if math.isfinite(stated) else roc_auc(rows.needs_image, rows.scores)
     if math.isnan(auc):
-        return {}
-    interval = auc_interval(auc, int(truth.sum()), int((1 - truth).sum()))
-    return {"dependency_auc": Estimate(auc, interval if math.isfinite(interval.low) else None, truth.size)}
+        return None
+    interval = auc_interval(auc, rows.needs_image, rows.scores, rows.captions)
+    return Estimate(auc, interval if math.isfinite(interval.low) else None, rows.scores.size)
 
 
 def in_order(known: Iterable[str], rows: Iterable[Row], key: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mmrpt.report.numbers import (
     CONTROL,
     MAY_DIFFER,
     MODELS,
+    POOLS,
     PROMISES,
     SETS,
     Estimate,
@@ -33,9 +35,11 @@ from mmrpt.report.numbers import (
 from mmrpt.report.plots import PLOTS, draw_all
 from mmrpt.report.read import Run, changed_settings, number, read_run
 from mmrpt.report.statistics import wilson_interval
+from mmrpt.report.tally import SEEN_ART, UNSEEN_ART
 from mmrpt.settings import Settings, flatten, to_yaml
 
 Numbers = Mapping[str, Estimate]
+Comparisons = Mapping[tuple[str, str], str]
 
 PHASE_NAMES = {
     "vision_pretraining": "vision pre-training",
@@ -57,6 +61,23 @@ HOW_ASKED = (
     "*blanked* is the same question over a grey picture, *another's image* over a wrong one."
 )
 HOW_MEASURED = f"{HOW_ASKED} Control: {CONTROL}."
+UNSEEN = (
+    f"*{SEEN_ART.capitalize()}*: without the questions for objects of the new art style. No training image shows that "
+    "artwork, so chance is expected there."
+)
+UNSEEN_LABEL = "– of these in the new art style, whose artwork no training image shows"
+MIRAGE = (
+    "Mirage Score = accuracy with the image blanked / accuracy with the image: 0 where nothing is known without "
+    "looking, 1 where the image adds nothing (interval: Bonett and Price's of a paired ratio)."
+)
+B_CLEAN = (
+    "B-Clean: the questions that none of these models answers rightly with the image blanked. B-Clean share = their "
+    "number / that of all questions: {}. Accuracy over them alone = right answers to them / their number:"
+)
+AVG = (
+    "avg@{0}: mean share of right answers among {0} to each question, sampled at temperature 1; intervals are over "
+    "questions:"
+)
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -105,7 +126,8 @@ def accuracy_table(sets: Iterable[str], subjects: Mapping[str, str], cell: Calla
 
 def format_of(name: str) -> Callable[[float], str]:
     """How a number of an accuracy table is written: rates in per cent, differences in signed points."""
-    return percent if name.startswith("accuracy/") and not name.endswith("/gap") else points
+    rate = name.removeprefix("sampled/").removeprefix("b_clean/").startswith("accuracy/")
+    return percent if rate and not name.endswith("/gap") else points
 
 
 def _summary(run: Run, numbers: Numbers) -> list[str]:
@@ -120,10 +142,18 @@ def _summary(run: Run, numbers: Numbers) -> list[str]:
     ]
 
 
-def headline(run: Run, numbers: Numbers, comparisons: Mapping[tuple[str, str], str] = COMPARISONS) -> str:
+def headline(run: Run, numbers: Numbers, comparisons: Comparisons = COMPARISONS) -> str:
     """Every model and comparison over all sets, a Markdown table; "" before the evaluation."""
+    told = accuracy_table(POOLS, _subjects(run, comparisons), lambda name: _cell(numbers, name))
+    for model in _models(run):
+        if f"{model}/{SEEN_ART}/image" in numbers:
+            return f"{told}\n\n{UNSEEN}"
+    return told
+
+
+def _subjects(run: Run, comparisons: Comparisons, prefix: str = "") -> dict[str, str]:
     subjects = _models(run) | {f"change/{one} - {other}": f"**{label}**" for (one, other), label in comparisons.items()}
-    return accuracy_table([ALL_SETS], subjects, lambda name: _cell(numbers, name))
+    return {f"{prefix}{subject}": label for subject, label in subjects.items()}
 
 
 def _validation(run: Run) -> str:
@@ -151,8 +181,11 @@ def _models(run: Run) -> dict[str, str]:
 def _cell(numbers: Numbers, name: str) -> str:
     if name not in numbers:
         return ""
-    show = format_of(name)
-    return show(numbers[name].value) + interval_of(numbers[name].interval, show).replace(" %", "")
+    return _rate(numbers[name], format_of(name))
+
+
+def _rate(found: Estimate, show: Callable[[float], str] = percent) -> str:
+    return show(found.value) + interval_of(found.interval, show).replace(" %", "")
 
 
 def _phases(run: Run) -> str:
@@ -183,13 +216,14 @@ def _masking(run: Run, numbers: Numbers) -> str:
     sentences, dependent, samples, share = (
         number(run.masking, key) for key in ("sentences", "dependent", "samples", "samples_needing_image")
     )
-    auc = numbers.get("dependency_auc")
-    told = f"{auc.value:.3f}{interval_of(auc.interval, '{:.3f}'.format)}" if auc else "not known"
+    aucs = [numbers.get(name) for name in ("dependency_auc", "token_auc")]
+    told = [f"{auc.value:.3f}{interval_of(auc.interval, '{:.3f}'.format)}" if auc else "not known" for auc in aucs]
     warning = f" **{escape(run.masking['warning'])}**" if run.masking.get("warning") else ""
     return (
         f"Masking: {dependent:,.0f} of {sentences:,.0f} sentences reach the threshold "
         f"{figure(number(run.masking, 'threshold'))} ({code(run.masking.get('method'))}).{warning} AUC of their scores "
-        f"for sentences that need the image: {told}. Of the {samples:,.0f} hidden spans, only the image tells: "
+        f"for sentences that need the image: {told[0]}. AUC of the masses of tokens for words that need it: {told[1]}. "
+        f"Of the {samples:,.0f} hidden spans, only the image tells: "
         f"{'not known' if math.isnan(share) else percent(share)}."
     )
 
@@ -208,19 +242,45 @@ def _promises(numbers: Numbers) -> str:
     return table(["promise of the default run", "measured", "wanted", ""], rows, right=(1,))
 
 
-def accuracies(run: Run, numbers: Numbers) -> list[str]:
-    """Markdown blocks: set by set, where there are several, and kind by kind."""
+def accuracies(run: Run, numbers: Numbers, comparisons: Comparisons = COMPARISONS) -> list[str]:
+    """Markdown blocks: set by set, where there are several, kind by kind, Mirage Score, B-Clean, avg@k."""
     sets, models = in_order(SETS, run.evaluation, "set"), _models(run)
     parts = [accuracy_table(sets, models, lambda name: _cell(numbers, name))] if len(sets) > 1 else []
-    rows: dict[str, list[str]] = {}
+    return [*parts, *_kinds(run, numbers), *_mirage(run, numbers), *_rates(run, numbers, comparisons)]
+
+
+def _kinds(run: Run, numbers: Numbers) -> list[str]:
+    """Accuracies by the kind of the hidden word."""
+    models, rows = _models(run), []
     for kind in sorted({kind for row in run.evaluation for kind in row.get("by_kind") or {}}):
-        for model in models:
-            cells = [numbers.get(f"{model}/{ALL_SETS}/{condition}/{kind}") for condition in CONDITIONS]
-            count = max((cell.count for cell in cells if cell), default=0)
-            shown = " / ".join(f"{100 * cell.value:.0f}" if cell else "–" for cell in cells)
-            rows.setdefault(kind, [escape(kind), f"{count:,}"]).append(shown)
-    if rows:
-        header = ["hidden word", "questions", *models.values()]
-        parts.append(f"By the kind of the hidden word, over all sets, % {' / '.join(CONDITIONS.values())}:")
-        parts.append(table(header, rows.values(), right=range(1, len(header))))
+        places = {ALL_SETS: escape(kind)} | ({UNSEEN_ART[0]: UNSEEN_LABEL} if kind == UNSEEN_ART[1] else {})
+        for place, label in places.items():
+            cells = {m: [numbers.get(f"{m}/{place}/{condition}/{kind}") for condition in CONDITIONS] for m in models}
+            count = max((cell.count for found in cells.values() for cell in found if cell), default=0)
+            if count:
+                shown = (" / ".join(f"{100 * c.value:.0f}" if c else "–" for c in found) for found in cells.values())
+                rows.append([label, f"{count:,}", *shown])
+    header = ["hidden word", "questions", *models.values()]
+    told = f"By the kind of the hidden word, over all sets, % {' / '.join(CONDITIONS.values())}:"
+    return [told, table(header, rows, right=range(1, len(header)))] if rows else []
+
+
+def _mirage(run: Run, numbers: Numbers) -> list[str]:
+    """Mirage Scores over all sets."""
+    rows = []
+    for name, (model, label) in product(POOLS, _models(run).items()):
+        if found := numbers.get(f"mirage/{model.removeprefix('accuracy/')}/{name}"):
+            rows.append([name, label, f"{found.value:.2f}{interval_of(found.interval, '{:.2f}'.format)}"])
+    return [MIRAGE, table(["held-out set", "", "Mirage Score"], rows, right=(2,))] if rows else []
+
+
+def _rates(run: Run, numbers: Numbers, comparisons: Comparisons) -> list[str]:
+    """The share of B-Clean with the accuracies over it, and avg@k, over all sets."""
+    shares = {name: numbers[f"b_clean_share/{name}"] for name in POOLS if f"b_clean_share/{name}" in numbers}
+    told = (f"{_rate(one)} of the {one.count:,} of {name}" for name, one in shares.items())
+    sampled = next((row["sampled"] for row in run.evaluation if "sampled" in row), 0)
+    parts = []
+    for prefix, text in (("b_clean/", B_CLEAN.format("; ".join(told))), ("sampled/", AVG.format(sampled))):
+        rates = accuracy_table(POOLS, _subjects(run, comparisons, prefix), lambda name: _cell(numbers, name))
+        parts += [text, rates] if rates else []
     return parts

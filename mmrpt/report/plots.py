@@ -181,7 +181,7 @@ def plot_trajectory_perception(run: Run) -> Figure | None:
 
 def plot_dependency(run: Run) -> Figure | None:
     """Dependency scores of sentences by true class, with the AUC and the threshold that masking used."""
-    scores, truth = run.scores, run.needs_image
+    scores, truth, _ = run.sentence_scores
     if scores.size == 0:
         return None
     figure, (axis,) = new_figure()

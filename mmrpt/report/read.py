@@ -1,8 +1,8 @@
 """Read a run folder into one `Run`, each file once; plots and report are made of that alone.
 
 A run may have been killed at any moment: a file may not exist, its last line may be torn, a metric may be NaN. Whatever
-is unusable is left out and named in `problems`. Of the files that grow with the corpus (scores.jsonl, masked.jsonl) two
-numbers a row are kept, and whole rows of the few examples that are shown.
+is unusable is left out and named in `problems`. Of the files that grow with the corpus (scores.jsonl, masked.jsonl) a
+few numbers a row are kept, and whole rows of the few examples that are shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -26,6 +26,15 @@ Row = dict[str, Any]
 Floats = NDArray[np.float64]
 CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
 EXAMPLES = 3  # training examples that are shown
+
+
+class Scored(NamedTuple):
+    scores: Floats  # (N,)
+    needs_image: Floats  # (N,) 1, 0, or NaN: not known
+    captions: Floats  # (N,) the number of the caption
+
+    def of(self, chosen: NDArray[np.bool_]) -> Scored:
+        return Scored(*(values[chosen] for values in self))
 
 
 @dataclass(frozen=True)
@@ -42,12 +51,13 @@ class Run:
     trajectory_perception: Floats  # (M,) >= 0
     evaluation: list[Row]
     dependency_auc: float
+    token_auc: float
     answers: list[Row]
     examples: list[str]  # ids of the training examples that are shown
     masked: dict[str, list[Row]]  # of those examples
     sentences: dict[str, list[Row]]  # of those examples
-    scores: Floats  # (N,) of every sentence
-    needs_image: Floats  # (N,) 1, 0, or NaN: not known
+    sentence_scores: Scored  # of every sentence
+    token_scores: Scored  # of the tokens whose truth is known
 
     def values(self, phase: str, key: str) -> Floats:
         """(N,) one key of a phase's rows, NaN where it is absent."""
@@ -75,8 +85,8 @@ def read_run(folder: Path | str) -> Run:
         by_phase["validation"] = [row for row in rows if all(math.isfinite(number(row, name)) for name in numbers)]
     examples = _choose_examples(folder, samples)
     masked = _of_examples(_rows(folder / "masked.jsonl", problems), examples)
-    scores, needs_image = array("d"), array("d")
-    sentences = _of_examples(_counted(_rows(folder / "scores.jsonl", problems), scores, needs_image), examples)
+    of_sentences, of_tokens = array("d"), array("d")
+    sentences = _of_examples(_counted(_rows(folder / "scores.jsonl", problems), of_sentences, of_tokens), examples)
     return Run(
         folder=folder,
         problems=problems,
@@ -90,12 +100,13 @@ def read_run(folder: Path | str) -> Run:
         trajectory_perception=_gather(perception, "trajectory_scores"),
         evaluation=evaluation.get("rows", []),
         dependency_auc=number(evaluation, "dependency_auc"),
+        token_auc=number(evaluation, "token_auc"),
         answers=list(_rows(folder / "answers.jsonl", problems)),
         examples=examples,
         masked=masked,
         sentences=sentences,
-        scores=np.array(scores),
-        needs_image=np.array(needs_image),
+        sentence_scores=Scored(*np.array(of_sentences).reshape(-1, 3).T),
+        token_scores=Scored(*np.array(of_tokens).reshape(-1, 3).T),
     )
 
 
@@ -150,12 +161,17 @@ def _of_examples(rows: Iterable[Row], examples: list[str]) -> dict[str, list[Row
     return shown
 
 
-def _counted(rows: Iterable[Row], scores: array, needs_image: array) -> Iterator[Row]:
-    """Passes on the rows with a finite score, and keeps score and truth of each."""
+def _counted(rows: Iterable[Row], sentences: array, tokens: array) -> Iterator[Row]:
+    """Passes on the rows with a finite score; adds score, truth and caption of each and of tokens of known truth."""
+    caption, name = -1, object()
     for row in rows:
+        if row.get("example_id") != name:
+            caption, name = caption + 1, row.get("example_id")
         if math.isfinite(score := number(row, "score")):
-            scores.append(score)
-            needs_image.append(number(row, "needs_image"))
+            sentences.extend((score, number(row, "needs_image"), caption))
+            for mass, needs in zip(row.get("token_masses") or (), row.get("token_needs_image") or (), strict=False):
+                if needs is not None and math.isfinite(mass):
+                    tokens.extend((mass, needs, caption))
             yield row
 
 

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson_interval(successes: float, count: int) -> Interval:
+def wilson_interval(successes: float, count: int, z: float = Z95) -> Interval:
     """Wilson's score interval of a binomial proportion (Wilson 1927): never leaves [0, 1], sound at 0 and at `count`.
 
     (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). A count of zero gives [0, 1]: nothing is known.
@@ -31,9 +31,9 @@ def wilson_interval(successes: float, count: int) -> Interval:
         raise ValueError(f"{successes} successes of {count}: expected 0 <= successes <= count; pass counts, not rates")
     if count == 0:
         return Interval(0.0, 1.0)
-    rate, z2 = successes / count, Z95**2
+    rate, z2 = successes / count, z**2
     middle, scale = rate + z2 / (2 * count), 1 + z2 / count
-    reach = Z95 * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count * count))
+    reach = z * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count * count))
     low = 0.0 if successes == 0 else max(0.0, (middle - reach) / scale)
     high = 1.0 if successes == count else min(1.0, (middle + reach) / scale)
     return Interval(low, high)
@@ -61,6 +61,25 @@ def paired_difference_interval(differences: ArrayLike, bound: float = 1.0) -> In
     return Interval(max(-bound, middle - reach), min(bound, middle + reach))
 
 
+def paired_ratio_interval(one: ArrayLike, other: ArrayLike) -> Interval:
+    """Interval of mean(one) / mean(other), both (N,) right (1) or wrong (0) about the same questions.
+
+    Bonett and Price (2006): Wilson's intervals of both rates among the questions that are right under either, at a
+    critical value that allows for the pairs; the ends are the lower of the one over the upper of the other, and the
+    reverse. [0, infinity] where `other` has no right answer.
+    """
+    a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape or not np.isin([*a, *b], (0, 1)).all():
+        raise ValueError(f"expected 0 or 1 (N,) of the same questions, got {a.shape} and {b.shape}: pass no rates")
+    if not b.any():
+        return Interval(0.0, math.inf)
+    either, hits = int(np.maximum(a, b).sum()), (int(a.sum()), int(b.sum()))
+    pairs = math.sqrt((np.abs(a - b).sum() + 2) / ((hits[0] + 1) * (hits[1] + 1)))
+    alone = sum(math.sqrt((1 - (hit + 1) / (either + 2)) / (hit + 1)) for hit in hits)
+    top, bottom = (wilson_interval(hit, either, z=Z95 * pairs / alone) for hit in hits)
+    return Interval(top.low / bottom.high, top.high / bottom.low)
+
+
 def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """P(score of a positive > score of a negative) + P(equal) / 2, by average ranks (Mann-Whitney U / (P N)).
 
@@ -77,22 +96,35 @@ def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if num_positive == 0 or num_negative == 0:
         return math.nan
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # ties share the mean of their ranks
-    u = ranks[positive].sum() - num_positive * (num_positive + 1) / 2
+    u = _ranks(values)[positive].sum() - num_positive * (num_positive + 1) / 2
     return float(u / (num_positive * num_negative))
 
 
-def auc_interval(auc: float, num_positive: int, num_negative: int) -> Interval:
-    """Normal interval of an AUC, clipped to [0, 1] (Hanley and McNeil 1982); NaN ends for a NaN AUC or a lone class."""
-    if math.isnan(auc) or num_positive == 0 or num_negative == 0:
+def auc_interval(auc: float, labels: ArrayLike, scores: ArrayLike, clusters: ArrayLike) -> Interval:
+    """Normal interval around an AUC, clipped to [0, 1], for rows that are independent only between clusters (N,).
+
+    Obuchowski (1997), DeLong's method with what the rows of a cluster add taken together. With v_i a positive's share
+    of negatives below it and v_j a negative's share of positives above it, ties half, and C clusters:
+    variance = C / (C - 1) * sum over clusters of (sum_i (v_i - AUC) / P + sum_j (v_j - AUC) / N)^2. NaN ends without
+    both classes or two clusters.
+    """
+    positive, values = np.asarray(labels).astype(bool), np.asarray(scores, dtype=np.float64)
+    _, cluster = np.unique(clusters, return_inverse=True)
+    area, number = roc_auc(positive, values), int(cluster.max(initial=-1)) + 1
+    if math.isnan(area) or number < 2:
         return Interval(math.nan, math.nan)
-    two_positives = auc / (2 - auc)  # P(two random positives both beat a negative), for exponential scores
-    two_negatives = 2 * auc * auc / (1 + auc)
-    variance = auc * (1 - auc) + (num_positive - 1) * (two_positives - auc**2)
-    variance = (variance + (num_negative - 1) * (two_negatives - auc**2)) / (num_positive * num_negative)
-    reach = Z95 * math.sqrt(max(variance, 0.0))
-    return Interval(max(0.0, auc - reach), min(1.0, auc + reach))
+    ranks, added = _ranks(values), np.empty(values.size)
+    for own in (positive, ~positive):
+        beaten = (ranks[own] - _ranks(values[own])) / (~own).sum()  # of the other class, by each of this one
+        added[own] = ((beaten if own is positive else 1 - beaten) - area) / own.sum()
+    error = math.sqrt(number / (number - 1) * (np.bincount(cluster, added) ** 2).sum())
+    return Interval(max(0.0, auc - Z95 * error), min(1.0, auc + Z95 * error))
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 1; ties share the mean of their ranks."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def moving_average(values: ArrayLike, window: int) -> NDArray[np.float64]:

@@ -294,4 +294,7 @@ class EvaluationSettings:
         0, ge=0, description="steps of RL between validations on data.validation pairs, the last always; 0: none"
     )
     samples: int = Field(150, ge=2, description="masked captions of each held-out set; two or more, to swap images")
+    sampled: int = Field(
+        0, ge=0, description="answers sampled at temperature 1 besides the greedy one, for avg@k; 0: none"
+    )
     batch_size: int = Field(96, ge=1, description="masked captions answered at once")

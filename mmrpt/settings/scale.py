@@ -26,6 +26,7 @@ TINY_CAPS: dict[str, int] = {
     "rl.max_rounds": 2,
     "evaluation.every": 1,
     "evaluation.samples": 4,
+    "evaluation.sampled": 2,
     "evaluation.batch_size": 4,
     "demo.size": 64,
     "demo.vision_steps": 2,

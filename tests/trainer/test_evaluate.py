@@ -231,6 +231,7 @@ def test_avg_of_a_policy_without_doubt_is_its_accuracy(looking_policy, small_set
     with torch.no_grad():
         looking_policy.text_model.norm.weight.mul_(1e3)
     rows, answers = evaluate_policy(looking_policy, "m", sets, small_settings(), sampled=3)
-    assert [row["sampled_accuracy"] for row in rows] == [row["accuracy"] for row in rows]
+    for key in ("accuracy", "by_kind"):
+        assert [row[f"sampled_{key}"] for row in rows] == [row[key] for row in rows]
     assert all(answer["sampled"] == [answer["completion"]] * 3 for answer in answers)
     assert all(row["sampled"] == 3 for row in rows) and any(0 < row["accuracy"] < 1 for row in rows)

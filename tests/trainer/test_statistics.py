@@ -16,6 +16,7 @@ from mmrpt.report.statistics import (
     auc_interval,
     moving_average,
     paired_difference_interval,
+    paired_ratio_interval,
     roc_auc,
     wilson_interval,
 )
@@ -37,17 +38,43 @@ def test_auc_counts_pairs_and_half_of_the_ties(rows: list[tuple[int, bool]]) -> 
     assert roc_auc([not label for label in labels], scores) == pytest.approx(1 - expected, abs=1e-12)
 
 
-def test_auc_interval_has_the_spread_of_exponential_scores() -> None:
-    # Hanley and McNeil's variance is exact for exponential scores: area = scale / (1 + scale).
-    rng, scale, positives, negatives, trials = np.random.default_rng(5), 4.0, 30, 50, 20_000
-    above = rng.exponential(scale, (trials, positives))
-    below = np.sort(rng.exponential(1.0, (trials, negatives)), axis=1)
-    wins = [np.searchsorted(low, high).sum() for low, high in zip(below, above, strict=True)]
-    areas = np.array(wins) / (positives * negatives)
-    low, high = auc_interval(0.8, positives, negatives)
-    assert (high - low) / (2 * Z95) == pytest.approx(areas.std(), rel=0.02)  # standard error of a std of 20,000: 0.5 %
-    assert auc_interval(1.0, 5, 5) == (1.0, 1.0) and auc_interval(0.95, 3, 3).high == 1.0
-    assert all(math.isnan(end) for end in auc_interval(math.nan, 3, 0))
+def test_auc_interval_sums_what_each_cluster_adds() -> None:
+    rows = [(1, 0.9, "a"), (0, 0.4, "a"), (1, 0.4, "b"), (0, 0.1, "b"), (0, 0.5, "c"), (1, 0.8, "c"), (0, 0.2, "d")]
+
+    def beats(high: float, low: float) -> float:
+        return float(high > low) + (high == low) / 2
+
+    positives, negatives = ([row for row in rows if row[0] == label] for label in (1, 0))
+    auc = sum(beats(p[1], n[1]) for p in positives for n in negatives) / 12
+    error = 0.0
+    for cluster in "abcd":
+        own = sum(sum(beats(p[1], n[1]) for n in negatives) / 4 - auc for p in positives if p[2] == cluster) / 3
+        own += sum(sum(beats(p[1], n[1]) for p in positives) / 3 - auc for n in negatives if n[2] == cluster) / 4
+        error += own**2 * 4 / 3
+    low, high = auc_interval(0.5, *zip(*rows, strict=True))
+    assert (low, high) == pytest.approx((0.5 - Z95 * math.sqrt(error), 0.5 + Z95 * math.sqrt(error)), abs=1e-12)
+    assert auc_interval(1.0, [1, 0, 1], [0.9, 0.1, 0.8], [0, 1, 2]) == (1.0, 1.0)
+    for labels, clusters in (([1, 1, 1], [0, 1, 2]), ([1, 0, 1], [0, 0, 0]), ([], [])):
+        assert all(math.isnan(end) for end in auc_interval(0.7, labels, [0.5] * len(labels), clusters))
+
+
+def test_auc_interval_covers_the_truth_also_where_rows_of_a_cluster_agree() -> None:
+    """A shift of each cluster's scores, and classes that clusters hold in different shares: taken for independent, as
+    many rows give an interval that is far too short."""
+    rng, trials, clusters, rows = np.random.default_rng(5), 400, 60, 12
+    shares = rng.random((trials, clusters, 1))
+    labels = rng.random((trials, clusters, rows)) < shares
+    scores = labels + rng.standard_normal((trials, clusters, rows)) + rng.standard_normal((trials, clusters, 1))
+    truth = statistics.NormalDist().cdf(1 / 2)  # P(N(1, 2) > N(0, 2))
+    names = np.repeat(np.arange(clusters), rows)
+    covered = {"clustered": 0, "independent": 0}
+    for one, values in zip(labels.reshape(trials, -1), scores.reshape(trials, -1), strict=True):
+        auc = roc_auc(one, values)
+        for how, by in (("clustered", names), ("independent", np.arange(names.size))):
+            low, high = auc_interval(auc, one, values, by)
+            covered[how] += low <= truth <= high
+    assert 0.91 <= covered["clustered"] / trials <= 0.98, covered  # sampling error 0.011
+    assert covered["independent"] / trials < 0.85, covered
 
 
 @given(st.integers(1, 500), st.data())
@@ -85,6 +112,33 @@ def test_paired_interval_is_agresti_and_mins() -> None:
     assert paired_difference_interval([]) == (-1.0, 1.0) and paired_difference_interval([1, 1]).high == 1.0
 
 
+def test_ratio_interval_is_bonett_and_prices() -> None:
+    """Its steps with the numbers put in: 9 right under both, 3 under the first alone, 18 under the second alone."""
+    pairs, first, second = [(1, 1)] * 9 + [(1, 0)] * 3 + [(0, 1)] * 18 + [(0, 0)] * 70, 12, 27
+    z = Z95 * math.sqrt((3 + 18 + 2) / (13 * 28)) / (math.sqrt((1 - 13 / 32) / 13) + math.sqrt((1 - 28 / 32) / 28))
+
+    def roots(right: int) -> list[float]:  # of (rate - p)^2 = z^2 p (1 - p) / 30
+        return sorted(np.roots([1 + z * z / 30, -(2 * right / 30 + z * z / 30), (right / 30) ** 2]).real)
+
+    low, high = paired_ratio_interval(*zip(*pairs, strict=True))
+    assert low == pytest.approx(roots(first)[0] / roots(second)[1])
+    assert high == pytest.approx(roots(first)[1] / roots(second)[0])
+    assert low < first / second < high
+    assert paired_ratio_interval([1, 0], [0, 0]) == (0.0, math.inf)
+    assert paired_ratio_interval([0] * 40, [1] * 10 + [0] * 30).low == 0.0
+
+
+@pytest.mark.parametrize("cells", [[0.15, 0.05, 0.35, 0.45], [0.01, 0.02, 0.37, 0.6], [0.2, 0.15, 0.1, 0.55]])
+def test_ratio_interval_covers_the_truth_as_often_as_it_says(cells: list[float]) -> None:
+    rng, trials = np.random.default_rng(3), 2000
+    truth = (cells[0] + cells[1]) / (cells[0] + cells[2])
+    covered = 0
+    for counts in rng.multinomial(150, cells, size=trials):
+        low, high = paired_ratio_interval(np.repeat([1, 1, 0, 0], counts), np.repeat([1, 0, 1, 0], counts))
+        covered += low <= truth <= high
+    assert 0.93 <= covered / trials <= 0.985, f"{covered / trials} (sampling error 0.005)"
+
+
 @given(st.lists(st.floats(-10, 10) | st.just(math.nan), max_size=30), st.sampled_from([1, 3, 5, 9]))
 @settings(max_examples=100, deadline=None)
 def test_moving_average_by_hand(values: list[float], window: int) -> None:
@@ -103,6 +157,8 @@ def test_moving_average_by_hand(values: list[float], window: int) -> None:
         (lambda: roc_auc([0.1, 0.2], [True, False]), "labels come first"),
         (lambda: wilson_interval(5, 4), "counts, not rates"),
         (lambda: paired_difference_interval([2, 0]), "one difference"),
+        (lambda: paired_ratio_interval([0.5], [1]), "pass no rates"),
+        (lambda: paired_ratio_interval([1, 0], [1]), "same questions"),
         (lambda: moving_average([1.0, 2.0], 2), "odd"),
     ],
 )
