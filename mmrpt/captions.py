@@ -1,15 +1,16 @@
 """Batches of supervised rows: describe the image, or (a share of rows) restore a hidden word as `<think><answer>`.
 
-The warm-up, the control and the captions that reinforcement mixes in are made of them.
+The warm-up, supervised controls and the captions that reinforcement mixes in are made of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import Image
 
-from mmrpt.masking.build import random_masks, truth_masks
+from mmrpt.masking.build import caption_of, random_masks, truth_masks
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import begun_thought, restore_text
 from mmrpt.settings import PromptSettings
@@ -35,14 +36,21 @@ def caption_batch(
     if cut is not None:
         examples = [cut(example, rng) for example in examples]
     rows = [_row(example, prompts, restore_fraction, rng, visual=cut is not None) for example in examples]
-    encoded_prompts, pixels = policy.prompts([ask for ask, _ in rows], [source.image(e.id) for e in examples])
-    responses = [[*policy.encode_text(answer), policy.eos_token_id] for _, answer in rows]
-    return policy.batch(encoded_prompts, responses, pixels, range(len(examples)))
+    return _batch(policy, rows, [source.image(e.id) for e in examples])
 
 
-def restored_response(example: Example, sample: MaskedSample) -> str:
+def masked_batch(
+    policy: Policy, samples: Sequence[MaskedSample], images: Sequence[Image.Image], prompts: PromptSettings
+) -> Batch:
+    """Rows that restore the hidden span of each sample, whose image is the one at its place in `images`."""
+    captions = [caption_of(sample, prompts.mask) for sample in samples]
+    rows = [(restore_text(s, prompts), restored_response(c, s)) for c, s in zip(captions, samples, strict=True)]
+    return _batch(policy, rows, images)
+
+
+def restored_response(caption: str, sample: MaskedSample) -> str:
     """The wanted completion of a masked sample: think by restoring the words up to the span, then give it alone."""
-    thought = begun_thought(example.caption, sample)
+    thought = begun_thought(caption, sample)
     return f"{thought} {sample.answer}</think><answer> {sample.answer}</answer>"
 
 
@@ -54,5 +62,12 @@ def _row(
         masked = masked or random_masks(example, 1, mask=prompts.mask, rng=rng)
         if masked:
             chosen = masked[rng.integers(len(masked))]
-            return restore_text(chosen, prompts), restored_response(example, chosen)
+            return restore_text(chosen, prompts), restored_response(example.caption, chosen)
     return prompts.describe, example.caption
+
+
+def _batch(policy: Policy, rows: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -> Batch:
+    """Rows of a question and its wanted answer, each with its image."""
+    prompts, pixels = policy.prompts([ask for ask, _ in rows], images)
+    responses = [[*policy.encode_text(answer), policy.eos_token_id] for _, answer in rows]
+    return policy.batch(prompts, responses, pixels, range(len(rows)))

@@ -1,4 +1,5 @@
-"""The optimiser, its learning rate as a function of the step alone, and the guard around a step that is not finite."""
+"""The optimiser, its learning rate as a function of step and steps alone, and the guard around a step that is not
+finite."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ class Optimiser:
         if muon:
             self.parts.append(Muon(muon, lr=settings.lr))
 
-    def step(self, step: int, steps: int) -> dict[str, float | bool]:
+    def step(self, step: int, steps: float) -> dict[str, float | bool]:
         """Clips, steps and clears the gradients. A gradient that is not finite is skipped and changes nothing."""
         settings = self.settings
         lr = learning_rate(settings, step, steps)
@@ -96,7 +97,7 @@ def _words_and_vision(model: nn.Module) -> tuple[set[nn.Parameter], set[nn.Param
     return words, vision
 
 
-def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
+def learning_rate(settings: OptimiserSettings, step: int, steps: float) -> float:
     """Linear warm-up, then a cosine from the peak to `final_fraction` of it at the last step."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps

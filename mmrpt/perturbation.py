@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from mmrpt.types import Example, PairSource
+
 
 def black_patches(height: int, width: int, *, seed: int, patch_size: int = 14, probability: float = 0.5) -> np.ndarray:
     """(height, width) bool: `patch_size` x `patch_size` patches, each true with `probability` (VPPO's perturbation).
@@ -31,3 +33,19 @@ def blacken_patches(image: Image.Image, *, seed: int, patch_size: int = 14, prob
 def blank(image: Image.Image) -> Image.Image:
     """A grey image of the same size: what is left is what the text alone tells."""
     return Image.new("RGB", image.size, (127, 127, 127))
+
+
+class BlankedPairs:
+    """The pairs of a source with each image blanked."""
+
+    def __init__(self, source: PairSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index]
+
+    def image(self, example_id: str) -> Image.Image:
+        return blank(self.source.image(example_id))

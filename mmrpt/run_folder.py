@@ -16,10 +16,11 @@ from typing import IO, Any
 import torch
 
 from mmrpt.corpus import JsonlWriter, read_jsonl, write_json, write_jsonl
+from mmrpt.settings import CONTROL_PHASES
 from mmrpt.trackers import Trackers
 
 # The phases that train, in order; each leaves checkpoints/<phase>.
-PHASES = ("vision_pretraining", "warmup", "rl", "control")
+PHASES = ("vision_pretraining", "warmup", "rl", *CONTROL_PHASES.values())
 STEP_FILES = ("metrics.jsonl", "samples.jsonl", "perception.jsonl", "validation.jsonl")
 
 

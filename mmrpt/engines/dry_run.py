@@ -14,7 +14,7 @@ from mmrpt.families import model_folder
 from mmrpt.lora import base_folder, check_lora
 from mmrpt.memory import PARTS
 from mmrpt.scale import shrink
-from mmrpt.settings import Settings
+from mmrpt.settings import TIMED_CONTROLS, Settings
 from mmrpt.sources import open_given
 from mmrpt.world.tiny_vlm import SPECIAL_TOKENS, tiny_config
 
@@ -92,12 +92,13 @@ def _head(settings: Settings, config: PretrainedConfig, found: Estimate) -> list
     side = largest_image(settings, config.vision_config).width
     rollout = settings.rollout
     steps = {"warm-up": settings.warmup.steps, "RL": settings.rl.steps}
-    if settings.control.enabled:
-        steps["control"] = settings.rl.steps
+    controls = settings.control.phases
+    steps |= {name: settings.rl.steps for name in controls if name not in TIMED_CONTROLS}
+    by_time = [f"RL's seconds of {name}" for name in controls if name in TIMED_CONTROLS]
     text = DEMO_TEXT if settings.model.path is None else TEXT
     return [
         f"model: {settings.model.path or 'the tiny model'}, {found.parameters:,} parameters, {found.trained:,} trained",
-        "steps: " + ", ".join(f"{count} of {name}" for name, count in steps.items()),
+        "steps: " + ", ".join([*(f"{count} of {name}" for name, count in steps.items()), *by_time]),
         f"a step of RL: {settings.rl.groups_per_step} groups of {rollout.group_size} answers, forward passes of "
         f"{settings.model.batch_tokens:,} tokens",
         f"assumed: images of {side} x {side} pixels, {text} tokens of text with each, answers of "

@@ -30,7 +30,7 @@ from mmrpt.perception import token_perception
 from mmrpt.policy import QwenVLPolicy
 from mmrpt.rollout.collect import hidden_fits
 from mmrpt.rollout.generate import generate
-from mmrpt.settings import OptimiserSettings, Settings
+from mmrpt.settings import TIMED_CONTROLS, OptimiserSettings, Settings
 from mmrpt.types import Batch, Group, PixelBatch
 
 TEXT, DEMO_TEXT = 256, 64  # tokens of a prompt besides its image's, and of a caption
@@ -236,7 +236,9 @@ class _Phases:
         if settings.evaluation.every and self.wanted("validation"):
             self.ask("validation", settings.data.validation)
         del reference
-        if settings.control.enabled and self.wanted("control", "control: optimiser"):
+        # Rows of masked samples are shorter than captions; a control by reinforcement needs what RL does.
+        supervised = {"control", *TIMED_CONTROLS} & {*settings.control.phases}
+        if supervised and self.wanted("control", "control: optimiser"):
             self.train("control", captions, optimiser, many=self.many_captions())
 
     def images(self, count: int) -> PixelBatch:

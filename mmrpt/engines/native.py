@@ -1,38 +1,42 @@
 """The whole method in one process, in the order of the pipeline. Each phase leaves its result on disk; a phase whose
 result is there is read back instead of run again, and one that was cut off goes on from its last checkpoint.
 
-    pairs -> warm start -> dependency scores -> masked samples -> RL -> control -> evaluation -> report
+    pairs -> warm start -> dependency scores -> masked samples -> RL -> controls -> evaluation -> report
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mmrpt.captions import caption_batch
-from mmrpt.corpus import items_at, iter_jsonl, read_jsonl, seed_of, write_json, write_jsonl
+from mmrpt.captions import caption_batch, masked_batch
+from mmrpt.checkpoint import load_state
+from mmrpt.corpus import ImageCache, items_at, iter_jsonl, read_jsonl, seed_of, write_json, write_jsonl
 from mmrpt.engines.dry_run import tell_memory
 from mmrpt.engines.phase import Phase
 from mmrpt.engines.rl_step import fill_buffer, train_on_groups
 from mmrpt.engines.run import Run
 from mmrpt.held_out import evaluate_policy, held_out_questions
+from mmrpt.masking.build import masked_at_random
 from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SCORES, SUMMARY, select_masks
 from mmrpt.masking.shards import Shards
 from mmrpt.objective import supervised_backward
+from mmrpt.perturbation import BlankedPairs
 from mmrpt.report.images import write_images
 from mmrpt.report.statistics import roc_auc
 from mmrpt.report.step_log import log_step
 from mmrpt.rollout.buffer import GroupBuffer
-from mmrpt.settings import OptimiserSettings
+from mmrpt.settings import TIMED_CONTROLS, OptimiserSettings, Settings
 from mmrpt.stopwatch import Stopwatch
-from mmrpt.types import Batch, MaskedSample
+from mmrpt.types import Batch, MaskedSample, PairSource
 from mmrpt.validation import Validation
 from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
 
@@ -47,8 +51,9 @@ def train(run: Run) -> Path:
         samples = mask(run)
     with run.folder.timed("rl"):
         reinforce(run, samples)
-    with run.folder.timed("control"):
-        train_control(run)
+    for phase in run.settings.control.phases:
+        with run.folder.timed(phase):
+            train_control(run, phase, samples)
     with run.folder.timed("evaluation"):
         evaluate(run)
     return report(run)
@@ -94,27 +99,40 @@ def mask(run: Run) -> list[MaskedSample]:
     return [MaskedSample(**row) for row in read_jsonl(run.folder / MASKED)]
 
 
-def reinforce(run: Run, samples: list[MaskedSample]) -> None:
-    """Group-relative reinforcement of the warm start on the masked samples."""
-    settings = run.settings
-    phase = Phase(run, "rl", settings.rl.steps, settings.rl.optimiser)
+def reinforce(
+    run: Run,
+    samples: list[MaskedSample],
+    name: str = "rl",
+    *,
+    settings: Settings | None = None,
+    pairs: PairSource | None = None,
+) -> None:
+    """Group-relative reinforcement of the warm start on the masked samples.
+
+    A control has a `name` of its own and is not validated; `settings` and `pairs`, whose images are shown, are the
+    run's where none are given.
+    """
+    settings = settings or run.settings
+    images = run.images if pairs is None else ImageCache(pairs, settings.data.cache_mb << 20)
+    phase = Phase(run, name, settings.rl.steps, settings.rl.optimiser)
     reference = run.frozen("warmup") if settings.rl.kl_coef and not phase.done else None
     buffer = GroupBuffer.from_state(phase.state.get("buffer", []), run.policy.device)
     done = {"round": phase.state.get("round", 0)}
-    validation = Validation(run.policy, run.sources.validation, run.folder, settings)
+    validation = Validation(run.policy, run.sources.validation if name == "rl" else None, run.folder, settings)
     validation.settle(phase.total if phase.done else phase.state["step"])
     for step in phase.steps(lambda: {"buffer": buffer.state(), **done}, validation.settle):
-        sampling = fill_buffer(
-            run.policy, buffer, samples, run.images, settings, done["round"], reference, custom=run.rewards
-        )
-        rounds, watch = list(sampling), Stopwatch()
-        done["round"] += len(rounds)
-        groups = buffer.take(settings.rl.groups_per_step)
-        with watch.part("captions"):
-            captions = later_captions(run, step) if settings.rl.caption_weight else None
-        metrics, weights = train_on_groups(
-            run.policy, phase.optimiser, groups, run.images, settings, step, captions, watch=watch
-        )
+        with phase.timed():
+            sampling = fill_buffer(
+                run.policy, buffer, samples, images, settings, done["round"], reference, custom=run.rewards
+            )
+            rounds, watch = list(sampling), Stopwatch()
+            done["round"] += len(rounds)
+            groups = buffer.take(settings.rl.groups_per_step)
+            with watch.part("captions"):
+                captions = later_captions(run, step, pairs) if settings.rl.caption_weight else None
+            metrics, weights = train_on_groups(
+                run.policy, phase.optimiser, groups, images, settings, step, captions, watch=watch
+            )
         validation.after(step, watch)
         log_step(
             run.folder,
@@ -126,6 +144,7 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
             seconds=watch.seconds,
             samples=samples,
             policy=run.policy,
+            phase=name,
         )
         phase.note(step, groups=len(groups), skipped=metrics["skipped"])
         phase.bar.set_postfix(reward=f"{rounds[-1].metrics['reward']:.2f}" if rounds else "-")
@@ -134,35 +153,70 @@ def reinforce(run: Run, samples: list[MaskedSample]) -> None:
         print(validation.summary(), flush=True)
 
 
-def train_control(run: Run) -> None:
-    """The warm start trained on with captions for as many optimiser steps: what reinforcement has to beat."""
+def train_control(run: Run, phase: str, samples: list[MaskedSample]) -> None:
+    """The warm start trained on in another way: what reinforcement has to beat, or what one of its parts brings."""
     settings = run.settings
-    if settings.control.enabled:
+    if phase == "rl_blanked":
+        reinforce(run, samples, phase, pairs=BlankedPairs(run.sources.train))
+    elif phase == "rl_random_masks":
+        chosen = {"mask": settings.prompts.mask, "drop_repeated": settings.masking.drop_repeated}
+        reinforce(run, masked_at_random(samples, seed=settings.seed, **chosen), phase)
+    elif phase == "grpo":
+        reinforce(
+            run, samples, phase, settings=replace(settings, perception=replace(settings.perception, enabled=False))
+        )
+    else:
+        rows = partial(masked_rows, run, samples) if phase == "supervised_masks" else partial(later_captions, run)
         descend(
             run,
-            "control",
+            phase,
             settings.rl.steps,
             settings.rl.optimiser,
-            lambda step: supervised_backward(run.policy, later_captions(run, step), settings.model.batch_tokens),
+            lambda step: supervised_backward(run.policy, rows(step), settings.model.batch_tokens),
+            seconds=seconds_of_rl(run) if phase in TIMED_CONTROLS else None,
         )
 
 
-def descend(run: Run, name: str, steps: int, optimiser: OptimiserSettings, backward: Callable[[int], float]) -> None:
-    """A phase of gradient descent; `backward(step)` adds the step's gradients and returns its loss."""
+def seconds_of_rl(run: Run) -> float:
+    """Seconds of training in the steps of RL, without validation and without steps that a kill undid."""
+    folder = run.folder.checkpoints / "rl"
+    return load_state(folder)["spent"] if folder.exists() else 0.0
+
+
+def descend(
+    run: Run,
+    name: str,
+    steps: int,
+    optimiser: OptimiserSettings,
+    backward: Callable[[int], float],
+    *,
+    seconds: float | None = None,
+) -> None:
+    """A phase of gradient descent; `backward(step)` adds the step's gradients and returns its loss. With `seconds` it
+    ends when they are spent, whatever `steps` are."""
     frozen = run.settings.demo.vision_frozen_steps if name == "warmup" else 0
-    phase = Phase(run, name, steps, optimiser, vision_frozen_steps=frozen)
+    phase = Phase(run, name, steps, optimiser, seconds=seconds, vision_frozen_steps=frozen)
     for step in phase.steps():
-        loss = backward(step)
-        metrics = phase.optimiser.step(step, steps)
+        with phase.timed():
+            loss = backward(step)
+            metrics = phase.optimiser.step(step, phase.expected(step))
         run.folder.metrics(name, step, loss=loss, **metrics)
         phase.note(step, skipped=metrics["skipped"])
         phase.bar.set_postfix(loss=f"{loss:.3f}")
 
 
-def later_captions(run: Run, step: int) -> Batch:
-    """Captions past those of the warm-up: what the control trains on, and RL too where it mixes them."""
+def masked_rows(run: Run, samples: list[MaskedSample], step: int) -> Batch:
+    """Masked samples in the order that RL visits them, with their spans as wanted answers."""
+    size = run.settings.warmup.batch_size
+    chosen = [samples[i] for i in items_at(step * size, size, len(samples), run.settings.seed, "rl")]
+    return masked_batch(run.policy, chosen, [run.images(s.example_id) for s in chosen], run.settings.prompts)
+
+
+def later_captions(run: Run, step: int, pairs: PairSource | None = None) -> Batch:
+    """Captions past those of the warm-up: what controls train on, and RL too where it mixes them. `pairs`: in the
+    place of the run's."""
     warmup = run.settings.warmup
-    lesson = Lesson("captions", run.sources.train, warmup.batch_size)
+    lesson = Lesson("captions", run.sources.train if pairs is None else pairs, warmup.batch_size)
     return supervised_rows(run, "control", step, lesson, (warmup.steps + step) * warmup.batch_size)
 
 
@@ -186,7 +240,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     sets = held_out_questions(run.sources.held_out, settings)
-    models = ["warmup", "rl", *(["control"] if settings.control.enabled else [])]
+    models = ["warmup", "rl", *settings.control.phases]
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     with tqdm(total=3 * len(sets) * len(models), desc="evaluate", unit="set") as bar:

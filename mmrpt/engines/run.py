@@ -22,13 +22,17 @@ from mmrpt.rewards import RewardFunction, load_rewards
 from mmrpt.rollout.collect import Reference
 from mmrpt.run_folder import RunFolder
 from mmrpt.scale import with_tiny_model
-from mmrpt.settings import Settings, SettingsError
+from mmrpt.settings import CONTROL_PHASES, Settings, SettingsError
 from mmrpt.sources import Sources, open_sources
 from mmrpt.trackers import Trackers
 from mmrpt.world.warm_start import build_start_policy
 
 # Whose weights a phase begins with; before the first there is only the start model.
-BEGINS_WITH = {"vision_pretraining": None, "warmup": "vision_pretraining", "rl": "warmup", "control": "warmup"}
+BEGINS_WITH = {
+    "vision_pretraining": None,
+    "warmup": "vision_pretraining",
+    **dict.fromkeys(("rl", *CONTROL_PHASES.values()), "warmup"),
+}
 
 # A bfloat16 has 8 significant bits: an update below 2**-9 of a weight leaves it as it is, and weights are about 0.02.
 SMALLEST_LR_OF_BFLOAT16 = 1e-4

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmrpt.corpus import seed_of
 from mmrpt.masking.leaks import is_repeated
 from mmrpt.masking.spans import Span, choose_spans
 from mmrpt.masking.words import is_content, visual_phrases, word_spans
@@ -68,6 +69,30 @@ def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Gene
             end = spans[i + 1][1] if caption[end : spans[i + 1][0]].isspace() else end
         samples.append(_sample(example, None, start, end, 0.0, mask))
     return samples
+
+
+def masked_at_random(
+    samples: Sequence[MaskedSample], *, mask: str, drop_repeated: bool, seed: int
+) -> list[MaskedSample]:
+    """As many samples of the same captions, with spans drawn at random whatever their sentences score.
+
+    drop_repeated: spans whose words stand elsewhere in the caption are passed over. A caption that has no more spans
+    gives fewer samples.
+    """
+    captions = {s.example_id: Example(s.example_id, caption_of(s, mask)) for s in samples}
+    counts, found = Counter(s.example_id for s in samples), []
+    for name, example in captions.items():
+        rng = np.random.default_rng(seed_of(seed, "masked at random", name))
+        drawn = random_masks(example, len(example.caption), mask=mask, rng=rng)  # all there are, in random order
+        fit = [s for s in drawn if not (drop_repeated and is_repeated(example.caption, s.start, s.end))]
+        found += fit[: counts[name]]
+    return found
+
+
+def caption_of(sample: MaskedSample, mask: str) -> str:
+    """The caption before its span was hidden."""
+    text = sample.masked_caption
+    return text[: sample.start] + sample.answer + text[sample.start + len(mask) :]
 
 
 def truth_masks(example: Example, *, mask: str) -> list[MaskedSample]:

@@ -25,9 +25,12 @@ def log_step(
     seconds: Mapping[str, float],
     samples: Sequence[MaskedSample],
     policy: Policy,
+    phase: str = "rl",
 ) -> None:
-    """Writes the step's rows to metrics.jsonl, perception.jsonl and samples.jsonl. `rounds`: those sampled for it;
-    `seconds`: of its parts besides those rounds."""
+    """Writes the step's row to metrics.jsonl and, for RL but no control, rows to perception.jsonl and samples.jsonl.
+
+    rounds: those sampled for the step; seconds: of its parts besides those rounds.
+    """
     row = dict(metrics)
     for name in dict.fromkeys(name for r in rounds for name in r.metrics):
         values = [r.metrics[name] for r in rounds if name in r.metrics]  # a reward term may apply to none of a round
@@ -48,8 +51,12 @@ def log_step(
         row["trajectory_weight_max"] = float(weights.trajectory_weights.max())
         part = values[:: max(1, len(values) // PERCEPTION_TOKENS_PER_STEP)]
         means = [sum(scores) / len(scores) for scores in trajectories]
-        log.write("perception.jsonl", {"step": step, "token_scores": _short(part), "trajectory_scores": _short(means)})
-    log.metrics("rl", step, **row)
+        if phase == "rl":
+            scores = {"token_scores": _short(part), "trajectory_scores": _short(means)}
+            log.write("perception.jsonl", {"step": step, **scores})
+    log.metrics(phase, step, **row)
+    if phase != "rl":
+        return
     wanted = {g.sample_id for g in groups[:GROUPS_SHOWN_PER_STEP]}
     by_id = {s.id: s for s in samples if s.id in wanted}
     first = 0  # row of the group's first response among all of the step

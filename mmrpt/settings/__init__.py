@@ -10,6 +10,8 @@ from mmrpt.settings.demo import DemoSettings, TinyVLMConfig, WorldConfig
 from mmrpt.settings.help import settings_help
 from mmrpt.settings.load import flatten, given_settings, load_settings, save_settings, to_yaml
 from mmrpt.settings.method import (
+    CONTROL_PHASES,
+    TIMED_CONTROLS,
     ControlSettings,
     DataSettings,
     EvaluationSettings,
@@ -27,6 +29,7 @@ from mmrpt.settings.reward import RewardSettings
 from mmrpt.settings.tree import Settings
 
 __all__ = [
+    "CONTROL_PHASES",
     "ControlSettings",
     "DataSettings",
     "DemoSettings",
@@ -42,6 +45,7 @@ __all__ = [
     "RolloutSettings",
     "Settings",
     "SettingsError",
+    "TIMED_CONTROLS",
     "TinyVLMConfig",
     "WarmupSettings",
     "WorldConfig",

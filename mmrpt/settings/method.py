@@ -94,7 +94,7 @@ class WarmupSettings:
     """Supervised training before RL: captions, and hidden words to restore in the format of an answer."""
 
     steps: int = Field(500, ge=0, description="optimiser steps of the warm-up")
-    batch_size: int = Field(16, ge=1, description="captions in a step, also in those of the control")
+    batch_size: int = Field(16, ge=1, description="rows in a step, also in those of supervised controls")
     restore_fraction: float = Field(
         0.7, ge=0, lt=1, description="share of rows that restore random words instead of describing the image"
     )
@@ -216,7 +216,7 @@ class PerceptionSettings:
 class RLSettings:
     """Group-relative RL with the perception-filtered clipped loss."""
 
-    steps: int = Field(170, ge=0, description="optimiser steps of RL, and of the control")
+    steps: int = Field(170, ge=0, description="optimiser steps of RL, and of each control that does not go by seconds")
     groups_per_step: int = Field(12, ge=1, description="groups of answers in an optimiser step")
     max_rounds: int = Field(4, ge=1, description="most sampling rounds before a step goes on with fewer groups")
     advantage: Literal["grpo", "dr_grpo"] = Field(
@@ -275,15 +275,38 @@ class RLSettings:
         )
 
 
+# Kinds of control in the order they are trained, each with the name of its phase.
+CONTROL_PHASES = {
+    "captions": "control",
+    "captions_seconds": "captions_seconds",
+    "supervised_masks": "supervised_masks",
+    "rl_blanked": "rl_blanked",
+    "rl_random_masks": "rl_random_masks",
+    "grpo": "grpo",
+}
+TIMED_CONTROLS = ("captions_seconds", "supervised_masks")  # phases that end by RL's seconds, the others by its steps
+
+
 @dataclass(frozen=True, config=STRICT)
 class ControlSettings:
-    """The comparison: the warm start trained for as many more steps on captions only.
+    """What RL is compared with: the warm start trained in other ways, each with RL's optimiser.
 
-    It has RL's optimiser, the warm-up's batch size and share of restored words, and the batches that RL mixes in. With
+    Captions come in the warm-up's batch size and share of restored words, in the batches that RL mixes in. With
     captions alone a model this small forgets the format of an answer, and RL would win against nothing.
     """
 
-    enabled: bool = Field(True, description="train the control and evaluate it beside RL")
+    kinds: tuple[
+        Literal["captions", "captions_seconds", "supervised_masks", "rl_blanked", "rl_random_masks", "grpo"], ...
+    ] = Field(
+        ("captions",),
+        description="what is trained and evaluated beside RL: captions (RL's steps), captions_seconds and "
+        "supervised_masks (RL's seconds), rl_blanked, rl_random_masks, grpo; []: nothing",
+    )
+
+    @property
+    def phases(self) -> list[str]:
+        """The phases of the kinds, in the order they are trained."""
+        return [phase for kind, phase in CONTROL_PHASES.items() if kind in self.kinds]
 
 
 @dataclass(frozen=True, config=STRICT)

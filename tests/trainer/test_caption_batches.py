@@ -128,7 +128,7 @@ def test_a_wanted_completion_earns_the_full_reward():
     pairs = ColourPairs()
     for index in range(4):
         for sample in every_mask(pairs[index]):
-            text = restored_response(pairs[index], sample)
+            text = restored_response(pairs[index].caption, sample)
             assert is_exact(text, sample.answer), text
             thought = text.removeprefix("<think> ").partition("</think>")[0]
             assert sample.answer in thought and thought in pairs[index].caption

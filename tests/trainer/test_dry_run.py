@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from mmrpt import families
 from mmrpt.engines import dry_run as module
 from mmrpt.engines.dry_run import device_memory, model_config, tell_memory
-from mmrpt.engines.estimate import Estimate
+from mmrpt.engines.estimate import Estimate, estimate
 from mmrpt.settings import Settings, load_settings
 from mmrpt.train import main
 from tests.trainer.conftest import SMALL_RUN, make_policy
@@ -61,6 +61,14 @@ def test_the_demos_dry_run_shows_every_phase_and_leaves_nothing(dry, tmp_path):
     assert rows.keys() == steps | {"scoring", "sampling", "perception", "evaluation"}
     largest = max(rows, key=lambda name: float(rows[name]))
     assert re.search(rf"^memory: \d+\.\d MiB in {largest}, 0% of the device's \d+\.\d GiB$", out, re.MULTILINE)
+
+
+def test_controls_are_told_and_those_that_rl_does_not_measure_are_measured(dry, foreseen):
+    out = dry("control.kinds=[grpo, captions_seconds]")[1]
+    assert "steps: 5 of warm-up, 6 of RL, 6 of grpo, RL's seconds of captions_seconds\n" in out
+    for kinds, phases in (("grpo, rl_blanked", set()), ("supervised_masks", {"control", "control: optimiser"})):
+        settings = load_settings(None, [*SMALL_RUN, f"control.kinds=[{kinds}]"])
+        assert estimate(settings, model_config(settings), "cpu", only="control").phases.keys() == phases
 
 
 def test_settings_that_lower_the_peak_are_told_the_best_first(dry, foreseen):

@@ -80,7 +80,7 @@ def test_sigterm_saves_at_the_end_of_the_step(straight, tmp_path, monkeypatch, c
 def test_steps_without_signal_end_the_run(tmp_path, monkeypatch, patience):
     for name in REWARDS:
         monkeypatch.setitem(REWARDS, name, lambda completions, **_: [0.0] * len(completions))
-    settings = settings_in(tmp_path, f"patience={patience}", "control.enabled=false")
+    settings = settings_in(tmp_path, f"patience={patience}", "control.kinds=[]")
     message = r"rl, step 2: no group .* 3 steps in a row" if patience == 3 else "rl: not one of its 6 steps"
     with pytest.raises(RunError, match=message):
         finish(settings)
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(straight, tmp_path, monkeyp
 
 
 def test_phases_without_steps_copy_no_model(tmp_path):
-    settings = settings_in(tmp_path, "demo.vision_steps=0", "warmup.steps=0", "control.enabled=false")
+    settings = settings_in(tmp_path, "demo.vision_steps=0", "warmup.steps=0", "control.kinds=[]")
     finish(settings)
     assert [p.name for p in (settings.run_dir / "checkpoints").iterdir()] == ["rl"]
 

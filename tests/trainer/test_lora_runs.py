@@ -119,7 +119,7 @@ def test_adapters_go_through_every_phase_and_leave_the_model_alone(given, tmp_pa
 def test_adapters_are_trained_on_and_merged_by_name(given, tmp_path, capsys, rewards_with_signal):
     assert train([*given, "name=first", "rl.steps=0"]) == 0
     end = tmp_path / "first" / "checkpoints" / "warmup"
-    again = [*given, f"model.path={end}", "warmup.steps=0", "rl.steps=1", "control.enabled=false"]
+    again = [*given, f"model.path={end}", "warmup.steps=0", "rl.steps=1", "control.kinds=[]"]
     run = open_run(load_settings(None, [*again, "name=opened"]))
     assert all(torch.equal(value, load_file(end / WEIGHTS)[name]) for name, value in run.start_adapters.items())
     assert train([*again, "name=second"]) == 0

@@ -192,7 +192,7 @@ def test_a_given_model_runs_from_start_to_report(tmp_path, capsys, rewards_with_
         "rl.optimiser.lr=1e-3",
     ]
     short = ["warmup.steps=0", "rl.steps=2", "rl.max_rounds=1", "evaluation.samples=2", "data.held_out=3", "name=it"]
-    sizes = ["rollout.prompts=5", "control.enabled=false"]
+    sizes = ["rollout.prompts=5", "control.kinds=[]"]
     run = [f"output={tmp_path}", *SMALL_RUN, *given, *short, *sizes, write_pairs(tmp_path)]
     assert train(run) == 0
     assert "device: cpu\n" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from mmrpt.engines import native
 from mmrpt.engines.run import open_run
 from tests.trainer.test_resume import finish, outside_world, settings_in, without_seconds  # noqa: F401  outside_world is a fixture
 
-OVERRIDES = ("rl.kl_coef=0.1", "rl.max_importance=2", "rl.statistics_every=1", "control.enabled=false")
+OVERRIDES = ("rl.kl_coef=0.1", "rl.max_importance=2", "rl.statistics_every=1", "control.kinds=[]")
 
 
 def rl_rows(settings):
@@ -40,7 +40,7 @@ def test_the_policy_leaves_the_reference_and_an_interrupted_run_finds_it_again(t
 
 
 def test_a_frozen_copy_is_apart_from_the_policy(tmp_path):
-    settings = settings_in(tmp_path, "rl.steps=0", "control.enabled=false")
+    settings = settings_in(tmp_path, "rl.steps=0", "control.kinds=[]")
     finish(settings)
     run = open_run(settings)
     run.load("warmup")

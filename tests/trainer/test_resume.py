@@ -25,12 +25,12 @@ from mmrpt.engines import native
 from mmrpt.engines.run import open_run
 from mmrpt.report.step_log import log_step
 from mmrpt.rewards.combine import REWARDS
-from mmrpt.run_folder import PHASES
 from mmrpt.settings import load_settings
 from mmrpt.sources import Sources
 from mmrpt.train import main
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_policy
 
+PHASES = ("vision_pretraining", "warmup", "rl", "control")
 EXACT_FILES = ("scores.jsonl", "masked.jsonl", "masking.json", "answers.jsonl", "perception.jsonl", "samples.jsonl")
 
 
@@ -284,7 +284,7 @@ def test_a_finished_run_is_left_as_it_is(straight):
 
 
 def test_another_seed_is_another_run(straight, tmp_path):
-    settings = settings_in(tmp_path, "seed=1", "control.enabled=false", "evaluation.samples=2")  # and no control
+    settings = settings_in(tmp_path, "seed=1", "control.kinds=[]", "evaluation.samples=2")  # and no control
     finish(settings)
     for phase in ("warmup", "rl"):
         a, b = (load_file(f / "checkpoints" / phase / "model.safetensors") for f in (settings.run_dir, straight))

@@ -174,7 +174,7 @@ def test_a_run_trains_its_tiny_model_and_its_checkpoints_are_models_of_their_own
         "scale=tiny",
         "name=it",
         f"model.path={model}",
-        "control.enabled=false",
+        "control.kinds=[]",
         "rl.optimiser.lr=0.01",
     ]
     assert train(run) == 0

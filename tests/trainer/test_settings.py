@@ -64,6 +64,7 @@ FITTING = {
     "reward.custom": {"my_rewards.py:length": 0.5, "package.module:judge": -1.0},
     "track": ("wandb", "tensorboard"),
     "perception.max_weight": 1.5,
+    "control.kinds": ("grpo", "captions"),
     "demo.world.concepts": 100,
     "demo.world.image_size": 140,
     "demo.world.max_cards": 3,

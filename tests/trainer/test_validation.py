@@ -36,7 +36,7 @@ VALIDATE = ("evaluation.every=1", "data.validation=8")
 EMPTY = (
     "warmup.steps=0",
     "demo.vision_steps=0",
-    "control.enabled=false",
+    "control.kinds=[]",
     "evaluation.samples=2",
     "rl.optimiser.lr=0.02",
 )
