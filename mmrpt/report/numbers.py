@@ -20,8 +20,31 @@ from mmrpt.report.statistics import (
 )
 from mmrpt.report.tally import ALL_SETS, SEEN_ART, Key, Tally, never_right_blanked, only, tally_of
 
-MODELS = {"warmup": "warm start", "rl": "RL", "control": "control"}
+CONTROLS = {  # by phase, of `settings.CONTROL_PHASES`
+    "control": "control",
+    "captions_seconds": "captions for RL's seconds",
+    "supervised_masks": "supervised masks",
+    "rl_blanked": "RL with blanked images",
+    "rl_random_masks": "RL on random masks",
+    "grpo": "GRPO",
+}
+MODELS = {"warmup": "warm start", "rl": "RL", **CONTROLS}
 CONTROL = "the warm start trained for as many more steps on captions"
+# What each has and lacks beside RL. RL samples answers and is told by a reward which are right.
+ABOUT_CONTROLS = {
+    "control": f"{CONTROL}, of which words are hidden at random. It has RL's steps and the captions' text as its "
+    "teacher; it has `warmup.batch_size` rows a step and only the seconds that they take, no chosen masks, no reward.",
+    "captions_seconds": "the same captions for as many seconds of training as RL's steps took, so more steps and rows; "
+    "no chosen masks, no reward.",
+    "supervised_masks": "RL's own masked samples with the hidden words as its teacher, for as many seconds of training "
+    "as RL's steps took. It is shown each answer, which RL never is; it samples nothing and mixes in no captions.",
+    "rl_blanked": "RL with a grey picture in the place of every training image, those of mixed captions too. It has "
+    "RL's steps, questions and rewards, and can learn nothing but guessing from text.",
+    "rl_random_masks": "RL on as many hidden spans of the same captions, drawn at random. It has RL's steps, images "
+    "and rewards; its spans are not chosen by dependency, class or `masking.max_blind`.",
+    "grpo": "RL with `perception.enabled=false`. It has RL's steps, questions, images and rewards; no filter of "
+    "tokens, no weights of responses, nor the seconds of the pass that measures perception.",
+}
 SETS = {
     "new_scenes": "new scenes",
     "new_combinations": "new combinations",
@@ -30,7 +53,7 @@ SETS = {
 }
 POOLS = (ALL_SETS, SEEN_ART)
 COLUMNS = CONDITIONS | {"gap": "gap (with image − another's)"}  # of every table of accuracies
-COMPARISONS = {("rl", "warmup"): "RL − warm start", ("rl", "control"): "RL − control"}  # first minus second
+COMPARISONS = {("rl", name): f"RL − {label}" for name, label in MODELS.items() if name != "rl"}  # first minus second
 
 CONDITIONS_AND_GAP = {one: {one: 1} for one in CONDITIONS} | {"gap": {"image": 1, "swapped": -1}}  # signed terms
 

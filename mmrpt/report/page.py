@@ -18,11 +18,13 @@ from mmrpt.corpus import write_bytes
 from mmrpt.report.examples import held_out_examples, training_examples
 from mmrpt.report.markdown import code, duration, escape, figure, interval_of, percent, points, table
 from mmrpt.report.numbers import (
+    ABOUT_CONTROLS,
     ALL_SETS,
     COLUMNS,
     COMPARISONS,
     CONDITIONS,
     CONTROL,
+    CONTROLS,
     MAY_DIFFER,
     MODELS,
     POOLS,
@@ -36,7 +38,7 @@ from mmrpt.report.plots import PLOTS, draw_all
 from mmrpt.report.read import Run, changed_settings, number, read_run
 from mmrpt.report.statistics import wilson_interval
 from mmrpt.report.tally import SEEN_ART, UNSEEN_ART
-from mmrpt.settings import Settings, flatten, to_yaml
+from mmrpt.settings import TIMED_CONTROLS, Settings, flatten, to_yaml
 
 Numbers = Mapping[str, Estimate]
 Comparisons = Mapping[tuple[str, str], str]
@@ -46,10 +48,11 @@ PHASE_NAMES = {
     "warmup": "warm-up on captions",
     "scoring": "dependency scores and masking",
     "rl": "RL",
-    "control": "control",
+    **CONTROLS,
     "evaluation": "evaluation",
 }
-STEPS_OF = {"vision_pretraining": "demo.vision_steps", "control": "rl.steps"}  # where they are not <phase>.steps
+# Where they are not <phase>.steps.
+STEPS_OF = {"vision_pretraining": "demo.vision_steps", **dict.fromkeys(set(CONTROLS) - {*TIMED_CONTROLS}, "rl.steps")}
 PART = "seconds_"  # begins the name of a metric that is the time of a part of a step
 ABOUT = (
     "Masked multimodal reinforcement pre-training: words are hidden in sentences whose attention leans on the image, "
@@ -60,7 +63,6 @@ HOW_ASKED = (
     "over the questions that both answered. Only the gap between the image and its two controls shows seeing: "
     "*blanked* is the same question over a grey picture, *another's image* over a wrong one."
 )
-HOW_MEASURED = f"{HOW_ASKED} Control: {CONTROL}."
 UNSEEN = (
     f"*{SEEN_ART.capitalize()}*: without the questions for objects of the new art style. No training image shows that "
     "artwork, so chance is expected there."
@@ -135,7 +137,7 @@ def _summary(run: Run, numbers: Numbers) -> list[str]:
     found = headline(run, numbers)
     return [
         "The run is finished." if run.evaluation else "**The run is not finished**: `--resume` goes on with it.",
-        *([found, HOW_MEASURED] if found else []),
+        *([found, *_how_measured(run)] if found else []),
         _validation(run),
         _phases(run),
         _masking(run, numbers),
@@ -154,6 +156,14 @@ def headline(run: Run, numbers: Numbers, comparisons: Comparisons = COMPARISONS)
 def _subjects(run: Run, comparisons: Comparisons, prefix: str = "") -> dict[str, str]:
     subjects = _models(run) | {f"change/{one} - {other}": f"**{label}**" for (one, other), label in comparisons.items()}
     return {f"{prefix}{subject}": label for subject, label in subjects.items()}
+
+
+def _how_measured(run: Run) -> list[str]:
+    """How to read the headline, and what each control has and lacks where there are others than the default one."""
+    trained = [name for name in in_order(CONTROLS, run.evaluation, "model") if name in CONTROLS]
+    if not {*trained} - {"control"}:
+        return [f"{HOW_ASKED} Control: {CONTROL}."]
+    return [HOW_ASKED, "\n".join(f"- **{CONTROLS[name]}**: {ABOUT_CONTROLS[name]}" for name in trained)]
 
 
 def _validation(run: Run) -> str:
@@ -193,8 +203,7 @@ def _phases(run: Run) -> str:
     rows = []
     for phase, label in PHASE_NAMES.items():
         steps, planned = run.metrics.get(phase), run.settings.get(STEPS_OF.get(phase, f"{phase}.steps"))
-        left_out = planned == 0 or (phase == "control" and run.settings.get("control.enabled") is False)
-        if steps or (phase in run.seconds and not left_out):
+        if steps or (phase in run.seconds and planned != 0):
             done = steps[-1]["step"] + 1 if steps else 0 if planned else ""  # 0 also where no step had a signal
             said = f"{done} of {planned}" if planned else str(done)
             rows.append([label, said, duration(run.seconds.get(phase, math.nan))])

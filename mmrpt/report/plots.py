@@ -25,7 +25,9 @@ from mmrpt.report.statistics import moving_average
 
 # Okabe and Ito (2008): distinct under every common colour blindness.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
-MODEL_COLOURS = {"warmup": GREY, "rl": BLUE, "control": ORANGE}
+SKY, YELLOW = "#56B4E9", "#F0E442"
+MODEL_COLOURS = dict(zip(MODELS, (GREY, BLUE, ORANGE, RED, PURPLE, SKY, YELLOW, GREEN), strict=True))
+BARS = 4  # models whose bars fit in a panel of the usual width
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -111,7 +113,8 @@ def plot_heldout_accuracy(run: Run) -> Figure | None:
     sets, models = in_order(SETS, run.evaluation, "set"), in_order(MODELS, run.evaluation, "model")
     if not sets:
         return None
-    figure, axes = new_figure(columns=len(sets), width=max(7.6, 2.9 * len(sets)))
+    width = 2.9 * len(sets) * max(1, len(models) / BARS)
+    figure, axes = new_figure(columns=len(sets), width=max(7.6, width))
     for axis, name in zip(axes, sets, strict=True):
         prefix = {(model, one): f"accuracy/{model}/{name}/{one}" for model in models for one in CONDITIONS}
         cells = {key: numbers[path] for key, path in prefix.items() if path in numbers}
@@ -120,7 +123,7 @@ def plot_heldout_accuracy(run: Run) -> Figure | None:
         axis.set_title(f"{SETS.get(name, name).capitalize()} ({' or '.join(counts)} questions)")
     axes[0].set_ylabel("restored exactly (%)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), BARS))
     return figure
 
 
@@ -239,7 +242,12 @@ PLOTS: dict[str, tuple[Callable[[Run], Figure | None] | tuple[Panel, ...], str]]
         "Tokens outside the kept share get no policy gradient (rounding up per response lifts it above keep_ratio).",
     ),
     "loss": (
-        (Panel("Warm-up", NATS, ("loss",), "warmup"), Panel("Control", NATS, ("loss",), "control")),
+        (
+            Panel("Warm-up", NATS, ("loss",), "warmup"),
+            Panel("Control", NATS, ("loss",), "control"),
+            Panel("Captions for RL's seconds", NATS, ("loss",), "captions_seconds"),
+            Panel("Supervised masks", NATS, ("loss",), "supervised_masks"),
+        ),
         f"Training on captions. The control is {CONTROL}.",
     ),
     "stability": (

@@ -133,7 +133,7 @@ def perception_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def settings() -> dict[str, Any]:
-    tree: dict[str, Any] = {"name": "synthetic", "seed": 3, "warmup": {"steps": 60}, "control": {"enabled": True}}
+    tree: dict[str, Any] = {"name": "synthetic", "seed": 3, "warmup": {"steps": 60}, "control": {"kinds": ["captions"]}}
     return tree | {"rl": {"steps": 80, "optimiser": {"lr": 1e-3}}, "perception": {"keep_ratio": 0.4}}
 
 

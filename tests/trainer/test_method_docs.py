@@ -13,7 +13,7 @@ from mmrpt.settings import load_settings
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 CODE = sorted(set(re.findall(r"`([\w/]+\.py):(\w+)`", TEXT)))
-GROUPS = "masking|prompts|warmup|rollout|reward|perception|rl"
+GROUPS = "control|masking|prompts|warmup|rollout|reward|perception|rl"
 SPANS = re.findall(r"`([^`\n]+)`", TEXT)
 OVERRIDES = sorted({span for span in SPANS if re.match(rf"({GROUPS})\.\w+(=|$)", span)})
 

@@ -19,9 +19,9 @@ from mmrpt.report import page
 from mmrpt.report.__main__ import main
 from mmrpt.report.images import write_images
 from mmrpt.report.markdown import code, escape, picture
-from mmrpt.report.numbers import CONTROL
+from mmrpt.report.numbers import ABOUT_CONTROLS, CONTROL, CONTROLS
 from mmrpt.report.read import changed_settings, read_run
-from mmrpt.settings import flatten, load_settings, save_settings
+from mmrpt.settings import CONTROL_PHASES, TIMED_CONTROLS, flatten, load_settings, save_settings
 from tests.trainer.conftest import ColourPairs
 from tests.trainer.run_folder import CORRECT, make_run, settings, write_lines
 
@@ -129,12 +129,31 @@ def test_the_parts_of_a_phase_are_summed_below_it(run: Path) -> None:
 
 
 def test_phases_that_were_not_asked_for_have_no_row(run: Path) -> None:
-    tree = settings() | {"control": {"enabled": False}, "demo": {"vision_steps": 0}}
+    tree = settings() | {"control": {"kinds": []}, "demo": {"vision_steps": 0}}
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     write_lines(run / "metrics.jsonl", [{"phase": "warmup", "step": 0, "loss": 1.0}])
-    (run / "seconds.json").write_text(json.dumps({"vision_pretraining": 0.0, "warmup": 9.0, "rl": 5.0, "control": 0.0}))
+    (run / "seconds.json").write_text(json.dumps({"vision_pretraining": 0.0, "warmup": 9.0, "rl": 5.0}))
     text = written(run)
     assert "| warm-up on captions | 1 of 60 | 9.0 s |\n| RL | 0 of 80 | 5.0 s |\n| **all** |" in text
+
+
+def test_every_control_has_rows_and_says_what_it_has_and_lacks(run: Path) -> None:
+    assert CONTROLS.keys() == ABOUT_CONTROLS.keys() == {*CONTROL_PHASES.values()}
+    assert all(f"- **{label}**" not in written(run) for label in CONTROLS.values()), "of the default control a sentence"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for shift, name in enumerate(list(CONTROLS)[1:], start=1):  # one question more is right from one to the next
+        rows = [row for row in evaluation["rows"] if row["model"] == "control"]
+        evaluation["rows"] += [row | {"model": name, "accuracy": row["accuracy"] + shift / 200} for row in rows]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    write_lines(run / "metrics.jsonl", [{"phase": name, "step": 6, "loss": 1.0} for name in CONTROLS])
+    (run / "seconds.json").write_text(json.dumps({name: 30.0 for name in CONTROLS}))
+    text = written(run)
+    for shift, (name, label) in enumerate(CONTROLS.items()):
+        assert row_of(text, "all sets", label)[0].startswith(f"{100 * (255 + 3 * shift) / 600:.1f} % (")
+        assert row_of(text, "all sets", f"**RL − {label}**")[0].startswith(f"+{100 * (69 - 3 * shift) / 600:.1f}")
+        assert f"- **{label}**: {ABOUT_CONTROLS[name]}" in text
+        assert f"| {label} | {'7' if name in TIMED_CONTROLS else '7 of 80'} | 30 s |" in text
+    assert "Control: " not in text
 
 
 def test_without_all_single_answers_a_difference_has_no_interval(run: Path) -> None:
