@@ -63,16 +63,19 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, tuple[str, int]] = {}
         self._weights: set[int] = set()
 
-    def hold(self, tensors: Iterable[Tensor], part: str, share: float = 1.0) -> None:
-        """Counts tensors that were there before, as a share of their size, or moves those that are counted already."""
+    def hold(self, tensors: Iterable[Tensor], part: str, share: float | None = None) -> None:
+        """Counts tensors under a part, also those that are counted already, as a share of their size; None: as they are
+        counted, else in full."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if (known := self._storages.get(storage._cdata)) is None:
-                self._add(storage, part, share)
+                self._add(storage, part, 1.0 if share is None else share)
             else:
+                size = known[1] if share is None else int(share * storage.nbytes())
                 self.live[known[0]] -= known[1]
-                self.live[part] += known[1]
-                self._storages[storage._cdata] = (part, known[1])
+                self.live[part] += size
+                self._total += size - known[1]
+                self._storages[storage._cdata] = (part, size)
             if part == WEIGHTS:
                 self._weights.add(storage._cdata)
 

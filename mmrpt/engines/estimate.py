@@ -243,8 +243,8 @@ class _Phases:
 
     def images(self, count: int) -> PixelBatch:
         pixels = self.work.pixels(count)
-        if self.device_type == "cpu":  # they stay there until a pass takes its own
-            self.ledger.hold([pixels.pixel_values], IMAGES)
+        # They stay on the CPU until a pass takes its own.
+        self.ledger.hold([pixels.pixel_values], IMAGES, share=1.0 if self.device_type == "cpu" else 0.0)
         return pixels
 
     def many_captions(self) -> bool:

@@ -226,6 +226,17 @@ def test_smaller_passes_and_checkpointing_never_need_more(config):
     assert peak(TWICE) < peak()
 
 
+def test_the_images_of_a_round_take_nothing_of_a_gpu(config):
+    def parts(device_type: str, prompts: int) -> dict[str, int]:
+        settings = settings_of(f"rollout.prompts={prompts}", "rollout.batch_size=4", "rollout.keep_hidden_mb=0")
+        return estimate(settings, config, device_type, only="sampling").phases["sampling"]
+
+    more, few = parts("cpu", 12), parts("cpu", 3)
+    assert sum(more.values()) > sum(few.values()) and more["images of a round"] == 4 * few["images of a round"]
+    grids = (12 - 3) * 3 * 8  # of the images: three int64 each
+    assert sum(parts("cuda", 12).values()) == sum(parts("cuda", 3).values()) + grids
+
+
 def test_a_ledger_counts_what_is_alive_and_by_part():
     weight = shape_of(torch.empty(100, 100)).requires_grad_()
     ledger = Ledger()
