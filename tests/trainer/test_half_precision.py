@@ -87,6 +87,7 @@ def differs(found: list[float], wanted: list[float]) -> bool:
     return abs(sum(found) / len(found) - sum(wanted) / len(wanted)) > max(wanted) - min(wanted)
 
 
+@pytest.mark.slow
 def test_warm_up_and_reinforcement_learn_the_same():
     falls, rises = {FULL: [], HALF: []}, {FULL: [], HALF: []}
     for compute in (FULL, HALF):

@@ -47,7 +47,13 @@ CASES = {
     "reference model": (TINY, ("rl.kl_coef=0.1", "perception.enabled=false"), ("perception", "update")),
     "most memory in the head": (HEAD, (HALF, "rollout.max_new_tokens=12"), ("perception", *UPDATE)),
 }
-SLOW = ("several passes a step", "captions beside answers", "vision tower frozen", "most memory in the head")
+SLOW = (
+    "several passes a step",
+    "captions beside answers",
+    "vision tower frozen",
+    "most memory in the head",
+    "reference model",
+)
 WIDE_CASES = {"float32": (), "bfloat16": (HALF,), "checkpointing": (TWICE,), "both": (HALF, TWICE)}
 
 
@@ -216,6 +222,7 @@ def config():
     return start(TINY, settings_of()).policy.model.config
 
 
+@pytest.mark.slow
 def test_smaller_passes_and_checkpointing_never_need_more(config):
     def peak(*overrides: str) -> int:
         return estimate(settings_of(HALF, *overrides), config, "cpu", only="update").peak
