@@ -179,20 +179,16 @@ def _of_this_process(device: str) -> str:
 
 
 def _open_model(settings: Settings, source: PairSource, device: torch.device) -> CaptionModel:
-    import torch
-
     from mmrpt.corpus import GoodRows, RejectedRows
+    from mmrpt.engines.run import given_policy
     from mmrpt.masking.forward import PolicyModel
-    from mmrpt.policy import Policy
     from mmrpt.scale import with_tiny_model
     from mmrpt.sources import Sources
     from mmrpt.world.warm_start import build_start_policy
 
     given = with_tiny_model(settings).model
     if given.path is not None:
-        pixel_limits = {"min_pixels": given.min_pixels, "max_pixels": given.max_pixels}
-        how = {"revision": given.revision, "quantized": given.lora.quantized, **pixel_limits}
-        return PolicyModel(Policy.load(given.path, getattr(torch, given.dtype), device, **how))
+        return PolicyModel(given_policy(given, device))
     print("model.path is null: the tiny model scores untrained, which shows that all works and nothing else.")
     with TemporaryDirectory() as folder:  # each process meets the first bad rows; they are named when all is scored
         if settings.data.pairs is not None:

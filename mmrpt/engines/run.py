@@ -22,7 +22,7 @@ from mmrpt.rewards import RewardFunction, load_rewards
 from mmrpt.rollout.collect import Reference
 from mmrpt.run_folder import RunFolder
 from mmrpt.scale import with_tiny_model
-from mmrpt.settings import CONTROL_PHASES, Settings, SettingsError
+from mmrpt.settings import CONTROL_PHASES, ModelSettings, Settings, SettingsError
 from mmrpt.sources import Sources, open_sources
 from mmrpt.trackers import Trackers
 from mmrpt.world.warm_start import build_start_policy
@@ -138,17 +138,27 @@ def open_run(settings: Settings) -> Run:
 
 def start_policy(settings: Settings, sources: Sources, device: torch.device) -> Policy:
     """The model before any training: that of model.path, or the tiny one of the demo."""
-    model = settings.model
-    if model.path is not None:
-        pixel_limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
-        how = {"revision": model.revision, "quantized": model.lora.quantized, **pixel_limits}
-        policy = Policy.load(model.path, getattr(torch, model.dtype), device, **how)
+    if settings.model.path is not None:
+        policy = given_policy(settings.model, device)
         policy.check_head()
     else:
         policy = build_start_policy(settings, sources)
         policy.model.to(device)
     prepare_policy(policy, settings)
     return policy
+
+
+def given_policy(model: ModelSettings, device: torch.device) -> Policy:
+    """The model of model.path as it is on disk, opened as the settings say."""
+    return Policy.load(
+        model.path,
+        getattr(torch, model.dtype),
+        device,
+        revision=model.revision,
+        quantized=model.lora.quantized,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+    )
 
 
 def prepare_policy(policy: Policy, settings: Settings) -> None:

@@ -57,12 +57,14 @@ def generate(
 
 
 class _Draws:
-    """The tokens drawn so far, by batches of responses. States of `kept_rows` are kept, of all responses or none."""
+    """The tokens drawn so far, by batches of responses. States of `kept_rows` are kept, of all responses or none.
+
+    `sampling`: temperature, top-p and generator."""
 
     def __init__(
-        self, policy: Policy, most: int, how: tuple[float, float, torch.Generator | None], kept_rows: int
+        self, policy: Policy, most: int, sampling: tuple[float, float, torch.Generator | None], kept_rows: int
     ) -> None:
-        self._policy, self._most, self._how, self._kept_rows = policy, most, how, kept_rows
+        self._policy, self._most, self._sampling, self._kept_rows = policy, most, sampling, kept_rows
         self._bias = policy.sampling_bias()
         self._hidden: Tensor | None = None
         self._ended: list[Generation] = []
@@ -77,7 +79,7 @@ class _Draws:
     def next_tokens(self, hidden: Tensor) -> Tensor | None:
         """A token for each row of states (R, H), padding where it has ended; None where no row needs another."""
         alive = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device) if self._alive is None else self._alive
-        token, logp = _draw(self._policy, hidden, self._bias, *self._how)
+        token, logp = _draw(self._policy, hidden, self._bias, *self._sampling)
         if self._kept_rows:
             self._keep(hidden * alive[:, None])
         token = torch.where(alive, token, self._policy.pad_token_id)
