@@ -26,7 +26,7 @@ ALLOWED_FOREIGN = {"torch", "triton"}  # mmrpt_kernels depends on these alone, i
 # The modules of mmrpt that may know the kernels.
 KERNEL_USERS = ("objective", "perception", "policy", "memory", "masking", "integrations", "doctor")
 # Who may import whom in mmrpt: a lower rank never imports a higher one.
-COMMAND_LINE = ("train", "mask", "evaluate", "export", "command_line")
+COMMAND_LINE = ("train", "mask", "evaluate", "export", "command_line", "experiments")
 ENGINES = ("engines",)
 HEAVY = ("torch", "transformers")  # slow to import; reading a corpus needs neither
 

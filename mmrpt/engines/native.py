@@ -44,9 +44,7 @@ from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
 def train(run: Run) -> Path:
     """Runs every phase that is not done yet and returns the path of the report."""
     tell_memory(run.settings, sum(p.numel() for p in run.policy.model.parameters()), run.policy.device)
-    for name, phase in (("vision_pretraining", pretrain_vision), ("warmup", warm_up)):
-        with run.folder.timed(name):
-            phase(run)
+    warm_start(run)
     with run.folder.timed("scoring"):
         samples = mask(run)
     with run.folder.timed("rl"):
@@ -57,6 +55,13 @@ def train(run: Run) -> Path:
     with run.folder.timed("evaluation"):
         evaluate(run)
     return report(run)
+
+
+def warm_start(run: Run) -> None:
+    """What every model of the run begins with."""
+    for name, phase in (("vision_pretraining", pretrain_vision), ("warmup", warm_up)):
+        with run.folder.timed(name):
+            phase(run)
 
 
 def pretrain_vision(run: Run) -> None:

@@ -1,0 +1,49 @@
+"""What an experiment is: arms, each a run's settings and the phase of it whose answers count, and a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmrpt.engines.run import Run
+
+QUESTIONS = "evaluation.samples=450"  # of each held-out set: 1,350 of the drawn world
+NO_CONTROL = (QUESTIONS, "control.kinds=[]")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the tables. Arms with the same overrides share one run, as a run's warm start, RL and controls do."""
+
+    name: str  # in tables, plain words: "keep 20 %"
+    overrides: tuple[str, ...] = ()  # settings beyond the experiment's base, as on the command line
+    model: str = "rl"  # the phase whose answers are this arm's: "warmup", "rl" or a control's phase
+    against: str | None = None  # name of the arm that this one is compared with; None: the experiment's baseline
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`measure` gives further numbers of an arm from its finished run: {"Gini": 0.9} is a column of the tables, and
+    {"reward": {"1 to 50": 0.2, "51 to 100": 0.3}} a row of a table of its own. It may load weights (`run.load`)."""
+
+    name: str  # on the command line, of folders and files: "vppo"
+    question: str  # one sentence
+    arms: tuple[Arm, ...]
+    baseline: str  # name of the arm that the others are compared with
+    base: tuple[str, ...] = ()  # overrides of every arm
+    measure: Callable[[Run, Arm], dict[str, Any]] | None = None
+    method: str | None = None  # name of the arm from which every other is subtracted as well, as RL from its controls
+    by_kind: bool = False  # also a table of accuracy by kind of the hidden word
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names) or any("," in name for name in names):
+            raise ValueError(f"experiment {self.name}: arms need names that differ, without commas, got {names}.")
+        wanted = {self.baseline, *(arm.against for arm in self.arms), self.method} - {None}
+        if unknown := wanted - set(names):
+            raise ValueError(f"experiment {self.name} compares with {sorted(unknown)}: expected one of {names}.")
+
+    def baseline_of(self, arm: Arm) -> str:
+        return arm.against or self.baseline
