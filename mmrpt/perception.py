@@ -5,6 +5,7 @@ A perturbed view of the image, a score for each token, then the trajectories' we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,10 +14,41 @@ from torch import Tensor
 
 from mmrpt.batching import response_slices
 from mmrpt.policy import Policy
+from mmrpt.settings import PerceptionSettings
 from mmrpt.types import Batch, Pixels
 from mmrpt_kernels import PerceptionWeights, linear_token_divergence, perception_weights
+from mmrpt_kernels.integrations.transformers import record_visual_mass
 
-__all__ = ["PerceptionWeights", "shape_and_filter", "token_perception"]
+__all__ = ["PerceptionWeights", "score_tokens", "shape_and_filter", "token_mass", "token_perception"]
+
+
+def score_tokens(
+    policy: Policy,
+    batch: Batch,
+    clean_hidden: Tensor | None,
+    seeds: Sequence[int],
+    options: PerceptionSettings,
+    temperature: float,
+) -> Tensor:
+    """The score of every response token as the settings say: (N, T) float32 >= 0; the patches of each of the batch's
+    images have a seed of their own."""
+    if options.kind == "mass":
+        return token_mass(policy, batch)
+    patches = {"patch_size": options.patch_size, "probability": options.probability}
+    perturbed = policy.perturbed(batch.pixels, seeds, **patches)
+    return token_perception(policy, batch, perturbed, clean_hidden, kind=options.kind, temperature=temperature)
+
+
+@torch.no_grad()
+def token_mass(policy: Policy, batch: Batch) -> Tensor:
+    """In the place of a divergence, how much the position that predicts each response token attends to the image,
+    averaged over heads and the upper half of the layers: (N, T) float32 in [0, 1], 0 past a row's end."""
+    depth = policy.model.config.get_text_config().num_hidden_layers
+    on_image = batch.input_ids == policy.image_token_id
+    with record_visual_mass(policy.model, key_weights=on_image, layers=range(depth // 2, depth)) as record:
+        policy.hidden(batch, padded=True)
+    mass, _, mask = response_slices(record.stacked().float().mean(0)[..., None], batch)
+    return mass[..., 0].masked_fill(~mask, 0.0)
 
 
 @torch.no_grad()

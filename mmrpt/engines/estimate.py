@@ -26,7 +26,7 @@ from mmrpt.masking.score import layer_indices
 from mmrpt.memory import GRADIENTS, OPTIMISER, VISION, Ledger, check_served, measured, shape_of, shape_policy
 from mmrpt.objective import response_logps, supervised_loss
 from mmrpt.optimiser import Optimiser
-from mmrpt.perception import token_perception
+from mmrpt.perception import score_tokens
 from mmrpt.policy import QwenVLPolicy
 from mmrpt.rollout.collect import hidden_fits
 from mmrpt.rollout.generate import generate
@@ -137,10 +137,8 @@ def perceive(work: Work, kept: Tensor | None) -> None:
         if settings.rl.kl_coef or settings.rl.max_importance is not None:
             response_logps(policy, batch, temperature=temperature)
         if options.enabled:
-            patches = {"patch_size": options.patch_size, "probability": options.probability}
-            perturbed = policy.perturbed(pixels, range(len(prompts)), **patches)
             hidden = None if kept is None else kept[list(range(part.rows.stop))]
-            token_perception(policy, batch, perturbed, hidden, kind=options.kind, temperature=temperature)
+            score_tokens(policy, batch, hidden, part.prompts, options, temperature)
 
 
 def score(work: Work) -> None:
@@ -159,9 +157,13 @@ def estimate(
     """The memory that a run with these settings needs of a device of that type, for a model of this config.
 
     only: the one phase to look at. text: tokens of a prompt besides its image's; None: of the demo's or a model's.
-    Raises ValueError for families that it cannot tell of.
+    Raises ValueError for families and settings that it cannot tell of.
     """
     check_served(config)
+    if (
+        settings.perception.enabled and settings.perception.kind == "mass"
+    ):  # its recording reads values, not shapes alone
+        raise ValueError("memory is not known of perception.kind=mass: ask with kl, a pass as long and a second view.")
     image, dtype = largest_image(settings, config.vision_config), getattr(torch, settings.model.dtype)
     policy = shape_policy(config, dtype, max(image.size), lambda policy: prepare_policy(policy, settings))
     policy.model.train()

@@ -16,7 +16,7 @@ WATCHED = {
     "accuracy": "share of right answers among them",
     "format": "share of well-formed answers",
     "response_length": "tokens of an answer",
-    "entropy_mean": "entropy of tokens with a gradient (nats)",
+    "entropy_mean": "entropy of an answer's tokens (nats)",
 }
 
 

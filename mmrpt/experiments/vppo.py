@@ -41,6 +41,7 @@ VPPO = Experiment(
         Arm("both (keep 20 %)", ("perception.keep_ratio=0.2",)),
         Arm("both (keep 60 %)", ("perception.keep_ratio=0.6",)),
         Arm("both (keep 40 %) by k3", ("perception.keep_ratio=0.4", "perception.kind=k3")),
+        Arm("both (keep 40 %) by attention mass", ("perception.keep_ratio=0.4", "perception.kind=mass")),
     ),
     baseline="neither",
     measure=speed,

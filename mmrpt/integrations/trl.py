@@ -119,8 +119,10 @@ class PerceptionGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, perception: PerceptionSettings | None = None, **kwargs: Any) -> None:
         """As GRPOTrainer. `perception`: divergence, patches, share of tokens kept, lowest weight."""
         _check_overridden()
-        super().__init__(*args, **kwargs)
         self.perception = perception or PerceptionSettings()
+        if self.perception.kind == "mass":
+            raise ValueError("perception.kind is 'mass', which needs the native trainer: expected kl, k3 or js.")
+        super().__init__(*args, **kwargs)
         unshard_head(self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -41,6 +41,12 @@ STYLE = {
     "legend.fontsize": 8,
     "figure.dpi": 110,
 }
+PERCEPTION = {  # by perception.kind
+    "kl": "KL(image || perturbed image) (nats)",
+    "k3": "k3 of KL(image || perturbed image) (nats)",
+    "js": "Jensen-Shannon divergence of the two views (nats)",
+    "mass": "attention on the image (share)",
+}
 SHARE, NATS = "share of all", "cross-entropy (nats per token)"
 
 
@@ -155,7 +161,8 @@ def plot_token_perception(run: Run) -> Figure | None:
     left.hist(np.clip(positive, edges[0], edges[-1]), bins=edges, color=BLUE)
     zeros = 1 - positive.size / scores.size
     title = f"{scores.size:,} response tokens" + (f", {100 * zeros:.0f} % exactly 0 not drawn" if zeros else "")
-    left.set(title=title, xlabel="KL(image || perturbed image) (nats)", ylabel="tokens", xscale="log")
+    unit = PERCEPTION.get(run.settings.get("perception.kind"), PERCEPTION["kl"])
+    left.set(title=title, xlabel=unit, ylabel="tokens", xscale="log")
     curve = 100 * np.append(0.0, np.cumsum(np.sort(scores)[::-1])) / scores.sum()
     share = curve[math.ceil(scores.size / 5)]
     right.plot(np.linspace(0, 100, curve.size), curve, color=BLUE)
@@ -178,7 +185,7 @@ def plot_trajectory_perception(run: Run) -> Figure | None:
     for value, dashes in ((low, "--"), (middle, "-"), (high, "--")):
         axis.axvline(value, color="black", linewidth=1, linestyle=dashes)
     axis.set_title(f"{scores.size:,} responses: median {middle:.2g}, 80 % lie between {low:.2g} and {high:.2g}")
-    axis.set(xlabel="mean token perception of a response (nats)", ylabel="responses")
+    axis.set(xlabel="mean token perception of a response", ylabel="responses")
     return figure
 
 

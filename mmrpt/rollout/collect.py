@@ -15,14 +15,14 @@ from torch import Tensor
 from mmrpt.advantage import group_advantages
 from mmrpt.corpus import seed_of
 from mmrpt.objective import response_logps
-from mmrpt.perception import token_perception
+from mmrpt.perception import score_tokens
 from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction, combine_rewards
 from mmrpt.rollout.generate import generate
 from mmrpt.rollout.prompts import restore_prompts, restore_text
-from mmrpt.settings import PerceptionSettings, RolloutSettings, Settings
+from mmrpt.settings import RolloutSettings, Settings
 from mmrpt.stopwatch import Stopwatch
-from mmrpt.types import Batch, Generation, Group, MaskedSample, Pixels, Rollout, SamplingRound
+from mmrpt.types import Generation, Group, MaskedSample, Pixels, Rollout, SamplingRound
 
 Reference = Callable[[], AbstractContextManager[Policy]]  # `with reference() as other:` gives the policy of rl.kl_coef
 
@@ -185,21 +185,7 @@ def _token_fields(
         if settings.perception.enabled:
             hidden = None if kept.hidden is None else kept.hidden[kept.rows[part.rows]]
             seeds = [seed_of(seed, kept.samples[i].id) for i in part.prompts]
-            found["perception"] = _perception(policy, batch, hidden, seeds, settings.perception, temperature)
+            found["perception"] = score_tokens(policy, batch, hidden, seeds, settings.perception, temperature)
         for name, values in found.items():
             fields[name][part.rows, : values.shape[1]] = values
     return fields
-
-
-def _perception(
-    policy: Policy,
-    batch: Batch,
-    hidden: Tensor | None,
-    seeds: Sequence[int],
-    options: PerceptionSettings,
-    temperature: float,
-) -> Tensor:
-    """Token perception of the batch's responses; the patches of each image have a seed of their own."""
-    patches = {"patch_size": options.patch_size, "probability": options.probability}
-    perturbed = policy.perturbed(batch.pixels, seeds, **patches)
-    return token_perception(policy, batch, perturbed, hidden, kind=options.kind, temperature=temperature)

@@ -196,7 +196,9 @@ class PerceptionSettings:
     """How much each token depends on the image, and what follows for its gradient (VPPO)."""
 
     enabled: bool = Field(True, description="weight and filter tokens by their dependence on the image")
-    kind: Literal["kl", "k3", "js"] = Field("kl", description="divergence between the views with and without patches")
+    kind: Literal["kl", "k3", "js", "mass"] = Field(
+        "kl", description="divergence between the views with and without patches, or attention on the image (mass)"
+    )
     patch_size: int = Field(14, ge=1, description="side of a blackened square in pixels of the resized image")
     probability: float = Field(0.5, gt=0, le=1, description="probability that a square is blackened")
     keep_ratio: float = Field(0.4, gt=0, le=1, description="share of tokens that keep their gradient; 1: all")

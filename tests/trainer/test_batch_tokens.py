@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmrpt import batching
+from mmrpt import batching, perception
 from mmrpt.batching import micro_batches, split_rows
 from mmrpt.captions import caption_batch
 from mmrpt.corpus import ImageCache
@@ -20,7 +20,6 @@ from mmrpt.engines.rl_step import train_on_groups
 from mmrpt.engines.run import prepare_machine
 from mmrpt.objective import supervised_backward
 from mmrpt.policy import QwenVLPolicy
-from mmrpt.rollout import collect
 from mmrpt.rollout.collect import collect_round, hidden_fits
 from mmrpt.rollout.generate import generate
 from mmrpt.settings import PromptSettings, SettingsError, load_settings
@@ -229,13 +228,13 @@ def test_sampling_in_parts_is_sampling_each_part(policy, pairs, batch_size, prom
 
 def test_scores_without_kept_hidden_states_are_the_same(a_round, small_settings, passes, monkeypatch):
     found, given = {}, []
-    score = collect.token_perception
+    score = perception.token_perception
 
     def spy(policy, batch, perturbed, hidden=None, **options):
         given.append(hidden)
         return score(policy, batch, perturbed, hidden, **options)
 
-    monkeypatch.setattr(collect, "token_perception", spy)
+    monkeypatch.setattr(perception, "token_perception", spy)
     for megabytes in (1, 0):
         passes.clear()
         settings = small_settings(f"rollout.keep_hidden_mb={megabytes}", "model.batch_tokens=200", *METHOD)

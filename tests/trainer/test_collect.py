@@ -133,7 +133,7 @@ def test_metrics_are_means_over_all_that_was_sampled(policy, asked, settings, re
 
 def test_without_signal_there_is_no_group_and_no_second_pass(policy, asked, settings, monkeypatch):
     samples, images = asked
-    monkeypatch.setattr("mmrpt.rollout.collect.token_perception", None)  # calling it would fail
+    monkeypatch.setattr("mmrpt.rollout.collect.score_tokens", None)  # calling it would fail
     outcome = collect_round(policy, samples, images, settings, seed=1)
     assert outcome.groups == [] and outcome.metrics["groups_kept"] == 0 and len(outcome.rollouts) == 18
 
@@ -212,7 +212,7 @@ def test_reference_and_trainer_log_probs_are_those_of_full_forward_passes(policy
 
 def test_perception_can_be_switched_off(policy, asked, settings, rewards_with_signal, monkeypatch):
     samples, images = asked
-    monkeypatch.setattr("mmrpt.rollout.collect.token_perception", None)
+    monkeypatch.setattr("mmrpt.rollout.collect.score_tokens", None)
     off = replace(settings, perception=replace(settings.perception, enabled=False))
     outcome = collect_round(policy, samples, images, off, seed=1)
     assert outcome.groups and all((g.perception == 0).all() for g in outcome.groups)

@@ -109,6 +109,11 @@ def test_of_another_family_it_cannot_tell(dry, tmp_path):
     assert status == 2 and "memory is estimated for qwen2_vl, qwen2_5_vl, qwen3_vl, and the model is a llava" in err
 
 
+def test_of_attention_mass_it_cannot_tell(dry):
+    status, _, err = dry("perception.kind=mass")
+    assert status == 2 and "memory is not known of perception.kind=mass: ask with kl" in err
+
+
 def test_a_gpus_memory_is_for_a_dry_run(capsys):
     assert main(["--gpu-memory", "24"]) == 2
     assert "with --dry-run" in capsys.readouterr().err

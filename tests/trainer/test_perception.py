@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from mmrpt.batching import response_slices
 from mmrpt.corpus import seed_of
 from mmrpt.families import blacken_pixels, make_image_processor
-from mmrpt.perception import shape_and_filter, token_perception
+from mmrpt.perception import score_tokens, shape_and_filter, token_perception
 from mmrpt.perturbation import black_patches, blacken_patches, blank
 from mmrpt.rollout.generate import generate
+from mmrpt.settings import PerceptionSettings
 from mmrpt.types import PixelBatch
-from tests.trainer.conftest import COLOURS, response_logits
+from tests.trainer.conftest import COLOURS, forward_inputs, response_logits
 
 
 @pytest.fixture
@@ -85,6 +87,29 @@ def test_perception_is_the_divergence_of_two_forward_passes(policy, views, kind,
     assert expected.max() > 1e-3, "the two views do not differ: the comparison would be empty"
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=2e-3, atol=2e-6)
     assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_mass_is_the_eager_attention_of_the_position_before(policy, views, tmp_path, share):
+    """On the image's tokens, in the second of two layers, heads averaged; one row at a time, in float64."""
+    prompts, responses, index, clean, _ = views
+    groups = [responses[i : i + 3] for i in range(0, len(responses), 3)]
+    batch = policy.group_batch(prompts[::3], groups, clean, index[::3], share=share)
+    options = PerceptionSettings(kind="mass")
+    found = score_tokens(policy, batch, None, (), options, temperature=1.0)
+    assert found.shape == (6, 5) and found.dtype == torch.float32
+    policy.write_files(tmp_path)
+    eager = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        alone = policy.batch([prompt], [response], clean.select([index[row]]), [0])
+        with torch.no_grad():
+            attention = eager.model(**forward_inputs(policy, alone), output_attentions=True).attentions[1][0]
+        on_image = (attention.double().mean(0) * (alone.input_ids[0] == policy.image_token_id)).sum(-1)
+        first = len(prompt) - 1
+        expected[row, : len(response)] = on_image[first : first + len(response)]
+    assert expected[0].max() - expected[0].min() > 0.02, "uniform attention would pass for any row"
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-6)
 
 
 def test_nothing_is_perceived_where_the_image_is_the_same(policy, views):

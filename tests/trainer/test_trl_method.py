@@ -220,6 +220,11 @@ def test_switched_off_and_in_evaluation_it_is_plain_grpo(looking_policy, dataset
     assert on._generate_and_score_completions([dataset[0]] * 4)["advantages"].shape == (4,)
 
 
+def test_attention_mass_is_no_divergence_of_two_heads(looking_policy, dataset, tmp_path):
+    with pytest.raises(ValueError, match="perception.kind is 'mass', which needs the native trainer: expected kl,"):
+        make_trainer(looking_policy, dataset, tmp_path, perception=PerceptionSettings(kind="mass"))
+
+
 def test_the_heads_of_the_scoring_passes_do_not_stay(looking_policy, dataset, tmp_path, monkeypatch):
     trainer = make_trainer(looking_policy, dataset, tmp_path)
     before = utils._ChunkedLogProbFunction
