@@ -160,9 +160,7 @@ def estimate(
     Raises ValueError for families and settings that it cannot tell of.
     """
     check_served(config)
-    if (
-        settings.perception.enabled and settings.perception.kind == "mass"
-    ):  # its recording reads values, not shapes alone
+    if settings.perception.enabled and settings.perception.kind == "mass":  # recording it takes values
         raise ValueError("memory is not known of perception.kind=mass: ask with kl, a pass as long and a second view.")
     image, dtype = largest_image(settings, config.vision_config), getattr(torch, settings.model.dtype)
     policy = shape_policy(config, dtype, max(image.size), lambda policy: prepare_policy(policy, settings))
