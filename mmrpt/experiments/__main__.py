@@ -10,7 +10,7 @@ from pathlib import Path
 from mmrpt.command_line import tell
 from mmrpt.experiments.arms import Experiment
 from mmrpt.experiments.catalogue import EXPERIMENTS
-from mmrpt.experiments.runner import collect, plan, run_jobs
+from mmrpt.experiments.runner import Job, collect, plan, run_jobs
 from mmrpt.settings import SettingsError
 
 
@@ -61,16 +61,16 @@ def _experiment(experiment: Experiment, options: argparse.Namespace) -> int:
     from mmrpt.experiments.page import publish, published, write  # matplotlib and torch are slow to import
 
     results = collect(experiment, seeds, options.out, overrides)
-    if not results["seeds"] and (known := options.report_only and published(experiment)):
+    if not results["seeds"] and options.report_only and not overrides and (known := published(experiment)):
         print(f"{options.out} has no result of {experiment.name}: taking docs/experiments/{experiment.name}.json")
         results = known
+    for job in failed:
+        print(f"not finished: {job.arm.name}, seed {job.seed} (look in {job.settings.run_dir})", file=sys.stderr)
     if not results["seeds"]:
-        raise ValueError(f"experiment {experiment.name} has no result yet: run it without --report-only.")
+        raise ValueError(f"experiment {experiment.name} has no result with these settings in {options.out}.")
     files = write(experiment, results, options.out / experiment.name)
     for path in files + (publish(experiment, results) if options.publish else []):
         print(path)
-    for job in failed:
-        print(f"not finished: {job.arm.name}, seed {job.seed} (look in {job.settings.run_dir})", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -81,7 +81,7 @@ def _seeds(text: str) -> list[int]:
         raise SettingsError(f"--seeds {text}: expected whole numbers, as in --seeds 0,1,2.") from None
 
 
-def _chosen(experiment: Experiment, jobs, names: str | None):
+def _chosen(experiment: Experiment, jobs: Sequence[Job], names: str | None) -> Sequence[Job]:
     if names is None:
         return jobs
     wanted = {name.strip() for name in names.split(",")}

@@ -39,10 +39,8 @@ def page_block(experiment: Experiment, results: Results | None, picture: str = "
         return NOT_RUN
     parts = [_made(results), _missing(experiment, results), evidence(experiment, results), HOW]
     if experiment.by_kind:
-        parts += [
-            "Accuracy by kind of the hidden word, with the image (blanked, another's):",
-            _kinds(experiment, results),
-        ]
+        parts.append("Accuracy by kind of the hidden word, with the image (blanked, another's), over all seeds:")
+        parts.append(_kinds(experiment, results))
     parts += [_measured(experiment, results), f"![{experiment.name}]({picture})" if picture else ""]
     return "\n\n".join(part for part in parts if part)
 
@@ -85,17 +83,17 @@ def _each(by_seed: Mapping[str, float], show: Callable[[float], str]) -> str:
 
 def _kinds(experiment: Experiment, results: Results) -> str:
     arms = _run(experiment, results)
-    cells = {
-        (arm.name, one): by_kind(results, arm.name, one) for arm in arms for one in ("image", "blanked", "swapped")
-    }
-    counts = {kind: count for kinds in cells.values() for kind, (_, count) in kinds.items()}
+    cells = {arm.name: {one: by_kind(results, arm.name, one) for one in CONDITIONS} for arm in arms}
+    counts: dict[str, set[int]] = {}
+    for kind, (_, count) in (item for found in cells.values() for item in found["image"].items()):
+        counts.setdefault(kind, set()).add(count)
 
-    def cell(arm: Arm, kind: str) -> str:
-        shown = [f"{100 * cells[arm.name, one][kind][0]:.0f}" for one in CONDITIONS]
-        return f"{shown[0]} ({shown[1]}, {shown[2]})"
+    def cell(found: Mapping[str, Mapping[str, tuple[float, int]]], kind: str) -> str:
+        shown = [f"{100 * found[one][kind][0]:.0f}" for one in CONDITIONS if kind in found[one]]
+        return f"{shown[0]} ({', '.join(shown[1:])})" if shown else ""
 
-    header = ["%", *(f"{kind}, {count:,} questions" for kind, count in counts.items())]
-    rows = [[escape(arm.name), *(cell(arm, kind) for kind in counts)] for arm in arms]
+    header = ["%", *(f"{kind}, {' or '.join(map(str, sorted(asked)))} questions" for kind, asked in counts.items())]
+    rows = [[escape(name), *(cell(found, kind) for kind in counts)] for name, found in cells.items()]
     return table(header, rows, range(1, len(header)))
 
 
@@ -104,7 +102,8 @@ def _measured(experiment: Experiment, results: Results) -> str:
     found = {arm.name: measured(results, arm.name) for arm in _run(experiment, results)}
     plain = {arm: {name: one for name, one in of.items() if not isinstance(one, dict)} for arm, of in found.items()}
     rows = dict.fromkeys(name for of in found.values() for name, one in of.items() if isinstance(one, dict))
-    tables = {"measured": plain} | {name: {arm: of.get(name, {}) for arm, of in found.items()} for name in rows}
+    tables = {"measured (mean over seeds)": plain}
+    tables |= {name: {arm: of.get(name, {}) for arm, of in found.items()} for name in rows}
     return "\n\n".join(part for name, of_arms in tables.items() if (part := _number_table(name, of_arms)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,13 +47,14 @@ def perception(run: Run, arm: Arm) -> dict[str, Any]:
     tokens = np.array([value for row in rows for value in row["token_scores"]])
     responses = np.array([value for row in rows for value in row["trajectory_scores"]])
     low, high = np.quantile(responses, (0.1, 0.9))
+    mean = responses.mean() or math.nan  # ratios to nothing are left out
     found = {
         "tokens seen": tokens.size,
         "share of tokens that holds 80 % of the sum": share_that_holds(tokens, 0.8),
         "Gini of tokens": gini(tokens),
         "responses": responses.size,
-        "standard deviation over mean of responses": responses.std() / responses.mean(),
-        "90th over 10th percentile of responses": high / low,
+        "standard deviation over mean of responses": responses.std() / mean,
+        "90th over 10th percentile of responses": high / (low or math.nan),
         "share of the responses' variance within a group": within_groups(
             responses.reshape(-1, run.settings.rollout.group_size)
         ),

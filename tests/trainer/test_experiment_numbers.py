@@ -14,7 +14,7 @@ from mmrpt.experiments import numbers
 from mmrpt.experiments.arms import Arm, Experiment
 from mmrpt.experiments.long import course
 from mmrpt.experiments.page import evidence
-from mmrpt.experiments.sparsity import gini, share_that_holds, within_groups
+from mmrpt.experiments.sparsity import gini, perception, share_that_holds, within_groups
 from mmrpt.experiments.vppo import speed
 
 
@@ -114,6 +114,19 @@ def test_sparsity_measures():
     assert gini([0, 0, 0, 9]) == 0.75 and math.isnan(gini([0, 0]))
     assert within_groups([[1, 3], [1, 3]]) == 1 and within_groups([[1, 1], [3, 3]]) == 0
     assert within_groups([[0, 2], [4, 6]]) == pytest.approx(1 / 5)  # 1 within, 4 between
+
+
+def test_perception_of_a_run_is_pooled_over_its_steps(tmp_path):
+    steps = [([0.0, 4.0], [1.0, 3.0]), ([1.0, 0.0, 0.0], [1.0, 3.0, 2.0, 2.0])]
+    write_jsonl(tmp_path / "perception.jsonl", [{"token_scores": t, "trajectory_scores": r} for t, r in steps])
+    run = SimpleNamespace(folder=tmp_path, settings=SimpleNamespace(rollout=SimpleNamespace(group_size=2)))
+    found = perception(run, Arm("a"))
+    assert (found["tokens seen"], found["responses"]) == (5, 6)
+    assert found["share of tokens that holds 80 % of the sum"] == 1 / 5  # 4 of 5
+    assert found["standard deviation over mean of responses"] == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert found["share of the responses' variance within a group"] == 1.0  # every group has the mean 2
+    write_jsonl(tmp_path / "perception.jsonl", [{"token_scores": [0.0], "trajectory_scores": [0.0, 0.0]}])
+    assert perception(run, Arm("a")) == {"tokens seen": 1, "responses": 2}  # no ratio of nothing
 
 
 def in_folder(folder: Path, rows: list[dict]) -> SimpleNamespace:
