@@ -55,7 +55,7 @@ class PairSource(Protocol):
 class SentenceScore:
     """How much one sentence leans on the image (`mmrpt.masking.score`). One line of scores.jsonl.
 
-    MMRPT's D_vis with `masking.attention_row=own` and `masking.baseline=none`.
+    MMRPT's D_vis with `masking.signal=mass`, `masking.attention_row=own` and `masking.baseline=none`.
     """
 
     example_id: str
@@ -64,9 +64,9 @@ class SentenceScore:
     end: int
     score: float
     token_spans: tuple[tuple[int, int], ...]  # character offsets in the caption, one per token of the sentence
-    token_masses: tuple[float, ...]  # visual share of each of those tokens, layers averaged
+    token_scores: tuple[float, ...]  # what masking.signal says of each of those tokens
     needs_image: bool | None = None  # truth, where the source knows it
-    kl: float | None = None  # mean KL of its tokens' distributions with and without the image, where it was asked for
+    mass: float | None = None  # mean visual share of its tokens' attention, where the score is of another signal
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class MaskedSample:
     end: int
     sentence: int
     sentence_score: float
-    span_mass: float
+    span_score: float
     kind: str = ""  # truth, where the source knows it
     needs_image: bool | None = None
 

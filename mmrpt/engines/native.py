@@ -268,7 +268,7 @@ def _aucs(rows: Iterable[dict[str, Any]]) -> dict[str, float | None]:
     """AUCs of the scores of sentences and of tokens, over those whose truth is known; None without both classes."""
     scored: dict[str, list[tuple[bool, float]]] = {"dependency_auc": [], "token_auc": []}
     for row in rows:
-        tokens = zip(row.get("token_needs_image", ()), row["token_masses"], strict=False)
+        tokens = zip(row.get("token_needs_image", ()), row["token_scores"], strict=False)
         scored["dependency_auc"] += [(row["needs_image"], row["score"])] if row["needs_image"] is not None else []
         scored["token_auc"] += [one for one in tokens if one[0] is not None]
     both = {name: known if len({truth for truth, _ in known}) == 2 else [] for name, known in scored.items()}

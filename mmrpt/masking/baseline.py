@@ -33,7 +33,7 @@ class PositionBaseline:
         for score, counts, place in zip(caption, counted, _places(caption), strict=True):
             if counts:
                 self._grow(place.stop)
-                self._total[place] += score.token_masses
+                self._total[place] += score.token_scores
                 self._count[place] += 1
         self._mean = None
 
@@ -44,8 +44,8 @@ class PositionBaseline:
         corrected = []
         for score, place in zip(caption, _places(caption), strict=True):
             reached = np.minimum(np.arange(place.start, place.stop), len(self._mean) - 1)
-            masses = np.asarray(score.token_masses) - (self._mean[reached] if len(self._mean) else 0.0)
-            corrected.append(replace(score, score=float(masses.mean()), token_masses=tuple(masses.tolist())))
+            masses = np.asarray(score.token_scores) - (self._mean[reached] if len(self._mean) else 0.0)
+            corrected.append(replace(score, score=float(masses.mean()), token_scores=tuple(masses.tolist())))
         return corrected
 
     def _grow(self, length: int) -> None:
@@ -78,5 +78,5 @@ def _places(caption: Sequence[SentenceScore]) -> Iterator[slice]:
     """The places of each sentence's tokens in the caption."""
     start = 0
     for score in caption:
-        yield slice(start, start + len(score.token_masses))
-        start += len(score.token_masses)
+        yield slice(start, start + len(score.token_scores))
+        start += len(score.token_scores)

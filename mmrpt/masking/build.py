@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -22,12 +23,14 @@ def build_masked_samples(
     mask: str,
     spans_per_caption: int,
     max_span_words: int,
+    min_span_score: float = -math.inf,
     used: Counter[str] | None = None,
     dropped: Counter[str] | None = None,
 ) -> list[MaskedSample]:
-    """The masked samples of one caption: its best spans, from the sentences that score `threshold` or more.
+    """The masked samples of one caption: its best spans of `min_span_score` or more, from the sentences that score
+    `threshold` or more.
 
-    Spans go by mass. With `used`, a count of the word classes hidden so far that this call adds to, the least hidden
+    Spans go by score. With `used`, a count of the word classes hidden so far that this call adds to, the least hidden
     class goes first, so that classes the model does not attend to yet are asked too. With `dropped`, spans whose words
     stand elsewhere in the caption are passed over, and counted there as "repeated".
     """
@@ -36,10 +39,13 @@ def build_masked_samples(
         for score in scores
         if score.score >= threshold
         for span in choose_spans(example.caption, score, max_words=max_span_words)
+        if span.score >= min_span_score
     ]
     chosen: list[tuple[SentenceScore, Span]] = []
     while candidates and len(chosen) < spans_per_caption:
-        best = min(candidates, key=lambda c: (used[c[1].word_class] if used is not None else 0, -c[1].mass, c[1].start))
+        best = min(
+            candidates, key=lambda c: (used[c[1].word_class] if used is not None else 0, -c[1].score, c[1].start)
+        )
         candidates.remove(best)
         if dropped is not None and is_repeated(example.caption, best[1].start, best[1].end):
             dropped["repeated"] += 1
@@ -47,7 +53,7 @@ def build_masked_samples(
         chosen.append(best)
         if used is not None:
             used[best[1].word_class] += 1
-    return [_sample(example, score, span.start, span.end, span.mass, mask) for score, span in chosen]
+    return [_sample(example, score, span.start, span.end, span.score, mask) for score, span in chosen]
 
 
 def random_masks(example: Example, count: int, *, mask: str, rng: np.random.Generator) -> list[MaskedSample]:
@@ -101,7 +107,7 @@ def truth_masks(example: Example, *, mask: str) -> list[MaskedSample]:
 
 
 def _sample(
-    example: Example, score: SentenceScore | None, start: int, end: int, mass: float, mask: str
+    example: Example, score: SentenceScore | None, start: int, end: int, span_score: float, mask: str
 ) -> MaskedSample:
     truth = truth_of(example.words, start, end)
     return MaskedSample(
@@ -113,7 +119,7 @@ def _sample(
         end=end,
         sentence=-1 if score is None else score.sentence,
         sentence_score=0.0 if score is None else score.score,
-        span_mass=mass,
+        span_score=span_score,
         kind=truth.kind if truth else "",
         needs_image=truth.needs_image if truth else (None if not example.words else False),
     )

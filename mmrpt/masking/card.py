@@ -56,6 +56,7 @@ def _counts(summary: dict[str, Any], settings: Settings) -> list[tuple[str, str]
         ("answers dropped: given with the image blanked", f"{summary['dropped']['blind']:,}"),
         ("threshold rule", options.threshold),
         ("threshold", "of each caption" if threshold is None else f"{threshold:.4f}"),
+        ("signal", options.signal),
         ("layers", ", ".join(map(str, options.layers))),
         ("attention row", options.attention_row),
         ("baseline", options.baseline),
@@ -63,8 +64,8 @@ def _counts(summary: dict[str, Any], settings: Settings) -> list[tuple[str, str]
     ]
     if summary["between_class_share"] is not None:
         rows.append(("variance between Otsu's two classes", f"{summary['between_class_share']:.0%}"))
-    if summary["kl_rank_correlation"] is not None:
-        rows.append(("rank correlation with the KL signal", f"{summary['kl_rank_correlation']:.3f}"))
+    if summary["mass_rank_correlation"] is not None:
+        rows.append(("rank correlation with the attention mass", f"{summary['mass_rank_correlation']:.3f}"))
     return rows
 
 

@@ -70,7 +70,10 @@ def score_shard(
         update(len(window) - len(good))
         for batch in token_batches([len(row) for _, row in good], options.batch_tokens):
             chosen = [good[i] for i in batch]
-            scores = score_rows(model, [row for _, row in chosen], layers=layers, attention_row=options.attention_row)
+            own_rows = [row for _, row in chosen]
+            scores = score_rows(
+                model, own_rows, layers=layers, attention_row=options.attention_row, signal=options.signal
+            )
             for (place, row), own in zip(chosen, scores, strict=True):
                 found[place] = _checked(row, own)
             update(len(batch))
@@ -79,7 +82,7 @@ def score_shard(
 
 def _checked(row: CaptionRow, scores: Sequence[SentenceScore]) -> ScoredCaption:
     """The row with its scores; rejected where the model gave none, so that it spoils no sum over the corpus."""
-    if all(math.isfinite(score.score) and math.isfinite(score.kl or 0.0) for score in scores):
+    if all(math.isfinite(score.score) and math.isfinite(score.mass or 0.0) for score in scores):
         return ScoredCaption(row.example, tuple(scores))
     reason = "the model's attention or prediction is not finite. Try model.dtype=float32, or remove the row."
     return ScoredCaption(None, (), BadRow(row.where, "not_finite", reason), row.example.id)
@@ -167,7 +170,7 @@ class _Reader:
             raise BadRow(where, "empty_caption", "the caption has no token. Write one or remove the row.")
         try:
             prompt = self._model.prompt(self._describe, image)
-            blanked = self._model.prompt(self._describe, blank(image)) if self._options.kl_signal else None
+            blanked = self._model.prompt(self._describe, blank(image)) if self._options.signal == "kl" else None
         except ValueError as error:
             reason = f"the model's image processor refuses the image of {image.width} x {image.height}: {error}"
             raise BadRow(where, "unprocessable_image", reason) from error

@@ -1,14 +1,15 @@
-"""How much each sentence leans on the image, from one forward pass with recorded attention.
+"""How much each token and sentence leans on the image: by default from one forward pass with recorded attention.
 
     share(t) = 1/|L| * sum_{l in L} mass_l(t, V) / (mass_l(t, V) + mass_l(t, T))        score(s_i) = mean of its tokens
 
 V are the image's tokens and T the caption's; markers, instruction and template belong to neither. With the token's own
-attention row and no baseline taken off, the score is MMRPT's D_vis(s_i).
+attention row and no baseline taken off, the score is MMRPT's D_vis(s_i). Other signals take the place of the share
+(`masking.signal`): what the text has of the attention, a divergence of predictions, or the truth of drawn pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmrpt.masking.build import truth_of
 from mmrpt.masking.forward import CaptionModel, Prompt
 from mmrpt.masking.sentences import sentence_spans
+from mmrpt.settings import Signal
 from mmrpt.types import Example, SentenceScore
 from mmrpt_kernels import linear_token_divergence
 
@@ -39,25 +42,38 @@ class CaptionRow:
 
 @torch.no_grad()
 def score_rows(
-    model: CaptionModel, rows: Sequence[CaptionRow], *, layers: Sequence[int], attention_row: Literal["before", "own"]
+    model: CaptionModel,
+    rows: Sequence[CaptionRow],
+    *,
+    layers: Sequence[int],
+    attention_row: Literal["before", "own"],
+    signal: Signal = "mass",
 ) -> list[list[SentenceScore]]:
     """The sentences of each row's caption with their scores; the rows go through the model as one batch.
 
     `attention_row` "own" takes a token's own attention row; "before" that of the token before it, which predicts it:
-    the look that precedes the word. Where rows have a `blanked` prompt, each sentence also gets `kl`: the mean over its
-    tokens of KL(with the image || without), over the whole vocabulary, at the cost of another forward pass.
+    the look that precedes the word. `signal` scores a token by its visual share ("mass"), by what is left to 1
+    ("text_mass"), by KL(prediction with the image || with it blanked) over the whole vocabulary ("kl": another forward
+    pass, of the rows' `blanked` prompts), or by whether its word truly needs the image ("truth": 1 or 0, and a sentence
+    has the highest of its tokens').
     """
     prompts, responses = [row.prompt for row in rows], [row.ids for row in rows]
     hidden, masses = model.forward(prompts, responses, layers)
     shares = _visual_share(masses)
-    divergences: list[list[float] | None] = [None] * len(rows)
-    if all(row.blanked is not None for row in rows):
+    if signal == "kl":
         blanked, _ = model.forward([row.blanked for row in rows], responses)
-        divergences = [_divergences(model, row, hidden[i], blanked[i]) for i, row in enumerate(rows)]
     found = []
     for i, row in enumerate(rows):
         start = len(row.prompt.ids) - (attention_row == "before")
-        found.append(_sentences(row, shares[i, start : start + len(row.ids)].tolist(), divergences[i]))
+        own = shares[i, start : start + len(row.ids)].tolist()
+        if signal == "mass":
+            found.append(_sentences(row, own))
+        elif signal == "text_mass":
+            found.append(_sentences(row, [1 - share for share in own], own))
+        elif signal == "kl":
+            found.append(_sentences(row, _divergences(model, row, hidden[i], blanked[i]), own))
+        else:
+            found.append(_sentences(row, _truth(row), own, joined=max))
     return found
 
 
@@ -114,8 +130,27 @@ def _divergences(model: CaptionModel, row: CaptionRow, hidden: Tensor, blanked: 
     return linear_token_divergence(*views, model.head_weight, bias=model.head_bias).divergence.tolist()
 
 
-def _sentences(row: CaptionRow, shares: Sequence[float], divergences: Sequence[float] | None) -> list[SentenceScore]:
-    """A token that overlaps two sentences belongs to the first, so that it counts once."""
+def _truth(row: CaptionRow) -> list[float]:
+    """1 for each token of a word that needs the image, else 0."""
+    words = [truth_of(row.example.words, start, end) for start, end in row.offsets]
+    return [float(word is not None and word.needs_image) for word in words]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _sentences(
+    row: CaptionRow,
+    token_scores: Sequence[float],
+    shares: Sequence[float] | None = None,
+    *,
+    joined: Callable[[Sequence[float]], float] = _mean,
+) -> list[SentenceScore]:
+    """The sentences of a caption, scored by the `joined` scores of their tokens; with `shares`, their mean besides.
+
+    A token that overlaps two sentences belongs to the first, so that it counts once.
+    """
     scores, first = [], 0
     example = row.example
     for index, (start, end) in enumerate(sentence_spans(example.caption)):
@@ -124,8 +159,8 @@ def _sentences(row: CaptionRow, shares: Sequence[float], divergences: Sequence[f
             continue
         first = inside[-1] + 1
         truth = any(w.needs_image for w in example.words if start <= w.start < end) if example.words else None
-        own = [shares[i] for i in inside]
+        own = [token_scores[i] for i in inside]
         spans = tuple(tuple(row.offsets[i]) for i in inside)
-        kl = None if divergences is None else sum(divergences[i] for i in inside) / len(inside)
-        scores.append(SentenceScore(example.id, index, start, end, sum(own) / len(own), spans, tuple(own), truth, kl))
+        mass = None if shares is None else _mean([shares[i] for i in inside])
+        scores.append(SentenceScore(example.id, index, start, end, joined(own), spans, tuple(own), truth, mass))
     return scores

@@ -81,7 +81,7 @@ class _Statistics:
     """What is counted on the way."""
 
     def __init__(self) -> None:
-        self.scores, self.kls = array("d"), array("d")  # of sentences with letters
+        self.scores, self.masses = array("d"), array("d")  # of sentences with letters
         self.captions = self.sentences = self.dependent = self.samples = self.needing = self.known = 0
         self.rejected: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -102,7 +102,7 @@ class _Statistics:
             "samples": self.samples,
             "samples_needing_image": self.needing / self.known if self.known else None,
             "dropped": {kind: self.dropped[kind] for kind in ("repeated", "blind")},
-            "kl_rank_correlation": rank_correlation(scores, np.frombuffer(self.kls)) if self.kls else None,
+            "mass_rank_correlation": rank_correlation(scores, np.frombuffer(self.masses)) if self.masses else None,
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         }
 
@@ -125,7 +125,7 @@ def _lettered(caption: ScoredCaption) -> list[bool]:
 
 
 def _baseline(shards: Shards, settings: Settings) -> PositionBaseline | None:
-    if settings.masking.baseline == "none":
+    if settings.masking.baseline == "none" or settings.masking.signal == "truth":  # truth has no effect of place
         return None
     baseline = PositionBaseline()
     for caption in shards.captions():
@@ -149,8 +149,8 @@ def _score_rows(shards: Shards, baseline: PositionBaseline | None, found: _Stati
             found.sentences += 1
             if lettered:
                 found.scores.append(score.score)
-                if score.kl is not None:
-                    found.kls.append(score.kl)
+                if score.mass is not None:
+                    found.masses.append(score.mass)
             row = {**score_to_json(score), "text": caption.example.caption[score.start : score.end]}
             if words := caption.example.words:
                 row["token_needs_image"] = _token_truth(score, words)
@@ -188,6 +188,7 @@ def _samples(
             mask=settings.prompts.mask,
             spans_per_caption=options.spans_per_caption,
             max_span_words=options.max_span_words,
+            min_span_score=1.0 if options.signal == "truth" else -math.inf,
             used=used,
             dropped=found.dropped if options.drop_repeated else None,
         ):

@@ -86,11 +86,11 @@ class Shards:
 
 
 def score_to_json(score: SentenceScore) -> dict[str, Any]:
-    return {name: value for name, value in vars(score).items() if name != "kl" or value is not None}
+    return {name: value for name, value in vars(score).items() if name != "mass" or value is not None}
 
 
 def score_from_json(row: dict[str, Any]) -> SentenceScore:
     """A row of scores.jsonl, which also holds the sentence's text and the truth of its tokens, or of a shard."""
     row = {name: value for name, value in row.items() if name not in ("text", "token_needs_image")}
     row["token_spans"] = tuple(tuple(span) for span in row["token_spans"])
-    return SentenceScore(**{**row, "token_masses": tuple(row["token_masses"])})
+    return SentenceScore(**{**row, "token_scores": tuple(row["token_scores"])})

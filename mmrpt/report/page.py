@@ -231,7 +231,7 @@ def _masking(run: Run, numbers: Numbers) -> str:
     return (
         f"Masking: {dependent:,.0f} of {sentences:,.0f} sentences reach the threshold "
         f"{figure(number(run.masking, 'threshold'))} ({code(run.masking.get('method'))}).{warning} AUC of their scores "
-        f"for sentences that need the image: {told[0]}. AUC of the masses of tokens for words that need it: {told[1]}. "
+        f"for sentences that need the image: {told[0]}. AUC of the scores of tokens for words that need it: {told[1]}. "
         f"Of the {samples:,.0f} hidden spans, only the image tells: "
         f"{'not known' if math.isnan(share) else percent(share)}."
     )

@@ -25,6 +25,11 @@ from mmrpt.settings import flatten
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
 CONDITIONS = {"image": "with image", "blanked": "image blanked", "swapped": "another's image"}
+SIGNALS = {
+    "mass": "visual share of attention",
+    "text_mass": "text's share of attention",
+    "kl": "KL with and without the image",
+}
 EXAMPLES = 3  # training examples that are shown
 
 
@@ -169,7 +174,7 @@ def _counted(rows: Iterable[Row], sentences: array, tokens: array) -> Iterator[R
             caption, name = caption + 1, row.get("example_id")
         if math.isfinite(score := number(row, "score")):
             sentences.extend((score, number(row, "needs_image"), caption))
-            for mass, needs in zip(row.get("token_masses") or (), row.get("token_needs_image") or (), strict=False):
+            for mass, needs in zip(row.get("token_scores") or (), row.get("token_needs_image") or (), strict=False):
                 if needs is not None and math.isfinite(mass):
                     tokens.extend((mass, needs, caption))
             yield row
@@ -201,8 +206,9 @@ def image_name(example_id: str, suffix: str = "") -> str:
 
 def score_name(run: Run) -> str:
     """What masking measured: the paper's D_vis only where nothing is subtracted and a token's own row is read."""
+    signal = run.settings.get("masking.signal", "mass")
     baseline, row = (run.settings.get(f"masking.{name}") for name in ("baseline", "attention_row"))
-    if (baseline, row) == ("none", "own"):
+    if (signal, baseline, row) == ("mass", "none", "own"):
         return "D_vis (visual share of attention)"
-    above = " above the mean at its place" if baseline == "position" else ""
-    return f"dependency score (visual share of attention{above})"
+    above = " above the mean at its place" if baseline == "position" and signal != "truth" else ""
+    return f"dependency score ({SIGNALS.get(signal, signal)}{above})"

@@ -21,6 +21,7 @@ from mmrpt.settings.method import (
     PromptSettings,
     RLSettings,
     RolloutSettings,
+    Signal,
     WarmupSettings,
     threshold_rule,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "RolloutSettings",
     "Settings",
     "SettingsError",
+    "Signal",
     "TIMED_CONTROLS",
     "TinyVLMConfig",
     "WarmupSettings",

@@ -40,6 +40,7 @@ FORMER_NAMES = {
     "masking.quantile": "is now masking.threshold=quantile:0.5",
     "masking.std_factor": "is now masking.threshold=mean_std:0.5",
     "masking.balance": "is now masking.balance_word_classes",
+    "masking.kl_signal": "is now masking.signal=kl, which also chooses the spans",
     "masking.batch_size": "is now masking.batch_tokens, about 256 for each caption",
     "control.enabled": "is now control.kinds: [captions] for true, [] for false",
     "control.batch_size": "is now warmup.batch_size, which the control shares",

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from mmrpt.settings.base import STRICT, require
 
+Signal = Literal["mass", "text_mass", "kl", "truth"]  # of masking.signal
 CHAT_MARK = "<|"  # what Qwen's markers begin with
 
 
@@ -110,6 +111,11 @@ class MaskingSettings:
     captions: int | None = Field(
         None, ge=1, description="captions scored; null: 1,500 of the drawn world, all of given pairs"
     )
+    signal: Signal = Field(
+        "mass",
+        description="what scores a token: attention on the image (mass) or the text (text_mass), KL of the predictions "
+        "with the image and blanked (kl), or, of drawn pairs, the truth",
+    )
     layers: tuple[int | float, ...] = Field(
         (0.5, 1.0),
         description="layers whose attention counts: from one fraction of the depth to another, or a list of indices",
@@ -136,7 +142,6 @@ class MaskingSettings:
         le=1,
         description="drop answers that are more probable than this with the image blanked; null: none",
     )
-    kl_signal: bool = Field(False, description="also score by the change of the prediction when the image is blanked")
 
     def __post_init__(self) -> None:
         expected = "expected two fractions with 0 <= first < last <= 1, as [0.5, 1.0], or indices, as [14, 15, 16]."

@@ -68,6 +68,11 @@ class Settings:
             f"rl.groups_per_step is {self.rl.groups_per_step}: expected at most rollout.prompts * rl.max_rounds = "
             f"{self.rollout.prompts} * {self.rl.max_rounds}, the groups sampled for a step; lower it or raise those.",
         )
+        require(
+            self.masking.signal != "truth" or self.data.pairs is None,
+            f"masking.signal is truth, which is known of drawn pairs alone, but data.pairs is {self.data.pairs}: "
+            "choose mass, text_mass or kl, or leave out data.pairs.",
+        )
         demo = self.demo
         if self.model.path is not None:  # its vision tower can see already
             demo = replace(demo, vision_steps=0, vision_frozen_steps=0)

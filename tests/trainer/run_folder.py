@@ -93,7 +93,7 @@ def score_rows(rng: np.random.Generator, examples: int = 60) -> list[dict[str, A
             score = round(float(rng.normal(0.45 if needs else 0.25, 0.1)), 2)  # rounded: ties
             masses = [round(float(value), 3) for value in rng.uniform(0.1, 0.9, len(words))]
             row = {"example_id": f"train/{index}", "sentence": number, "start": start, "end": start + len(text)}
-            row |= {"score": score, "token_spans": spans, "token_masses": masses, "needs_image": needs, "text": text}
+            row |= {"score": score, "token_spans": spans, "token_scores": masses, "needs_image": needs, "text": text}
             rows.append(row)
             start += len(sentence)
     return rows
@@ -104,7 +104,7 @@ def masked_rows(examples: int = 60) -> list[dict[str, Any]]:
     start = caption.index("red")
     hidden = caption[:start] + "<mask>" + caption[start + 3 :]
     common = {"masked_caption": hidden, "answer": "red", "start": start, "end": start + 3, "sentence": 0}
-    common |= {"sentence_score": 0.5, "span_mass": 0.6, "kind": "colour", "needs_image": True}
+    common |= {"sentence_score": 0.5, "span_score": 0.6, "kind": "colour", "needs_image": True}
     return [{"id": f"train/{i}#0", "example_id": f"train/{i}"} | common for i in range(examples)]
 
 

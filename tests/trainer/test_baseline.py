@@ -37,7 +37,7 @@ def subtract_position_baseline(scores: list[SentenceScore], window: int = 7) -> 
 
 def test_place_alone_leaves_nothing():
     corrected = subtract_position_baseline(corpus(effect=0.0), window=1)
-    assert max(abs(m) for s in corrected for m in s.token_masses) < 1e-12
+    assert max(abs(m) for s in corrected for m in s.token_scores) < 1e-12
 
 
 def test_what_looks_more_than_its_place_stands_out_whatever_its_place():
@@ -52,8 +52,8 @@ def test_what_looks_more_than_its_place_stands_out_whatever_its_place():
 def test_scores_are_means_of_the_corrected_masses_and_average_to_zero():
     corrected = subtract_position_baseline(corpus(effect=0.2, seed=3), window=1)
     for score in corrected:
-        assert score.score == pytest.approx(np.mean(score.token_masses))
-    assert np.mean([m for s in corrected for m in s.token_masses]) == pytest.approx(0.0, abs=1e-12)
+        assert score.score == pytest.approx(np.mean(score.token_scores))
+    assert np.mean([m for s in corrected for m in s.token_scores]) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_sentences_that_do_not_count_take_their_places_and_add_nothing():
@@ -61,14 +61,14 @@ def test_sentences_that_do_not_count_take_their_places_and_add_nothing():
     captions = [list(group) for _, group in groupby(scores, key=lambda score: score.example_id)]
     baseline, other = PositionBaseline(window=1), PositionBaseline(window=1)
     for caption in captions:
-        odd = replace(caption[0], token_masses=(9.0,) * 5)
+        odd = replace(caption[0], token_scores=(9.0,) * 5)
         baseline.add(caption, [True] * len(caption))
         other.add([odd, *caption[1:]], [False] + [True] * (len(caption) - 1))
     # From the second sentence on the sums are those of the captions as they were; the first places were never added.
-    masses = [[m for s in b.subtract(captions[0])[1:] for m in s.token_masses] for b in (baseline, other)]
+    masses = [[m for s in b.subtract(captions[0])[1:] for m in s.token_scores] for b in (baseline, other)]
     assert masses[0] == masses[1] and max(map(abs, masses[0])) < 1e-12
-    assert other.subtract(captions[0])[0].token_masses == captions[0][0].token_masses
-    longer = replace(scores[0], token_masses=(0.25,) * 40, token_spans=((0, 1),) * 40)
+    assert other.subtract(captions[0])[0].token_scores == captions[0][0].token_scores
+    longer = replace(scores[0], token_scores=(0.25,) * 40, token_spans=((0, 1),) * 40)
     (found,) = baseline.subtract([longer])  # places that no caption reached take the last known mean
-    assert found.token_masses[-1] == pytest.approx(0.25 - 16 / (17 + 19))
-    assert PositionBaseline().subtract([longer])[0].token_masses == longer.token_masses
+    assert found.token_scores[-1] == pytest.approx(0.25 - 16 / (17 + 19))
+    assert PositionBaseline().subtract([longer])[0].token_scores == longer.token_scores

@@ -179,7 +179,7 @@ def test_every_span_is_drawn_about_as_often_whatever_was_chosen():
     caption = "a red fox sits. the fox sleeps on grass."
     rng = np.random.default_rng(0)
     spans = sorted((s.start, s.answer) for s in random_masks(Example("0", caption), 99, mask="<m>", rng=rng))
-    chosen = replace(random_masks(Example("0", caption), 1, mask="<m>", rng=rng)[0], span_mass=1.0)
+    chosen = replace(random_masks(Example("0", caption), 1, mask="<m>", rng=rng)[0], span_score=1.0)
     draws = 400
     starts = [masked_at_random([chosen], mask="<m>", drop_repeated=False, seed=i)[0].start for i in range(draws)]
     share = 1 / len(spans)

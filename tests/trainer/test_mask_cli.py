@@ -160,7 +160,13 @@ def test_a_card_escapes_what_captions_hold(tmp_path):
     sample = MaskedSample("e#0", "e", caption.replace("card", "<mask>"), "card", 28, 32, 0, 0.5, 0.5)
     write_jsonl(folder / "masked.jsonl", [sample.to_json()])
     counts = dict.fromkeys(("captions", "sentences", "without_letters", "dependent", "samples"), 1)
-    summary = {**counts, "threshold": None, "warning": "look", "between_class_share": 0.5, "kl_rank_correlation": None}
+    summary = {
+        **counts,
+        "threshold": None,
+        "warning": "look",
+        "between_class_share": 0.5,
+        "mass_rank_correlation": None,
+    }
     summary |= {
         "rejected": {},
         "dropped": {"repeated": 0, "blind": 0},

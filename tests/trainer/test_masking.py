@@ -81,9 +81,9 @@ def test_dependency_equals_eager_attention(eager, attention_row, given, layers):
             expected.append((example.id, number, start, end, [shares[i] for i in inside]))
     assert [(s.example_id, s.sentence, s.start, s.end) for s in scores] == [e[:4] for e in expected]
     for score, (*_, shares) in zip(scores, expected, strict=True):
-        np.testing.assert_allclose(score.token_masses, shares, atol=2e-6)
+        np.testing.assert_allclose(score.token_scores, shares, atol=2e-6)
         assert score.score == pytest.approx(sum(shares) / len(shares), abs=2e-6)
-    spread = [m for s in scores for m in s.token_masses]
+    spread = [m for s in scores for m in s.token_scores]
     assert max(spread) - min(spread) > 0.05  # else uniform attention would pass for anything
 
 
@@ -149,8 +149,8 @@ def test_layers_that_the_model_has_not_are_refused(layers):
 def test_a_token_of_two_sentences_counts_once_and_in_the_first():
     offsets = [(0, 1), (1, 8), (8, 12), (12, 13)]  # the second token is " cat! A"
     row = CaptionRow(Example("e", "a cat! A dog."), Prompt([1], None), [1, 2, 3, 4], offsets)
-    first, second = _sentences(row, [0.1, 0.2, 0.3, 0.5], None)
-    assert (first.token_masses, second.token_masses) == ((0.1, 0.2), (0.3, 0.5))
+    first, second = _sentences(row, [0.1, 0.2, 0.3, 0.5])
+    assert (first.token_scores, second.token_scores) == ((0.1, 0.2), (0.3, 0.5))
     assert (first.score, second.score) == (pytest.approx(0.15), pytest.approx(0.4))
 
 
@@ -264,7 +264,7 @@ def test_spans_obey_their_laws(data, words, count, max_words):
     score = score_words(caption, masses)
     every = choose_spans(caption, score, count=99, max_words=max_words)
     assert choose_spans(caption, score, count=count, max_words=max_words) == every[:count]
-    assert [s.mass for s in every] == sorted((s.mass for s in every), reverse=True)
+    assert [s.score for s in every] == sorted((s.score for s in every), reverse=True)
     mass_at = {start: m for (start, _), m in zip(word_spans(caption), masses, strict=True)}
     taken = set()
     for span in every:
@@ -277,11 +277,11 @@ def test_spans_obey_their_laws(data, words, count, max_words):
         own = [mass_at[a] for a, _ in inside]
         if span.word_class == "other":
             assert not any(caption[a:b].casefold() in FUNCTION_WORDS for a, b in inside)
-            assert span.mass == pytest.approx(sum(own) / len(own))
+            assert span.score == pytest.approx(sum(own) / len(own))
             assert min(own) >= GROWTH * max(own) - 1e-12
         else:
             assert caption[span.start : span.end].casefold() in PHRASES[span.word_class]
-            assert span.mass == own[0]
+            assert span.score == own[0]
     content = [caption[a:b] for a, b in word_spans(caption) if is_content(caption[a:b])]
     if len(content) > min(max_words, len(words) // 2) > 0:  # no span can hide all that the sentence says
         left = [caption[a:b].casefold() for a, b in word_spans(caption) if a not in taken]
@@ -341,7 +341,7 @@ def two_sentences():
     masses = {"the": 0.1, "card": 0.3, "is": 0.1, "red.": 0.7, "It": 0.1, "shows": 0.2, "two": 0.9, "cats.": 0.5}
     first = score_words(caption, masses, (0, 16), 0.4)
     second = score_words(caption, masses, (17, 35), 0.6)
-    second = SentenceScore("e/1", 1, 17, 35, 0.6, second.token_spans, second.token_masses)
+    second = SentenceScore("e/1", 1, 17, 35, 0.6, second.token_spans, second.token_scores)
     return example, [first, second]
 
 

@@ -49,9 +49,9 @@ def test_scores_of_a_family_equal_its_eager_attention(family):
                 v, t = weights @ visual, weights @ text
                 shares.append(v / (v + t))
             wanted = torch.stack(shares).mean(0)
-            found = [mass for s in scores if s.example_id == example.id for mass in s.token_masses]
+            found = [mass for s in scores if s.example_id == example.id for mass in s.token_scores]
             np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5)
-        spread = [mass for s in scores for mass in s.token_masses]
+        spread = [mass for s in scores for mass in s.token_scores]
         assert max(spread) - min(spread) > 0.05
 
 

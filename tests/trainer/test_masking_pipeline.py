@@ -16,6 +16,7 @@ from PIL import Image
 
 from mmrpt.corpus import BadRow, RejectedRows, read_jsonl
 from mmrpt.masking import shards as shards_module
+from mmrpt.masking.build import truth_masks
 from mmrpt.masking.forward import PolicyModel, Prompt
 from mmrpt.masking.pipeline import read_ahead, score_corpus, token_batches
 from mmrpt.masking.score import score_sentences
@@ -24,7 +25,9 @@ from mmrpt.masking.sentences import sentence_spans
 from mmrpt.masking.shards import Shards
 from mmrpt.masking.words import word_spans
 from mmrpt.perturbation import blank
+from mmrpt.settings import WorldConfig
 from mmrpt.types import Example
+from mmrpt.world import World
 from tests.trainer.conftest import ColourPairs, make_looking_policy
 
 
@@ -203,9 +206,9 @@ def test_the_threshold_of_each_caption_selects_sentences_of_each(tmp_path, model
     assert hidden and hidden <= passed and summary["dependent"] >= len(hidden)
 
 
-def test_the_second_signal_is_the_divergence_between_seeing_and_not_seeing(tmp_path, model, small_settings):
-    summary = mask(tmp_path, model, small_settings("masking.kl_signal=true"))
-    rows = read_jsonl(tmp_path / SCORES)
+def test_kl_is_the_divergence_between_seeing_and_not_seeing(tmp_path, model, small_settings):
+    shares = {(r["example_id"], r["sentence"]): r["score"] for r in scored(tmp_path, model, small_settings, "mass")}
+    rows = scored(tmp_path, model, small_settings, "kl")
     source, policy = Pairs(), model.policy
     example = source[1]
     ids = policy.encode_text(example.caption)
@@ -221,10 +224,74 @@ def test_the_second_signal_is_the_divergence_between_seeing_and_not_seeing(tmp_p
     _, offsets = model.encode(example.caption)
     for row, (start, end) in zip(own, sentence_spans(example.caption), strict=True):
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and start < b]
-        assert row["kl"] == pytest.approx(float(kl[inside].mean()), rel=1e-3)
+        assert row["token_scores"] == pytest.approx(kl[inside].tolist(), rel=1e-3)
+        assert row["score"] == pytest.approx(float(kl[inside].mean()), rel=1e-3)
+    assert all(row["mass"] == shares[row["example_id"], row["sentence"]] for row in rows)
     lettered = [row for row in rows if row["example_id"] != "colour/009"]
-    ranks = [np.argsort(np.argsort([row[name] for row in lettered])) for name in ("score", "kl")]
-    assert summary["kl_rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=0.05)
+    ranks = [np.argsort(np.argsort([row[name] for row in lettered])) for name in ("score", "mass")]
+    summary = json.loads((tmp_path / "kl" / SUMMARY).read_text())
+    assert summary["mass_rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=0.05)
+
+
+ALL_SPANS = (
+    "masking.baseline=none",
+    "masking.threshold=mean_std:-9",
+    "masking.balance_word_classes=false",
+    "masking.drop_repeated=false",
+    "masking.max_span_words=1",  # what a span grows over depends on which of its words begins it
+)
+
+
+def scored(tmp_path, model, small_settings, signal, *options, rows=SCORES, source=None):
+    """scores.jsonl, or another file of rows, of one signal without a baseline."""
+    mask(
+        tmp_path / signal, model, small_settings(f"masking.signal={signal}", "masking.baseline=none", *options), source
+    )
+    return read_jsonl(tmp_path / signal / rows)
+
+
+def test_the_texts_mass_chooses_last_what_mass_chooses_first(tmp_path, model, small_settings):
+    chosen = {}
+    for signal in ("mass", "text_mass"):
+        rows = scored(tmp_path, model, small_settings, signal, *ALL_SPANS, "masking.spans_per_caption=99", rows=MASKED)
+        for row in rows:
+            chosen.setdefault(row["example_id"], {}).setdefault(signal, []).append(row)
+    assert len(chosen) == 17 and max(len(of["mass"]) for of in chosen.values()) > 20
+    for of in chosen.values():
+        shares = {row["id"]: row["span_score"] for row in of["mass"]}
+        assert len(shares) > 1 and shares.keys() == {row["id"] for row in of["text_mass"]}
+        order = [shares[row["id"]] for row in of["text_mass"]]
+        assert order == sorted(order)
+        assert [row["span_score"] for row in of["text_mass"]] == [1 - share for share in order]
+
+
+def test_sentences_that_depend_on_the_text_are_those_that_do_not_depend_on_the_image(tmp_path, model, small_settings):
+    passed = []
+    for signal in ("mass", "text_mass"):
+        rows = scored(tmp_path, model, small_settings, signal, "masking.threshold=otsu", "masking.drop_repeated=false")
+        tau = json.loads((tmp_path / signal / SUMMARY).read_text())["threshold"]
+        passed.append({(row["example_id"], row["sentence"]) for row in rows if row["score"] >= tau})
+    assert passed[0] and passed[1] and not passed[0] & passed[1] and len(passed[0] | passed[1]) == len(rows)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_truth_hides_every_word_that_needs_the_image_and_no_other(tmp_path, model, small_settings, balance):
+    source = World(WorldConfig()).source("train", 20)
+    options = (
+        "masking.spans_per_caption=99",
+        "masking.drop_repeated=false",
+        "masking.baseline=position",
+        "masking.threshold=otsu",
+    )
+    options += (f"masking.balance_word_classes={balance}",)
+    hidden = scored(tmp_path, model, small_settings, "truth", *options, rows=MASKED, source=source)
+    wanted = {sample.id for i in range(20) for sample in truth_masks(source[i], mask="<mask>")}
+    assert len(wanted) > 40 and {row["id"] for row in hidden} == wanted
+    rows = read_jsonl(tmp_path / "truth" / SCORES)
+    assert all(row["score"] == float(row["needs_image"]) for row in rows)
+    assert json.loads((tmp_path / "truth" / SUMMARY).read_text())["samples_needing_image"] == 1.0
+    by_mass = scored(tmp_path, model, small_settings, "mass", *options, rows=MASKED, source=source)
+    assert any(not row["needs_image"] for row in by_mass)  # which the assertions above would refuse
 
 
 def test_answers_of_a_blinded_model_are_dropped_and_counted(tmp_path, model, small_settings):

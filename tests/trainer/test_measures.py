@@ -179,7 +179,7 @@ def test_a_run_samples_and_states_the_auc_of_its_tokens(tmp_path, rewards_with_s
     words = {train[i].id: train[i].words for i in range(len(train))}
     masses: dict[bool, list[float]] = {True: [], False: []}
     for row in read_jsonl(folder / "scores.jsonl"):
-        for (start, end), mass in zip(row["token_spans"], row["token_masses"], strict=True):
+        for (start, end), mass in zip(row["token_spans"], row["token_scores"], strict=True):
             if own := [word.needs_image for word in words[row["example_id"]] if word.start < end and start < word.end]:
                 masses[any(own)].append(mass)
     beaten = [float(a > b) + (a == b) / 2 for a in masses[True] for b in masses[False]]

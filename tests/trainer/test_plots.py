@@ -131,6 +131,8 @@ def test_dependency_without_truth_claims_nothing(run: Path) -> None:
             "baseline: position, attention_row: own",
             "dependency score (visual share of attention above the mean at its place)",
         ),
+        ("signal: kl, baseline: none, attention_row: own", "dependency score (KL with and without the image)"),
+        ("signal: truth, baseline: position", "dependency score (truth)"),
     ],
 )
 def test_only_the_papers_score_is_called_d_vis(run: Path, masking: str, label: str) -> None:

@@ -216,6 +216,7 @@ def test_all_given_captions_are_scored_and_a_part_of_the_endless_world(overrides
         ("masking.threshold=quantile:1", "0 < Q < 1"),
         ("masking.threshold=mean_std:nan", "'mean_std:nan': expected otsu"),
         ("masking.threshold=otsu:1", "'otsu:1': expected otsu"),
+        ("masking.signal=truth data.pairs=a.jsonl", "known of drawn pairs alone, but data.pairs is a.jsonl"),
         ("rl.min_accuracy=0.99", "expected below rl.max_accuracy"),
         ("rl.loss=cispo", "set rl.dual_clip=null"),
         ("rl.advantage=dr_grpo rl.aggregation=sum", "leave rl.aggregation at token_mean"),
