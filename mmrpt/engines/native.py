@@ -164,8 +164,7 @@ def train_control(run: Run, phase: str, samples: list[MaskedSample]) -> None:
     if phase == "rl_blanked":
         reinforce(run, samples, phase, pairs=BlankedPairs(run.sources.train))
     elif phase == "rl_random_masks":
-        chosen = {"mask": settings.prompts.mask, "drop_repeated": settings.masking.drop_repeated}
-        reinforce(run, masked_at_random(samples, seed=settings.seed, **chosen), phase)
+        reinforce(run, random_samples(run, samples), phase)
     elif phase == "grpo":
         reinforce(
             run, samples, phase, settings=replace(settings, perception=replace(settings.perception, enabled=False))
@@ -180,6 +179,13 @@ def train_control(run: Run, phase: str, samples: list[MaskedSample]) -> None:
             lambda step: supervised_backward(run.policy, rows(step), settings.model.batch_tokens),
             seconds=seconds_of_rl(run) if phase in TIMED_CONTROLS else None,
         )
+
+
+def random_samples(run: Run, samples: list[MaskedSample]) -> list[MaskedSample]:
+    """As many random spans of the samples' captions: what the control on random masks trains on."""
+    settings = run.settings
+    chosen = {"mask": settings.prompts.mask, "drop_repeated": settings.masking.drop_repeated}
+    return masked_at_random(samples, seed=settings.seed, **chosen)
 
 
 def seconds_of_rl(run: Run) -> float:

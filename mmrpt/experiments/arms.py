@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmrpt.engines.run import Run
 
+Rows = list[dict[str, Any]]
 QUESTIONS = "evaluation.samples=450"  # of each held-out set: 1,350 of the drawn world
 NO_CONTROL = (QUESTIONS, "control.kinds=[]")
 
@@ -26,7 +28,10 @@ class Arm:
 @dataclass(frozen=True)
 class Experiment:
     """`measure` gives further numbers of an arm from its finished run: {"Gini": 0.9} is a column of the tables, and
-    {"reward": {"1 to 50": 0.2, "51 to 100": 0.3}} a row of a table of its own. It may load weights (`run.load`)."""
+    {"reward": {"1 to 50": 0.2, "51 to 100": 0.3}} a row of a table of its own. It may load weights (`run.load`).
+
+    `answer` gives what `mmrpt.held_out.evaluate_policy` returns of an arm's model, in the place of the run's own rows
+    and answers (None: these): for other questions, or for a model that the run does not train."""
 
     name: str  # on the command line, of folders and files: "vppo"
     question: str  # one sentence
@@ -34,6 +39,9 @@ class Experiment:
     baseline: str  # name of the arm that the others are compared with
     base: tuple[str, ...] = ()  # overrides of every arm
     measure: Callable[[Run, Arm], dict[str, Any]] | None = None
+    answer: Callable[[Run, Arm], tuple[Rows, Rows] | None] | None = None
+    requires: str | None = None  # package that must be installed besides, as PyPI names it
+    compared: tuple[tuple[str, str], ...] = ()  # further pairs of arms, of which the first minus the second is shown
     method: str | None = None  # name of the arm from which every other is subtracted as well, as RL from its controls
     by_kind: bool = False  # also a table of accuracy by kind of the hidden word
 
@@ -41,7 +49,7 @@ class Experiment:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names) or any("," in name for name in names):
             raise ValueError(f"experiment {self.name}: arms need names that differ, without commas, got {names}.")
-        wanted = {self.baseline, *(arm.against for arm in self.arms), self.method} - {None}
+        wanted = {self.baseline, *(arm.against for arm in self.arms), self.method, *chain(*self.compared)} - {None}
         if unknown := wanted - set(names):
             raise ValueError(f"experiment {self.name} compares with {sorted(unknown)}: expected one of {names}.")
 

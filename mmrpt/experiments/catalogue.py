@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from mmrpt.experiments.arms import Experiment
 from mmrpt.experiments.controls import CONTROLS
+from mmrpt.experiments.easy_vqa import EASY_VQA
 from mmrpt.experiments.language_bias import LANGUAGE_BIAS
 from mmrpt.experiments.long import LONG
+from mmrpt.experiments.masking import MASKING
+from mmrpt.experiments.robustness import ROBUSTNESS
 from mmrpt.experiments.sparsity import SPARSITY
 from mmrpt.experiments.vppo import VPPO
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (CONTROLS, VPPO, SPARSITY, LONG, LANGUAGE_BIAS)}
+ALL = (CONTROLS, VPPO, SPARSITY, LONG, LANGUAGE_BIAS, MASKING, ROBUSTNESS, EASY_VQA)
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in ALL}

@@ -60,7 +60,7 @@ def _differences(experiment: Experiment, results: Results) -> str:
     if experiment.method:
         pairs += [(experiment.method, arm.name) for arm in experiment.arms]
     rows = []
-    for one, other in dict.fromkeys(pairs):
+    for one, other in dict.fromkeys([*pairs, *experiment.compared]):
         found = {column: difference(results, one, other, column) for column in COLUMNS if column != "swapped"}
         if one != other and all(found.values()):
             rows.append([f"{escape(one)} − {escape(other)}", *map(_change, found.values())])

@@ -18,12 +18,13 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrpt.command_line import CONFIG_FILE, run_command
 from mmrpt.corpus import iter_jsonl, write_json
-from mmrpt.experiments.arms import Arm, Experiment
+from mmrpt.experiments.arms import Arm, Experiment, Rows
 from mmrpt.settings import Settings, SettingsError, given_settings, load_settings, save_settings
 
 if TYPE_CHECKING:
@@ -84,11 +85,19 @@ def warm_start_of(settings: Settings, out: Path) -> Settings:
 
 
 def run_jobs(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Does what is left of the jobs, run by run. Failures are told, the others go on; returns the failed jobs."""
+    """Does what is left of the jobs, run by run. Failures are told, the others go on; returns the failed jobs.
+
+    Raises SettingsError where a package is not installed that the experiment requires.
+    """
     groups: dict[Path, list[Job]] = {}
     for job in jobs:
         if not job.result.exists():
             groups.setdefault(job.settings.run_dir, []).append(job)
+    if groups and experiment.requires and find_spec(experiment.requires.replace("-", "_")) is None:
+        raise SettingsError(
+            f"experiment {experiment.name} needs the package {experiment.requires}, which is not installed: "
+            f"pip install {experiment.requires}, and give the command again."
+        )
     failed: list[Job] = []
     for number, (folder, group) in enumerate(groups.items(), start=1):
         names = ", ".join(job.arm.name for job in group)
@@ -101,7 +110,8 @@ def run_jobs(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Job
 def _finish(experiment: Experiment, group: Sequence[Job], out: Path) -> int:
     """Trains the run of a group of arms, or goes on with it, and writes their results; 0, or 2 after an error."""
     settings = group[0].settings
-    if experiment.measure is None and (settings.run_dir / "evaluation.json").exists():
+    from_files = experiment.measure is None and experiment.answer is None
+    if from_files and (settings.run_dir / "evaluation.json").exists():
         for job in group:
             write_json(job.result, result_of(job, {}))
         return 0
@@ -112,7 +122,8 @@ def _finish(experiment: Experiment, group: Sequence[Job], out: Path) -> int:
         report = native.train(run)
         for job in group:
             measured = experiment.measure(run, job.arm) if experiment.measure else {}
-            write_json(job.result, result_of(job, measured))
+            answered = experiment.answer(run, job.arm) if experiment.answer else None
+            write_json(job.result, result_of(job, measured, answered))
         return report
 
     return _take_warm_start(settings, out) or _work_in(settings, train_and_measure)
@@ -157,29 +168,29 @@ def _work_in(settings: Settings, work: Callable[[Run], Path]) -> int:
     return run_command(Namespace(config=None, overrides=overrides, show=False, resume=True), work)
 
 
-def result_of(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
-    """What a finished run says of an arm, for results.json."""
+def result_of(job: Job, measured: dict[str, Any], answered: tuple[Rows, Rows] | None = None) -> dict[str, Any]:
+    """What a finished run says of an arm, for results.json; `answered`: rows and answers in the place of the run's."""
     folder, model = job.settings.run_dir, job.arm.model
     evaluation, seconds, masking, environment = (
         json.loads((folder / f"{name}.json").read_text())
         for name in ("evaluation", "seconds", "masking", "environment")
     )
+    rows, answers = answered or (evaluation["rows"], iter_jsonl(folder / "answers.jsonl"))
     hits: dict[str, dict[str, str]] = {}
     asked: dict[str, Any] = {}
-    for row in iter_jsonl(folder / "answers.jsonl"):
+    for row in answers:
         if row["model"] == model:
             of_set = hits.setdefault(row["set"], {})
             of_set[row["condition"]] = of_set.get(row["condition"], "") + str(int(row["exact"]))
             if row["condition"] == "image":
                 text = "|".join((row["sample_id"], row["masked_caption"], row["answer"]))
                 asked.setdefault(row["set"], hashlib.sha256()).update(text.encode())
-    rows = [{k: v for k, v in row.items() if k != "model"} for row in evaluation["rows"] if row["model"] == model]
     return {
         "overrides": list(job.arm.overrides),
         "model": model,
         "run": folder.name,
         "seconds": seconds,
-        "rows": rows,
+        "rows": [{k: v for k, v in row.items() if k != "model"} for row in rows if row["model"] == model],
         "hits": hits,
         "questions": {name: digest.hexdigest()[:12] for name, digest in asked.items()},
         "samples_masked": masking["samples"],
