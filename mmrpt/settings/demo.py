@@ -4,6 +4,7 @@ needs. A run on given pairs and a given model uses none of them."""
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -57,8 +58,11 @@ class WorldConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TinyVLMConfig:
-    """Sizes of the tiny model: 1.8 million parameters, 16 visual tokens for a 112 x 112 image."""
+    """Kind and sizes of the tiny model: 1.8 million parameters, 16 visual tokens for a 112 x 112 image."""
 
+    family: Literal["qwen2_5_vl", "qwen3_vl"] = Field(
+        "qwen2_5_vl", description="architecture; qwen3_vl learns where an image's patches stand, qwen2_5_vl does not"
+    )
     hidden_size: int = Field(128, gt=0, description="width of the decoder; heads times a multiple of 8")
     layers: int = Field(5, gt=0, description="layers of the decoder")
     heads: int = Field(4, gt=0, description="attention heads of the decoder")
@@ -104,6 +108,11 @@ def demo_world() -> WorldConfig:
     return WorldConfig(object_zipf=1.0, card_weights=(0.35, 0.3, 0.2, 0.15), sentence_weights=(0.5, 0.3, 0.15, 0.05))
 
 
+def demo_model() -> TinyVLMConfig:
+    """The tiny model as the demo trains it: Qwen3-VL's MLP of the vision tower has two matrices, Qwen2.5-VL's three."""
+    return TinyVLMConfig(family="qwen3_vl", vision_intermediate_size=384)
+
+
 @dataclass(frozen=True, config=STRICT)
 class DemoSettings:
     """The demo: drawn pairs (unless data.pairs is given) and a tiny model (unless model.path is given)."""
@@ -124,4 +133,4 @@ class DemoSettings:
     )
     sentence_batch_size: int = Field(32, ge=1, description="sentences in a step of the warm-up that trains on them")
     world: WorldConfig = field(default_factory=demo_world)
-    tiny: TinyVLMConfig = field(default_factory=TinyVLMConfig)
+    tiny: TinyVLMConfig = field(default_factory=demo_model)

@@ -1,7 +1,7 @@
-"""A tiny model of a real architecture: `Qwen2_5_VLForConditionalGeneration` of about two million parameters.
+"""A tiny model of a real architecture, Qwen3-VL's or Qwen2.5-VL's, of about two million parameters.
 
 Built in memory from a config, with a byte-level BPE tokenizer trained on the world's own captions, and saved as an
-ordinary Hugging Face folder, so that everything written for it also opens a real Qwen2.5-VL folder.
+ordinary Hugging Face folder, so that everything written for it also opens a real folder of the family.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from mmrpt.families import OTHER_RELEASE, make_image_processor
@@ -33,6 +35,10 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+CLASSES = {
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
 FORMAT_TOKENS = ("<mask>", "<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -84,7 +90,9 @@ def build_tiny_vlm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-        model = Qwen2_5_VLForConditionalGeneration(tiny_config(config, ids, len(tokenizer)))
+        model = CLASSES[config.family][1](tiny_config(config, ids, len(tokenizer)))
+        if config.family == "qwen3_vl":  # beside embedded patches of `patch_std`, places must not be lost
+            torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=config.patch_std / 4)
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         raise ValueError(f"the head has weights of its own: expected the embedding's. {OTHER_RELEASE}")
     image_processor = make_image_processor(config.patch_size, config.max_pixels, config.image_mean, config.image_std)
@@ -95,10 +103,9 @@ def build_tiny_vlm(
     return policy
 
 
-def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> Qwen2_5_VLConfig:
+def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> PretrainedConfig:
     """The model's config for a tokenizer of so many words with these ids of the special tokens."""
-    head_size = config.hidden_size // config.heads
-    sections = [head_size // 8, 3 * head_size // 16, head_size // 2 - head_size // 8 - 3 * head_size // 16]
+    own_text, own_vision = (_qwen2_5_vl if config.family == "qwen2_5_vl" else _qwen3_vl)(config)
     text = {
         "vocab_size": -(-words // 64) * 64,
         "hidden_size": config.hidden_size,
@@ -108,11 +115,11 @@ def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> Qw
         "num_key_value_heads": config.kv_heads,
         "max_position_embeddings": 2048,
         "rope_theta": 10_000.0,
-        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
+        **own_text,
     }
     vision = {
         "depth": config.vision_layers,
@@ -123,10 +130,9 @@ def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> Qw
         "patch_size": config.patch_size,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
-        "window_size": 8 * config.patch_size,
-        "fullatt_block_indexes": list(range(config.vision_layers)),
+        **own_vision,
     }
-    hf_config = Qwen2_5_VLConfig(
+    hf_config = CLASSES[config.family][0](
         text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
@@ -138,6 +144,7 @@ def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> Qw
     _check_names(hf_config.text_config, text)
     _check_names(hf_config.vision_config, vision)
     rope = getattr(hf_config.text_config, "rope_parameters", None) or hf_config.text_config.rope_scaling
+    sections = text["rope_scaling"]["mrope_section"]
     if rope.get("mrope_section") != sections:  # transformers 4 calls it rope_scaling
         raise ValueError(
             f"text_config's rotary settings are {rope}: expected mrope_section {sections}. {OTHER_RELEASE}"
@@ -145,10 +152,31 @@ def tiny_config(config: TinyVLMConfig, ids: Mapping[str, int], words: int) -> Qw
     return hf_config
 
 
+def _qwen2_5_vl(config: TinyVLMConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Qwen2.5-VL's text and vision configs have of their own."""
+    half = config.hidden_size // config.heads // 2
+    sections = [half // 4, 3 * half // 8, half - half // 4 - 3 * half // 8]
+    rope = {"type": "mrope", "rope_type": "default", "mrope_section": sections, "rope_theta": 1e4}
+    windows = {"window_size": 8 * config.patch_size, "fullatt_block_indexes": list(range(config.vision_layers))}
+    return {"rope_scaling": rope}, windows
+
+
+def _qwen3_vl(config: TinyVLMConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Qwen3-VL's have: learned positions of 8 x 8 patches, interpolated for other images, and no DeepStack, whose
+    features no vision pre-training has taught anything."""
+    head_size = config.hidden_size // config.heads
+    sections = [head_size // 2 - 2 * (head_size // 6), head_size // 6, head_size // 6]
+    rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True, "rope_theta": 1e4}
+    places = {"num_position_embeddings": 64, "deepstack_visual_indexes": []}
+    return {"rope_scaling": rope, "head_dim": head_size}, places
+
+
 def _check_names(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
     """Refuses names that `config` does not know: it would keep them, and the model would be another one."""
     known = {name for part in type(config).__mro__ for name in inspect.signature(part.__init__).parameters}
-    lost = given.keys() - known - {"rope_theta", "rope_scaling", "tie_word_embeddings"}  # seen by what they do
+    by_what_they_do = {"rope_theta", "rope_scaling", "tie_word_embeddings"}
+    any_config = {"bos_token_id", "eos_token_id"}  # read by generation, if the class knows them or not
+    lost = given.keys() - known - by_what_they_do - any_config
     if lost:
         raise ValueError(f"{type(config).__name__} knows no {', '.join(sorted(lost))}. {OTHER_RELEASE}")
 
@@ -184,7 +212,8 @@ def spread_features(policy: QwenVLPolicy, images: Sequence[Image.Image], std: fl
     learns to ignore the rest, and never looks. One data-dependent layer (as LSUV, arXiv 1511.06422) mends that.
     """
     pixels = policy.pixels(images)
-    last = policy.model.model.visual.merger.mlp[2]
+    merger = policy.model.model.visual.merger
+    last = merger.linear_fc2 if hasattr(merger, "linear_fc2") else merger.mlp[2]  # Qwen3-VL's, Qwen2.5-VL's
     (features,) = policy.image_features(pixels)
     spread = features.std(0).mean()
     last.weight.mul_(std / spread)

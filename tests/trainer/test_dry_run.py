@@ -14,7 +14,8 @@ from mmrpt.engines.dry_run import device_memory, model_config, tell_memory
 from mmrpt.engines.estimate import Estimate, estimate
 from mmrpt.settings import Settings, load_settings
 from mmrpt.train import main
-from tests.trainer.conftest import SMALL_RUN, make_policy
+from mmrpt.world.tiny_vlm import build_tiny_vlm
+from tests.trainer.conftest import SMALL_RUN
 from tests.trainer.test_pretrained import write_pairs
 
 MIB = 2**20
@@ -50,7 +51,8 @@ def foreseen(monkeypatch):
 def test_the_demos_dry_run_shows_every_phase_and_leaves_nothing(dry, tmp_path):
     status, out, err = dry()
     assert status == 0 and not err
-    model = make_policy().model  # of these sizes, but for words that its tokenizer did not find
+    # The demo's model of these sizes, but for words that its tokenizer did not find.
+    model = build_tiny_vlm(load_settings(None, SMALL_RUN).demo.tiny, ["a red card."]).model
     words = 512 * 32 - model.get_input_embeddings().weight.numel()
     count = sum(p.numel() for p in model.parameters()) + words
     assert f"model: the tiny model, {count:,} parameters, {count:,} trained" in out

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig
 
 from mmrpt.policy import Policy
@@ -23,6 +24,8 @@ from mmrpt.world.tiny_vlm import (
 from tests.trainer.conftest import TINY, ColourPairs, make_policy
 
 TEXTS = ["a red card.", "two blue cards lie at the top left."]
+CLASS_OF = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
+every_family = pytest.mark.parametrize("family", CLASS_OF)
 
 
 def same_weights(a, b):
@@ -31,13 +34,14 @@ def same_weights(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_default_has_one_to_five_million_parameters():
+@every_family
+def test_the_default_has_one_to_five_million_parameters(family):
     world = World(WorldConfig())
     texts = [world.example("train", i).caption for i in range(50)]
-    model = build_tiny_vlm(TinyVLMConfig(), texts).model
+    model = build_tiny_vlm(TinyVLMConfig(family=family), texts).model
     count = sum(p.numel() for p in model.parameters())  # tied weights once
     assert 1e6 <= count <= 5e6, count
-    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert type(model).__name__ == CLASS_OF[family]
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
@@ -99,20 +103,34 @@ def test_whitened_patches_are_uncorrelated_components_of_the_wanted_deviation():
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-2, atol=0)
 
 
-def test_building_with_images_spreads_their_features():
-    pairs = ColourPairs()
+@every_family
+def test_building_with_images_spreads_their_features(family):
+    pairs, config = ColourPairs(), replace(TINY, feature_std=0.3, family=family)
     images = [pairs.image(pairs[i].id) for i in range(8)]
-    policy = build_tiny_vlm(replace(TINY, feature_std=0.3), TEXTS, seed=1, images=images)
+    policy = build_tiny_vlm(config, TEXTS, seed=1, images=images)
     assert features(policy, images).std(0).mean().item() == pytest.approx(0.3, rel=1e-4)
-    assert same_weights(policy, build_tiny_vlm(replace(TINY, feature_std=0.3), TEXTS, seed=1, images=images))
+    assert same_weights(policy, build_tiny_vlm(config, TEXTS, seed=1, images=images))
 
 
-def test_the_saved_folder_opens_with_the_auto_classes(tmp_path):
-    policy = make_policy()
+def test_only_qwen3_vl_tells_where_a_patch_stands():
+    """All patches of an image of one colour are alike, so that only their places can tell their features apart."""
+    plain = Image.new("RGB", (112, 112), (220, 40, 40))
+    images = [ColourPairs().image(f"colour/{i:03d}") for i in range(8)]
+    spread = {}
+    for family in CLASS_OF:
+        policy = build_tiny_vlm(replace(TINY, family=family), TEXTS, images=images)
+        spread[family] = features(policy, [plain]).std(0).mean().item()
+    assert spread["qwen2_5_vl"] < 1e-4 < 1e-2 < spread["qwen3_vl"], spread
+
+
+@every_family
+def test_the_saved_folder_opens_with_the_auto_classes(tmp_path, family):
+    policy = build_tiny_vlm(replace(TINY, family=family), TEXTS)
     policy.write_files(tmp_path / "tiny")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
-    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert type(model).__name__ == CLASS_OF[family]
+    assert model.generation_config.eos_token_id == policy.eos_token_id
     assert all(torch.equal(value, policy.model.state_dict()[name]) for name, value in model.state_dict().items())
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     text = "<think> two red cards</think><answer> red</answer>"
