@@ -5,12 +5,14 @@ The warm-up, supervised controls and the captions that reinforcement mixes in ar
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from mmrpt.masking.build import caption_of, random_masks, truth_masks
+from mmrpt.masking.words import word_class
 from mmrpt.policy import Policy
 from mmrpt.rollout.prompts import begun_thought, restore_text
 from mmrpt.settings import PromptSettings
@@ -29,13 +31,16 @@ def caption_batch(
 ) -> Batch:
     """Rows of prompt and wanted response, one per item; which rows restore a word is drawn from `seed`.
 
-    `cut` shortens each example first; then words that need the image are hidden, where the truth is known.
+    `cut` shortens each example first; then words that need the image are hidden, where the truth is known. The hidden
+    word is of the class that the batch has hidden least: of words drawn as they come most are names of things, and a
+    model would hardly ever be asked for a relation or a number.
     """
     rng = np.random.default_rng(seed)
     examples = [source[i] for i in items]
     if cut is not None:
         examples = [cut(example, rng) for example in examples]
-    rows = [_row(example, prompts, restore_fraction, rng, visual=cut is not None) for example in examples]
+    used: Counter[str] = Counter()
+    rows = [_row(example, prompts, restore_fraction, rng, used, visual=cut is not None) for example in examples]
     return _batch(policy, rows, [source.image(e.id) for e in examples])
 
 
@@ -55,15 +60,31 @@ def restored_response(caption: str, sample: MaskedSample) -> str:
 
 
 def _row(
-    example: Example, prompts: PromptSettings, restore_fraction: float, rng: np.random.Generator, *, visual: bool
+    example: Example,
+    prompts: PromptSettings,
+    restore_fraction: float,
+    rng: np.random.Generator,
+    used: Counter[str],
+    *,
+    visual: bool,
 ) -> tuple[str, str]:
     if rng.random() < restore_fraction:
         masked = truth_masks(example, mask=prompts.mask) if visual else []
-        masked = masked or random_masks(example, 1, mask=prompts.mask, rng=rng)
+        masked = masked or random_masks(example, len(example.caption), mask=prompts.mask, rng=rng)
         if masked:
-            chosen = masked[rng.integers(len(masked))]
+            chosen = _of_rarest_class(masked, used, rng)
             return restore_text(chosen, prompts), restored_response(example.caption, chosen)
     return prompts.describe, example.caption
+
+
+def _of_rarest_class(masked: Sequence[MaskedSample], used: Counter[str], rng: np.random.Generator) -> MaskedSample:
+    """One of the samples, of the class of word that was hidden least so far; `used` counts it."""
+    classes: dict[str, list[MaskedSample]] = defaultdict(list)
+    for sample in masked:
+        classes[word_class(sample.answer)].append(sample)
+    name = min(classes, key=lambda one: (used[one], rng.random()))
+    used[name] += 1
+    return classes[name][rng.integers(len(classes[name]))]
 
 
 def _batch(policy: Policy, rows: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -> Batch:

@@ -124,6 +124,15 @@ def visual_phrases(text: str, start: int, end: int, *, max_words: int) -> list[t
     return [(match.start(), match.end(), _CLASS[match.group().casefold()]) for match in found]
 
 
+def word_class(text: str) -> str:
+    """The class of a listed phrase; of any other text "other".
+
+    >>> [word_class(text) for text in ("Red", "top left", "kite")]
+    ['colour', 'side', 'other']
+    """
+    return _CLASS.get(text.casefold(), "other")
+
+
 _CLASS = {phrase: name for name, phrases in PHRASES.items() for phrase in phrases}
 
 

@@ -14,6 +14,7 @@ from mmrpt.masking.build import random_masks
 from mmrpt.objective import supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.rewards.exact import is_exact
+from mmrpt.rewards.text import extract_answer
 from mmrpt.settings import OptimiserSettings, PromptSettings
 from mmrpt.types import Example, Word
 from mmrpt.world.warm_start import lesson_of, sentence_example
@@ -71,6 +72,24 @@ def test_rows_describe_or_restore(policy, pairs):
         assert is_exact(response, masked.answer)
     assert 5 <= restored <= 19  # of 24 at one half
     assert not any("restore: " in prompt for prompt, _ in rows_of(policy, pairs, items, 0.0)[1])
+
+
+def test_every_class_of_words_is_hidden_as_often(policy):
+    """Nine of ten content words are names of things; drawn as they come, colours would be 2 of 24 hidden words."""
+
+    class MostlyThings(ColourPairs):
+        def __getitem__(self, index):
+            caption = "the kite, drum, tent, honey, lion, peach, bell, spoon and lamp lie on a red sheet."
+            return Example(f"colour/{index:03d}", caption)
+
+    pairs, items = MostlyThings(), list(range(24))
+    for cut in (None, lambda example, rng: example):
+        batch = caption_batch(policy, pairs, items, PROMPTS, restore_fraction=0.999, seed=0, cut=cut)
+        answers = [
+            extract_answer(policy.tokenizer.decode(ids[mask][:-1]))
+            for ids, mask in zip(batch.input_ids, batch.response_mask, strict=True)
+        ]
+        assert answers.count("red") == 12 and len(set(answers)) > 5, answers
 
 
 def every_mask(example):
