@@ -97,7 +97,10 @@ class WarmupSettings:
     steps: int = Field(500, ge=0, description="optimiser steps of the warm-up")
     batch_size: int = Field(16, ge=1, description="rows in a step, also in those of supervised controls")
     restore_fraction: float = Field(
-        0.7, ge=0, lt=1, description="share of rows that restore random words instead of describing the image"
+        0.7,
+        ge=0,
+        lt=1,
+        description="share of rows that restore hidden words, of each class as often, instead of describing the image",
     )
     optimiser: OptimiserSettings = field(
         default_factory=lambda: OptimiserSettings(kind="muon", vision_scale=0.5, final_fraction=0.2)
@@ -323,7 +326,7 @@ class EvaluationSettings:
     every: int = Field(
         0, ge=0, description="steps of RL between validations on data.validation pairs, the last always; 0: none"
     )
-    samples: int = Field(150, ge=2, description="masked captions of each held-out set; two or more, to swap images")
+    samples: int = Field(450, ge=2, description="masked captions of each held-out set; two or more, to swap images")
     sampled: int = Field(
         0, ge=0, description="answers sampled at temperature 1 besides the greedy one, for avg@k; 0: none"
     )
