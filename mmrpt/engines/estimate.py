@@ -28,7 +28,7 @@ from mmrpt.objective import response_logps, supervised_loss
 from mmrpt.optimiser import Optimiser
 from mmrpt.perception import score_tokens
 from mmrpt.policy import QwenVLPolicy
-from mmrpt.rollout.collect import hidden_fits
+from mmrpt.rollout.collect import hidden_fits, needs_perturbed_view
 from mmrpt.rollout.generate import generate
 from mmrpt.settings import TIMED_CONTROLS, OptimiserSettings, Settings
 from mmrpt.types import Batch, Group, PixelBatch
@@ -136,7 +136,7 @@ def perceive(work: Work, kept: Tensor | None) -> None:
     for part, batch in policy.group_batches(prompts, answers, pixels.select, settings.model.batch_tokens):
         if settings.rl.kl_coef or settings.rl.max_importance is not None:
             response_logps(policy, batch, temperature=temperature)
-        if options.enabled:
+        if needs_perturbed_view(settings):
             hidden = None if kept is None else kept[list(range(part.rows.stop))]
             score_tokens(policy, batch, hidden, part.prompts, options, temperature)
 
@@ -216,7 +216,7 @@ class _Phases:
         reference = [shape_of(p) for p in copied] if settings.rl.kl_coef else []
         self.ledger.hold(reference, REFERENCE)
         kept = None
-        if settings.perception.enabled and hidden_fits(policy, rollout):
+        if needs_perturbed_view(settings) and hidden_fits(policy, rollout):
             shape = rollout.prompts * rollout.group_size, rollout.max_new_tokens, policy.head_weight.shape[1]
             kept = shape_of(policy.head_weight.new_empty(shape, device="meta"))
             self.ledger.hold([kept], HIDDEN)

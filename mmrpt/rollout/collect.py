@@ -15,7 +15,7 @@ from torch import Tensor
 from mmrpt.advantage import group_advantages
 from mmrpt.corpus import seed_of
 from mmrpt.objective import response_logps
-from mmrpt.perception import score_tokens
+from mmrpt.perception import image_share, score_tokens
 from mmrpt.policy import Policy
 from mmrpt.rewards import RewardFunction, combine_rewards
 from mmrpt.rollout.generate import generate
@@ -70,7 +70,7 @@ def collect_round(
             top_p=settings.rollout.top_p,
             generator=torch.Generator(policy.device).manual_seed(seed),
             batch_size=settings.rollout.batch_size,
-            keep_hidden=settings.perception.enabled and hidden_fits(policy, settings.rollout),
+            keep_hidden=needs_perturbed_view(settings) and hidden_fits(policy, settings.rollout),
         )
         rollouts = _rollouts(policy, samples, generation, n)
     with watch.part("reward"):
@@ -108,8 +108,22 @@ def collect_round(
     )
     with watch.part("perception"):
         fields = _token_fields(policy, reference, kept, settings, seed)
+    gains = fields.pop("gains")
+    if settings.reward.visual:
+        right = rewards.new_tensor(terms["exact"]).view(len(samples), n)[chosen]
+        visual = right * image_share(gains).view(-1, n)
+        rewards[chosen] += settings.reward.visual * visual
+        advantages[chosen], _ = group_advantages(rewards[chosen], kind=settings.rl.advantage)
+        totals = rewards.flatten().tolist()
+        metrics |= {"reward": rewards.mean().item(), "reward_std": rewards.std(-1).mean().item()}
+        metrics["reward/visual"] = visual.mean().item()
     groups = _groups(kept, fields, rewards[chosen], advantages[chosen])
     return SamplingRound(groups, rollouts, totals, metrics, watch.seconds)
+
+
+def needs_perturbed_view(settings: Settings) -> bool:
+    """Whether responses are also read with patches of their images blackened."""
+    return settings.perception.enabled or settings.reward.visual > 0
 
 
 def hidden_fits(policy: Policy, rollout: RolloutSettings) -> bool:
@@ -161,8 +175,8 @@ def _groups(kept: _Kept, fields: Mapping[str, Tensor], rewards: Tensor, advantag
 def _token_fields(
     policy: Policy, reference: Reference | None, kept: _Kept, settings: Settings, seed: int
 ) -> dict[str, Tensor]:
-    """The per-token fields of `Group`, (P * n, T) each: those that the settings ask for."""
-    fields = {"logps": kept.logps, "perception": torch.zeros_like(kept.logps)}
+    """The per-token fields of `Group`, (P * n, T) each: those that the settings ask for, and "gains" of the image."""
+    fields = {"logps": kept.logps, **{name: torch.zeros_like(kept.logps) for name in ("perception", "gains")}}
     temperature, models = settings.rollout.temperature, {}
     if settings.rl.kl_coef:
         if reference is None:
@@ -173,7 +187,7 @@ def _token_fields(
         models["ref_logps"] = reference
     if settings.rl.max_importance is not None:
         models["trainer_logps"] = partial(nullcontext, policy)
-    if not (models or settings.perception.enabled):
+    if not (models or needs_perturbed_view(settings)):
         return fields
     fields |= {name: torch.zeros_like(kept.logps) for name in models}
     inputs = kept.prompts, kept.responses, kept.pixels.select, settings.model.batch_tokens
@@ -182,10 +196,11 @@ def _token_fields(
         for name, opened in models.items():
             with opened() as model:
                 found[name] = response_logps(model, batch, temperature=temperature)
-        if settings.perception.enabled:
+        if needs_perturbed_view(settings):
             hidden = None if kept.hidden is None else kept.hidden[kept.rows[part.rows]]
             seeds = [seed_of(seed, kept.samples[i].id) for i in part.prompts]
-            found["perception"] = score_tokens(policy, batch, hidden, seeds, settings.perception, temperature)
+            seen = score_tokens(policy, batch, hidden, seeds, settings.perception, temperature)
+            found |= {"perception": seen.scores, "gains": seen.gains}
         for name, values in found.items():
             fields[name][part.rows, : values.shape[1]] = values
     return fields

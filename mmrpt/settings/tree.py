@@ -73,6 +73,11 @@ class Settings:
             f"masking.signal is truth, which is known of drawn pairs alone, but data.pairs is {self.data.pairs}: "
             "choose mass, text_mass or kl, or leave out data.pairs.",
         )
+        require(
+            not (self.reward.visual and self.perception.kind == "mass"),
+            f"reward.visual is {self.reward.visual} and perception.kind is mass, which reads no perturbed view: "
+            "expected kl, k3 or js, or reward.visual=0.",
+        )
         demo = self.demo
         if self.model.path is not None:  # its vision tower can see already
             demo = replace(demo, vision_steps=0, vision_frozen_steps=0)

@@ -218,6 +218,41 @@ def test_perception_can_be_switched_off(policy, asked, settings, rewards_with_si
     assert outcome.groups and all((g.perception == 0).all() for g in outcome.groups)
 
 
+def test_right_answers_are_also_rewarded_by_the_image_s_share(policy, asked, small_settings, rewards_with_signal):
+    """Made again by hand: the plain rewards, plus the weight times 1 - q / p for right answers alone."""
+    samples, images = asked
+    options = "rollout.group_size=3", "rollout.max_new_tokens=5"
+    plain = collect_round(policy, samples, images, small_settings(*options), seed=1)
+    for enabled in ("true", "false"):
+        settings = small_settings(*options, "reward.visual=0.5", f"perception.enabled={enabled}")
+        outcome = collect_round(policy, samples, images, settings, seed=1)
+        assert outcome.rollouts == plain.rollouts and len(outcome.groups) == len(plain.groups) > 0
+        rewarded = 0
+        for group, without in zip(outcome.groups, plain.groups, strict=True):
+            damaged = blacken_patches(
+                images[group.example_id],
+                seed=seed_of(1, group.sample_id),
+                patch_size=settings.perception.patch_size,
+                probability=settings.perception.probability,
+            )
+            sums = []
+            for image in (images[group.example_id], damaged):
+                with torch.no_grad():
+                    rows = [row.log_softmax(-1) for row in response_logits(policy, batch_of(policy, group, image))]
+                chosen = [
+                    row.gather(-1, torch.tensor(response)[:, None]).sum()
+                    for row, response in zip(rows, group.responses, strict=True)
+                ]
+                sums.append(torch.stack(chosen))
+            texts = [policy.tokenizer.decode([t for t in r if t != policy.eos_token_id]) for r in group.responses]
+            right = torch.tensor([float(rewards_with_signal(text)) for text in texts])
+            share = (1 - (sums[1] - sums[0]).exp()).clamp_min(0) * right
+            torch.testing.assert_close(group.rewards, without.rewards + 0.5 * share, rtol=0, atol=1e-3)
+            torch.testing.assert_close(group.advantages, group_advantages(group.rewards[None])[0][0])
+            rewarded += int((share > 1e-3).sum())
+        assert rewarded > 0
+
+
 def test_the_same_caption_twice_in_a_round_gives_two_groups(policy, asked, settings, rewards_with_signal):
     """At an epoch's end a sample can follow itself."""
     samples, images = asked

@@ -279,7 +279,7 @@ def test_a_block_needs_both_markers_and_an_experiment_its_page(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nothing"], "no experiment 'nothing': expected one of controls, vppo,"),
+        (["nothing"], "no experiment 'nothing': expected one of controls, masking, vppo,"),
         (["vppo", "--arms", "neither,all of it"], "no arm all of it: expected some of warm start, neither,"),
         (["vppo", "--seeds", "one"], "--seeds one: expected whole numbers"),
         (["vppo", "seed=3"], "seed= is no override of an experiment: use --seeds"),

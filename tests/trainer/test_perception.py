@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from mmrpt.batching import response_slices
 from mmrpt.corpus import seed_of
 from mmrpt.families import blacken_pixels, make_image_processor
-from mmrpt.perception import score_tokens, shape_and_filter, token_perception
+from mmrpt.perception import image_share, score_tokens, shape_and_filter, token_perception
 from mmrpt.perturbation import black_patches, blacken_patches, blank
 from mmrpt.rollout.generate import generate
 from mmrpt.settings import PerceptionSettings
@@ -41,11 +41,11 @@ def views(policy, pairs):
 
 
 def score(policy, views, perturbed, hidden, **options):
-    """token_perception of the views' rows, three of which share a prompt."""
+    """The scores of the views' rows, three of which share a prompt."""
     prompts, responses, index, clean, _ = views
     groups = [responses[i : i + 3] for i in range(0, len(responses), 3)]
     batch = policy.group_batch(prompts[::3], groups, clean, index[::3], share=True)
-    return token_perception(policy, batch, perturbed, hidden, **options)
+    return token_perception(policy, batch, perturbed, hidden, **options).scores
 
 
 def perceive(policy, views, perturbed=None, **options):
@@ -67,6 +67,32 @@ def divergence(kind, p, q, target):
         return float((p.exp() * (p - q)).sum())
     middle = torch.logaddexp(p, q) - np.log(2)
     return float((p.exp() * (p - middle)).sum() + (q.exp() * (q - middle)).sum()) / 2
+
+
+@pytest.mark.parametrize("kind", ["kl", "k3"])
+def test_gains_are_the_differences_of_log_probs(policy, views, kind):
+    prompts, responses, index, clean, damaged = views
+    batch = policy.batch(prompts, responses, clean, index)
+    gains = token_perception(policy, batch, damaged, kind=kind, temperature=0.7).gains
+    with torch.no_grad():
+        seen, blind = (
+            [
+                (rows / 0.7).log_softmax(-1)
+                for rows in response_logits(policy, policy.batch(prompts, responses, p, index))
+            ]
+            for p in (clean, damaged)
+        )
+    for i, response in enumerate(responses):
+        wanted = (seen[i] - blind[i]).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(gains[i, : len(response)], wanted, rtol=1e-3, atol=1e-4)
+        assert not gains[i, len(response) :].any()
+    assert gains.abs().max() > 1e-2
+
+
+def test_the_image_s_share_is_what_a_probability_loses_without_it():
+    p, q = torch.tensor([0.8, 0.5, 0.2]), torch.tensor([0.2, 0.5, 0.4])
+    gains = torch.stack(((p / q).log() / 2, (p / q).log() / 2), -1)  # of two tokens
+    torch.testing.assert_close(image_share(gains), torch.tensor([0.75, 0.0, 0.0]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -96,7 +122,7 @@ def test_mass_is_the_eager_attention_of_the_position_before(policy, views, tmp_p
     groups = [responses[i : i + 3] for i in range(0, len(responses), 3)]
     batch = policy.group_batch(prompts[::3], groups, clean, index[::3], share=share)
     options = PerceptionSettings(kind="mass")
-    found = score_tokens(policy, batch, None, (), options, temperature=1.0)
+    found = score_tokens(policy, batch, None, (), options, temperature=1.0).scores
     assert found.shape == (6, 5) and found.dtype == torch.float32
     policy.write_files(tmp_path)
     eager = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager").eval()
