@@ -144,14 +144,14 @@ def check_trainers() -> Iterator[Finding]:
 
 
 def check_assets() -> Iterator[Finding]:
-    """The drawn world's artwork is where the package expects it."""
+    """The artwork of the drawn world and the rendered scenes are where the package expects them."""
     folder = Path(__file__).parent / "world" / "assets"
-    sheets = sorted(path.name for path in folder.glob("*.png")) if folder.is_dir() else []
-    if sheets:
-        yield Finding("ok", "artwork", ", ".join(sheets))
-    else:
+    wanted = ("fluent.png", "noto.png", "rendered/images.bin")
+    if missing := [name for name in wanted if not (folder / name).is_file()]:
         remedy = "install the package again; from a checkout: git checkout -- mmrpt/world/assets"
-        yield Finding("bad", "artwork", f"no sprite sheets in {folder}", remedy)
+        yield Finding("bad", "artwork", f"no {', '.join(missing)} in {folder}", remedy)
+    else:
+        yield Finding("ok", "artwork", ", ".join(wanted))
 
 
 # ---- operators on tiny cases: name -> function(backend, device, dtype) -> named results ----

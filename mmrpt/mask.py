@@ -163,7 +163,7 @@ def _joined_run(settings: Settings, given: Collection[str]) -> Settings:
 
 
 def _open_source(settings: Settings) -> PairSource:
-    """All pairs of a corpus, those that training would hold out included; of the drawn world its training pairs."""
+    """All pairs of a corpus, those that training would hold out included; of the demo's world its training pairs."""
     from mmrpt.sources import open_given, open_sources
 
     return open_sources(settings).train if settings.data.pairs is None else open_given(settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mmrpt.corpus import (
     Corpus,
@@ -17,20 +17,20 @@ from mmrpt.corpus import (
 )
 from mmrpt.settings import Settings, SettingsError
 from mmrpt.types import PairSource
-from mmrpt.world import World
+from mmrpt.world import RenderedWorld, World, open_world
 
 TOKENIZER_CAPTIONS = 1_000
 
 
 @dataclass(frozen=True)
 class Sources:
-    """`train` is sampled from, `one_card` (scenes of one card, where the world draws) by the warm-up's first lessons;
+    """`train` is sampled from, `one_card` (scenes of one card or solid, in the demo's worlds) by the first lessons;
     `held_out` names sets never trained on, and `validation` is neither trained nor evaluated on."""
 
     train: PairSource
     one_card: PairSource
     held_out: dict[str, PairSource]
-    world: World | None
+    world: World | RenderedWorld | None
     rejected: RejectedRows | None = None  # where the bad rows of a corpus are named
     validation: PairSource | None = None  # None where `evaluation.every` is 0
 
@@ -40,7 +40,7 @@ class Sources:
         return self.train.corpus if isinstance(self.train, GoodRows) else self.train
 
     def texts(self) -> Iterator[str]:
-        """What a tokenizer must know: captions and, for the drawn world, every word they can hold."""
+        """What a tokenizer must know: captions and, for the demo's worlds, every word they can hold."""
         for index in range(min(TOKENIZER_CAPTIONS, len(self.train))):
             yield self.train[index].caption
         if self.world is not None:
@@ -53,10 +53,9 @@ def open_sources(settings: Settings) -> Sources:
     """Opens the pairs that the settings name. Raises SettingsError with the remedy when they cannot be used."""
     count = settings.data.validation if settings.evaluation.every else 0
     if settings.data.pairs is None:
-        world = World(settings.demo.world)
+        world = open_world(settings.demo.world)
         held_out = {name: world.source(name, 2 * settings.evaluation.samples) for name in world.HELD_OUT}
-        simple = World(replace(settings.demo.world, min_cards=1, max_cards=1))
-        first = simple.source("train", settings.demo.size)
+        first = world.first_lessons(settings.demo.size)
         validation = world.source("validation", count, held_out.values()) if count else None
         return Sources(world.source("train", settings.demo.size), first, held_out, world, validation=validation)
     corpus = open_given(settings)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # reading a corpus needs no torch, which takes seconds to loa
 
 @dataclass(frozen=True)
 class Word:
-    """One word of a caption whose truth is known. Written by the source of the pair (the drawn world).
+    """One word of a caption whose truth is known. Written by the source of the pair (the demo's worlds).
 
     `start` and `end` are character offsets into the caption, end exclusive. `kind` is one of "object", "colour",
-    "count", "position", "relation", or "plain". `needs_image` is true when the other words of the caption do not
-    determine this one, so that only the image can.
+    "material", "count", "position", "relation", or "plain". `needs_image` is true when the other words of the caption
+    do not determine this one, so that only the image can.
     """
 
     start: int
@@ -40,7 +40,7 @@ class Example:
 
 
 class PairSource(Protocol):
-    """Where pairs come from: the drawn world, or a reader of real files. Deterministic by index, safe to reopen."""
+    """Where pairs come from: a world of the demo, or a reader of real files. Deterministic by index, safe to reopen."""
 
     def __len__(self) -> int: ...
 

@@ -1,6 +1,6 @@
 """Draw docs/world.png: scenes of three splits, their captions, and in colour the words that need the image.
 
-python tools/draw_world.py [--out docs/world.png]
+python tools/draw_world.py [--kind rendered] [--out docs/world.png]
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from mmrpt.types import Example
-from mmrpt.world import World
+from mmrpt.world import RenderedWorld, World, WorldConfig, open_world
 
 COLUMNS, SIDE, GAP, TEXT = 5, 200, 24, 128  # pixels; TEXT is the height of a caption
 ROWS = {
     "train": "train",
     "new_combinations": "new combinations of object and colour, never trained on",
-    "new_style": "new art style, never trained on",
+}
+LAST_ROW = {
+    "drawn": {"new_style": "new art style, never trained on"},
+    "rendered": {"one_solid": "one solid, for the first lessons"},
 }
 INK, NEEDS, PAPER = (40, 40, 46), (196, 40, 92), (255, 255, 255)
 
@@ -37,16 +40,17 @@ def write(draw: ImageDraw.ImageDraw, example: Example, left: int, top: int, font
         x += draw.textlength(stop + " ", font)
 
 
-def sheet(world: World) -> Image.Image:
+def sheet(world: World | RenderedWorld) -> Image.Image:
+    rows = ROWS | LAST_ROW[world.config.kind]
     font, title = ImageFont.load_default(13), ImageFont.load_default(16)
     row_height = 30 + SIDE + 6 + TEXT
-    page = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), 40 + len(ROWS) * row_height), PAPER)
+    page = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), 40 + len(rows) * row_height), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((GAP, 10), "Words in colour need the image: the rest of the caption does not tell them.", NEEDS, title)
-    for row, (split, name) in enumerate(ROWS.items()):
+    for row, (split, name) in enumerate(rows.items()):
         top = 40 + row * row_height
         draw.text((GAP, top + 4), name, INK, title)
-        shown = [e for e in world.source(split, 60) if len(e.caption) < 190 and len(world.scene(*key(e)).cards) > 1]
+        shown = [e for e in world.source(split, 60) if len(e.caption) < 190 and is_full(world, e)]
         for column, example in enumerate(shown[:COLUMNS]):
             left = GAP + column * (SIDE + GAP)
             picture = world.image(example.id).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -56,19 +60,25 @@ def sheet(world: World) -> Image.Image:
     return page
 
 
-def key(example: Example) -> tuple[str, int]:
+def is_full(world: World | RenderedWorld, example: Example) -> bool:
+    """Whether the scene is worth a place in the sheet: not a drawn one of a single card."""
     split, _, number = example.id.partition("/")
-    return split, int(number)
+    return isinstance(world, RenderedWorld) or len(world.scene(split, int(number)).cards) > 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/world.png"))
+    parser.add_argument("--kind", choices=LAST_ROW, default="drawn")
+    parser.add_argument("--out", type=Path, help="default: docs/world.png, or docs/rendered_world.webp")
     args = parser.parse_args()
-    page = sheet(World()).quantize(200, dither=Image.Dither.NONE)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(args.out, optimize=True)
-    print(f"{args.out}: {page.width} x {page.height}, {args.out.stat().st_size / 1e3:.0f} kB")
+    out = args.out or Path("docs/world.png" if args.kind == "drawn" else "docs/rendered_world.webp")
+    page = sheet(open_world(WorldConfig(kind=args.kind)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        page.quantize(200, dither=Image.Dither.NONE).save(out, optimize=True)
+    else:
+        page.save(out, quality=75, method=6)
+    print(f"{out}: {page.width} x {page.height}, {out.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ RELATIONS = frozenset(
 )
 SYNONYMS = {"gray": "grey", "upper": "top", "lower": "bottom", "center": "centre", "violet": "purple", "under": "below"}
 
-_ROWS = ("top", "bottom", "upper", "lower", "middle")
+_ROWS = ("top", "bottom", "upper", "lower", "middle", "front", "back")
 _COLUMNS = ("left", "right", "middle", "centre", "center")
 # Prepositions of many uses ("over", "behind", "between") are left out: alone, they seldom are what an image tells.
 PHRASES: dict[str, tuple[str, ...]] = {

@@ -1,9 +1,9 @@
-"""The demo's settings: the drawn world, the tiny model built for it, and the training that only a model from scratch
+"""The demo's settings: its world, the tiny model built for it, and the training that only a model from scratch
 needs. A run on given pairs and a given model uses none of them."""
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Literal
 
 from pydantic import Field
@@ -12,12 +12,17 @@ from pydantic.dataclasses import dataclass
 from mmrpt.settings.base import STRICT, require
 
 CONCEPTS = 224  # objects that the drawn world has artwork for
+IN_BOTH_WORLDS = ("kind", "seed", "image_size", "sentence_weights")  # the other settings are of the drawn world alone
 
 
 @dataclass(frozen=True, config=STRICT)
 class WorldConfig:
-    """The drawn world: cards with objects on them, and captions that describe them."""
+    """The demo's world: drawn cards with objects on them, or rendered scenes of solids, and captions that describe
+    them."""
 
+    kind: Literal["drawn", "rendered"] = Field(
+        "drawn", description="drawn: cards, drawn as they are asked for; rendered: 3-D scenes, which the package holds"
+    )
     seed: int = Field(0, ge=0, description="seed of the scenes and captions; the held-out combinations ignore it")
     concepts: int = Field(CONCEPTS, ge=16, le=CONCEPTS, description="how many different objects there are")
     image_size: int = Field(
@@ -54,6 +59,19 @@ class WorldConfig:
             sum(self.card_weights[self.min_cards - 1 : self.max_cards]) > 0,
             f"demo.world.card_weights is {self.card_weights}: expected one above 0 from min_cards to max_cards.",
         )
+        if self.kind == "rendered":
+            self._refuse_settings_of_cards()
+
+    def _refuse_settings_of_cards(self) -> None:
+        """Rendered scenes are as they are: what would change cards must not be set in vain."""
+        plain, demo = WorldConfig(), demo_world()
+        for name in (f.name for f in fields(self) if f.name not in IN_BOTH_WORLDS):
+            value = getattr(self, name)
+            require(
+                value in (getattr(plain, name), getattr(demo, name)),
+                f"demo.world.{name} is {value}: expected {getattr(demo, name)}, since the rendered world has no cards; "
+                "leave it out, or set demo.world.kind=drawn.",
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -115,9 +133,9 @@ def demo_model() -> TinyVLMConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class DemoSettings:
-    """The demo: drawn pairs (unless data.pairs is given) and a tiny model (unless model.path is given)."""
+    """The demo: pairs of a small world (unless data.pairs is given) and a tiny model (unless model.path is given)."""
 
-    size: int = Field(20_000, ge=1, description="pairs of the drawn training split")
+    size: int = Field(20_000, ge=1, description="pairs of the training split of demo.world")
     vision_steps: int = Field(
         200, ge=0, description="optimiser steps of the vision tower's pre-training; always 0 with model.path"
     )

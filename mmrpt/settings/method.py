@@ -21,7 +21,7 @@ CHAT_MARK = "<|"  # what Qwen's markers begin with
 class DataSettings:
     """The image-caption pairs, and which of them are refused."""
 
-    pairs: str | None = Field(None, description="file or folder of image-caption pairs; null: the drawn world")
+    pairs: str | None = Field(None, description="file or folder of image-caption pairs; null: those of demo.world")
     root: str | None = Field(
         None, description="folder that image paths start from and must lie inside; null: the folder of the pairs' file"
     )
@@ -112,7 +112,7 @@ class MaskingSettings:
     """Which sentences depend on the image, and which of their words are hidden (MMRPT, steps 1 to 3)."""
 
     captions: int | None = Field(
-        None, ge=1, description="captions scored; null: 1,500 of the drawn world, all of given pairs"
+        None, ge=1, description="captions scored; null: 1,500 of the demo's world, all of given pairs"
     )
     signal: Signal = Field(
         "mass",

@@ -16,7 +16,7 @@ from mmrpt.settings.model import ModelSettings
 from mmrpt.settings.reward import RewardSettings
 from mmrpt.settings.scale import scaled_down
 
-DRAWN_CAPTIONS = 1_500  # of the drawn world, scored by default
+DRAWN_CAPTIONS = 1_500  # of the demo's world, scored by default
 
 
 @dataclass(frozen=True, config=STRICT)

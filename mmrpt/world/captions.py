@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from mmrpt.types import Word
 from mmrpt.world.draws import Draws
@@ -24,46 +25,92 @@ class Piece(NamedTuple):
     fact: Fact | None
 
 
-def write_caption(scene: Scene, draws: Draws, rules: Rules, sentences: Sequence[float]) -> tuple[str, tuple[Word, ...]]:
+class Caption(NamedTuple):
+    """A text, the truth of each of its words, and for each word the fact and slot it fills (None elsewhere)."""
+
+    text: str
+    words: tuple[Word, ...]
+    told: tuple[tuple[Fact, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """What the captions of one world are made of.
+
+    `forms` the kinds of the slots of every form of fact; `weights` how often each family of facts is told; `facts_of`
+    a scene's facts by family; `most_facts` of a scene in one caption; `piece` sets a fact; `free_sentence` one that
+    needs no image; `needs_image` says whether hiding a slot of one of the facts leaves more than one filler.
+    """
+
+    forms: Mapping[str, tuple[str, ...]]
+    weights: Mapping[str, float]
+    facts_of: Callable[[Any], dict[str, list[Fact]]]
+    most_facts: Callable[[Any], int]
+    piece: Callable[[Fact, Draws], Piece]
+    free_sentence: Callable[[Draws], str]
+    needs_image: Callable[[Sequence[Fact], int, int], bool]
+
+
+def drawn_language(rules: Rules) -> Language:
+    """The language of the drawn world, for scenes of which a reader knows the rules."""
+    return Language(
+        FORMS,
+        FAMILY_WEIGHTS,
+        facts_of,
+        lambda scene: len(scene.cards) + 2,
+        _piece,
+        free_sentence,
+        lambda facts, which, slot: needs_image(facts, which, slot, rules),
+    )
+
+
+def write_caption(scene: Any, draws: Draws, language: Language, sentences: Sequence[float]) -> Caption:
     """A caption of the scene with the truth of each of its words.
 
     `sentences` are the weights of 3, 4, 5 and 6 sentences. At least one sentence tells what only the image knows and
     at least one needs no image.
     """
     while True:
-        pieces = _compose(scene, draws, 3 + draws.weighted(sentences))
-        text, words = _set_words(pieces, rules)
-        if any(word.needs_image for word in words):
-            return text, words
+        caption = _set_words(_compose(scene, draws, language, 3 + draws.weighted(sentences)), language)
+        if any(word.needs_image for word in caption.words):
+            return caption
 
 
-def _compose(scene: Scene, draws: Draws, count: int) -> list[Piece]:
+def _compose(scene: Any, draws: Draws, language: Language, count: int) -> list[Piece]:
     telling = 1 + sum(draws.uniform() < 0.5 for _ in range(count - 2))
-    pieces = []
-    for fact in choose_facts(scene, draws, min(telling, len(scene.cards) + 2)):
-        agreeing = fact.form.startswith("number of") and draws.uniform() < 0.5
-        singular, plural = fact_template(draws, fact.form, agreeing)
-        template = singular if fact.values[0] == "one" else plural
-        for slot, kind in enumerate(FORMS[fact.form]):
-            if " relation " in fact.form and kind == "colour":
-                template = template.replace(f"{{{slot}}}", f"{{{slot}}} card")
-        pieces.append(Piece(template, fact._replace(agrees=agreeing)))
+    facts = choose_facts(scene, draws, language, min(telling, language.most_facts(scene)))
+    pieces = [language.piece(fact, draws) for fact in facts]
     free: set[str] = set()
     while len(pieces) + len(free) < count:
-        free.add(free_sentence(draws))
+        free.add(language.free_sentence(draws))
     return draws.sample([*pieces, *(Piece(text, None) for text in sorted(free))], count)
 
 
-def choose_facts(scene: Scene, draws: Draws, count: int) -> list[Fact]:
+def _piece(fact: Fact, draws: Draws) -> Piece:
+    agreeing = fact.form.startswith("number of") and draws.uniform() < 0.5
+    singular, plural = fact_template(draws, fact.form, agreeing)
+    template = singular if fact.values[0] == "one" else plural
+    return Piece(name_colours(template, fact, FORMS, "card"), fact._replace(agrees=agreeing))
+
+
+def name_colours(template: str, fact: Fact, forms: Mapping[str, tuple[str, ...]], noun: str) -> str:
+    """The template of a relation, in which what is named by its colour gets a noun: "the red card is left of ..."."""
+    for slot, kind in enumerate(forms[fact.form]):
+        if " relation " in fact.form and kind == "colour":
+            template = template.replace(f"{{{slot}}}", f"{{{slot}}} {noun}")
+    return template
+
+
+def choose_facts(scene: Any, draws: Draws, language: Language, count: int) -> list[Fact]:
     """Different facts of a scene, mostly about things that the others do not name, so that each needs the image."""
-    families = facts_of(scene)
+    families = language.facts_of(scene)
     chosen: list[Fact] = []
     named: set[str] = set()
     while len(chosen) < count:
         names = [name for name, facts in families.items() if facts]
         if not names:
             break
-        facts = families[names[draws.weighted([FAMILY_WEIGHTS[name] for name in names])]]
+        facts = families[names[draws.weighted([language.weights[name] for name in names])]]
         if draws.uniform() >= REPEAT:
             overlap = [sum(value in named for value in fact.values) for fact in facts]
             fact = draws.pick([f for f, o in zip(facts, overlap, strict=True) if o == min(overlap)])
@@ -130,16 +177,18 @@ def _links(card: Card, colour_is_unique: bool, alone: bool) -> list[Fact]:
     return facts
 
 
-def _set_words(pieces: Sequence[Piece], rules: Rules) -> tuple[str, tuple[Word, ...]]:
+def _set_words(pieces: Sequence[Piece], language: Language) -> Caption:
     """The caption's text, and a Word for each of its words; "top left" and "left of" are one Word each."""
     facts = [piece.fact for piece in pieces if piece.fact is not None]
     text = ""
     words: list[Word] = []
+    told: list[tuple[Fact, int] | None] = []
 
-    def add(word: str, kind: str, needs: bool) -> None:
+    def add(word: str, kind: str, needs: bool, tells: tuple[Fact, int] | None = None) -> None:
         nonlocal text
         text += " " if text else ""
         words.append(Word(len(text), len(text) + len(word), kind, needs))
+        told.append(tells)
         text += word
 
     which = -1
@@ -153,11 +202,11 @@ def _set_words(pieces: Sequence[Piece], rules: Rules) -> tuple[str, tuple[Word, 
                 add(match.group(3), match.group(2), False)
             else:
                 slot = int(match.group(1))
-                kind = FORMS[piece.fact.form][slot]
-                needs = needs_image(facts, which, slot, rules)
-                add(piece.fact.values[slot], "object" if kind == "category" else kind, needs)
+                kind = language.forms[piece.fact.form][slot]
+                needs = language.needs_image(facts, which, slot)
+                add(piece.fact.values[slot], "object" if kind == "category" else kind, needs, (piece.fact, slot))
             place = match.end()
         for word in piece.template[place:].split():
             add(word, "plain", False)
         text += "."
-    return text, tuple(words)
+    return Caption(text, tuple(words), tuple(told))

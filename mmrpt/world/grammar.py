@@ -9,7 +9,12 @@ Rules that keep the truth of words clean:
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
 from mmrpt.world.draws import Draws
+
+_MARK = re.compile(r"\{[^}]*\}|<[^>]*>|\[[^\]]*\]")
 
 # {0}, {1}, {2} are the slots of the form, in the order of logic.FORMS.
 FACT_TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -261,12 +266,16 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def free_sentence(draws: Draws) -> str:
+def free_sentence(
+    draws: Draws,
+    templates: Sequence[tuple[str, float]] = FREE_TEMPLATES,
+    fragments: Mapping[str, Sequence[str]] = FRAGMENTS,
+) -> str:
     """A sentence that needs no image, marks kept."""
-    template = FREE_TEMPLATES[draws.weighted([weight for _, weight in FREE_TEMPLATES])][0]
+    template = templates[draws.weighted([weight for _, weight in templates])][0]
     while "<" in template:
         start, end = template.index("<"), template.index(">")
-        template = template[:start] + draws.pick(FRAGMENTS[template[start + 1 : end]]) + template[end + 1 :]
+        template = template[:start] + draws.pick(fragments[template[start + 1 : end]]) + template[end + 1 :]
     return template
 
 
@@ -283,11 +292,9 @@ def plain_words() -> set[str]:
     texts = [t for group in FACT_TEMPLATES.values() for t in group]
     texts += [t for group in AGREEING_TEMPLATES.values() for pair in group for t in pair]
     texts += [t for t, _ in FREE_TEMPLATES] + [t for group in FRAGMENTS.values() for t in group]
-    words: set[str] = set()
-    for text in texts:
-        for mark, close in (("{", "}"), ("<", ">"), ("[", "]")):
-            while mark in text:
-                start, end = text.index(mark), text.index(close)
-                text = text[:start] + text[end + 1 :]
-        words.update(text.split())
-    return words
+    return words_outside_marks(texts)
+
+
+def words_outside_marks(texts: Iterable[str]) -> set[str]:
+    """The words of templates, without {slots}, <fragments> and [marked words]."""
+    return {word for text in texts for word in _MARK.sub(" ", text).split()}

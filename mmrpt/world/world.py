@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
 
 from mmrpt.settings import WorldConfig
 from mmrpt.types import Example, PairSource
 from mmrpt.world import grammar
-from mmrpt.world.captions import write_caption
+from mmrpt.world.captions import drawn_language, write_caption
 from mmrpt.world.concepts import COLOUR_NAMES, Concept, all_concepts
 from mmrpt.world.draws import Draws
 from mmrpt.world.logic import CATEGORIES, COUNTS, RELATIONS, Rules
 from mmrpt.world.scene import POSITIONS, Card, Scene, place, render
 from mmrpt.world.sprites import BACKGROUNDS
+
+if TYPE_CHECKING:
+    from mmrpt.world.rendered import RenderedWorld
 
 _RESERVED = 8  # one of so many scenes is kept for the held-out sets
 _PATIENCE = 10_000  # draws before a split is called impossible
@@ -39,7 +42,8 @@ class World:
     def __init__(self, config: WorldConfig | None = None) -> None:
         self.config = config or WorldConfig()
         self.concepts = all_concepts()[: self.config.concepts]
-        self.rules = Rules(self.config.min_cards, self.config.max_cards, {c.name: c.category for c in self.concepts})
+        rules = Rules(self.config.min_cards, self.config.max_cards, {c.name: c.category for c in self.concepts})
+        self._language = drawn_language(rules)
         self._weights = [(k + 1) ** -self.config.object_zipf for k in range(len(self.concepts))]
         self._example = lru_cache(maxsize=65_536)(self._make_example)
 
@@ -62,6 +66,10 @@ class World:
                 "lower data.validation or evaluation.samples, or raise demo.world.concepts or max_cards."
             )
         return WorldPairs(self, split, indices)
+
+    def first_lessons(self, size: int) -> WorldPairs:
+        """Pairs of scenes with one card, which the warm-up begins with."""
+        return World(replace(self.config, min_cards=1, max_cards=1)).source("train", size)
 
     def scene(self, split: str, index: int) -> Scene:
         """The truth of the image of a pair."""
@@ -98,8 +106,8 @@ class World:
 
     def _make_example(self, split: str, index: int) -> Example:
         draws = Draws(self.config.seed, self._number(split), index, 1)
-        caption, words = write_caption(self.scene(split, index), draws, self.rules, self.config.sentence_weights)
-        return Example(f"{split}/{index:06d}", caption, words)
+        caption = write_caption(self.scene(split, index), draws, self._language, self.config.sentence_weights)
+        return Example(f"{split}/{index:06d}", caption.text, caption.words)
 
     def _number(self, split: str) -> int:
         if split not in self.SPLITS:
@@ -139,9 +147,9 @@ def _is_reserved(signature: str) -> bool:
 
 @dataclass(frozen=True)
 class WorldPairs(PairSource):
-    """Pairs of a split, drawn when they are asked for."""
+    """Pairs of a split, made when they are asked for."""
 
-    world: World
+    world: World | RenderedWorld
     split: str
     indices: Sequence[int]
 

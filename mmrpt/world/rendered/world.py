@@ -1,0 +1,119 @@
+"""The rendered world: image-caption pairs with ground truth, of scenes that the package holds as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from typing import ClassVar
+
+from PIL import Image
+
+from mmrpt.settings import WorldConfig
+from mmrpt.types import Example
+from mmrpt.world.captions import Caption, write_caption
+from mmrpt.world.draws import Draws
+from mmrpt.world.rendered.atlas import Atlas, shipped_atlas
+from mmrpt.world.rendered.captions import rendered_language, solids_told, vocabulary
+from mmrpt.world.rendered.logic import Rules
+from mmrpt.world.rendered.scene import MAX_SOLIDS, MIN_SOLIDS, RenderedScene
+from mmrpt.world.world import WorldPairs
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
+
+
+class RenderedWorld:
+    """Scenes and captions by (split, index). The same config gives the same pairs in every process.
+
+    Splits: "train"; "one_solid", scenes of one solid for first lessons; "new_scenes", arrangements that train never
+    shows; "new_combinations", scenes made only of (object, colour) pairs that no other split shows; "validation",
+    drawn as new_scenes are. Scenes do not depend on the seed, captions do. A split has so many scenes; after the last
+    a source goes on with the first, under new captions.
+    """
+
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "new_scenes", "new_combinations", "one_solid", "validation")
+    HELD_OUT: ClassVar[tuple[str, ...]] = SPLITS[1:3]
+
+    def __init__(self, config: WorldConfig | None = None, atlas: Atlas | None = None) -> None:
+        """`atlas` None: the scenes of the package."""
+        self.config = config or WorldConfig(kind="rendered")
+        self.atlas = atlas or shipped_atlas()
+        self._caption = lru_cache(maxsize=65_536)(self._write_caption)
+
+    def __reduce__(self) -> tuple[type[RenderedWorld], tuple[WorldConfig, Atlas | None]]:
+        own = None if self.atlas is shipped_atlas() else self.atlas
+        return RenderedWorld, (self.config, own)  # loader processes open the package's scenes for themselves
+
+    def source(self, split: str, size: int, without: Iterable[WorldPairs] = ()) -> WorldPairs:
+        """The first `size` pairs of a split. A longer source starts with the same pairs.
+
+        `without` is as in the drawn world, and changes nothing: no two splits share an arrangement of several solids.
+        """
+        self._number(split)
+        if size < 1:
+            raise ValueError(f"a source of {size} pairs was asked for: expected 1 or more.")
+        return WorldPairs(self, split, range(size))
+
+    def first_lessons(self, size: int) -> WorldPairs:
+        """Pairs of scenes with one solid, which the warm-up begins with."""
+        return self.source("one_solid", size)
+
+    def scene(self, split: str, index: int) -> RenderedScene:
+        """The truth of the image of a pair."""
+        scene, scale = self.atlas.scenes[split][self._place(split, index)], self.config.image_size
+        if scale == scene.image_size:
+            return scene
+        return RenderedScene(
+            tuple(replace(s, box=_scaled(s.box, scale / scene.image_size)) for s in scene.solids), scale
+        )
+
+    def example(self, split: str, index: int) -> Example:
+        """The pair of a split at an index, its words with their truth. Kept in memory once made."""
+        caption = self._caption(split, index)
+        return Example(f"{split}/{index:06d}", caption.text, caption.words)
+
+    def image(self, example_id: str) -> Image.Image:
+        """The RGB image of an example of any split, by its id, `config.image_size` pixels a side."""
+        split, index = self._key(example_id)
+        image, size = self.atlas.image(split, self._place(split, index)), self.config.image_size
+        return image if image.width == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+    def word_boxes(self, example_id: str) -> tuple[tuple[Box, ...], ...]:
+        """For each of the example's words the boxes of the solids that it speaks of; none for plain words.
+
+        Of "the red solid is left of the cube" that of the red solid for "red", both for "left of", the cube's for
+        "cube"; of a number the boxes of all that are counted.
+        """
+        split, index = self._key(example_id)
+        solids = self.scene(split, index).solids
+        told = self._caption(split, index).told
+        return tuple(() if tells is None else tuple(s.box for s in solids_told(*tells, solids)) for tells in told)
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word a caption of this world can contain, without stops, sorted."""
+        return vocabulary()
+
+    def _write_caption(self, split: str, index: int) -> Caption:
+        rules = Rules(1, 1) if split == "one_solid" else Rules(MIN_SOLIDS, MAX_SOLIDS)
+        draws = Draws(self.config.seed, self._number(split), index, 1)
+        return write_caption(self.scene(split, index), draws, rendered_language(rules), self.config.sentence_weights)
+
+    def _place(self, split: str, index: int) -> int:
+        self._number(split)
+        return index % len(self.atlas.scenes[split])
+
+    def _key(self, example_id: str) -> tuple[str, int]:
+        split, _, number = example_id.partition("/")
+        if split not in self.SPLITS or not number.isdecimal():
+            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
+        return split, int(number)
+
+    def _number(self, split: str) -> int:
+        if split not in self.SPLITS:
+            raise ValueError(f"no split {split!r}: expected one of {', '.join(self.SPLITS)}.")
+        return self.SPLITS.index(split)
+
+
+def _scaled(box: Box, scale: float) -> Box:
+    left, top, right, bottom = (round(scale * edge) for edge in box)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
