@@ -3,7 +3,6 @@
     python -m benchmarks                      every operator that has a benchmark
     python -m benchmarks logprobs divergence  these two
     python -m benchmarks step                 one optimiser step of a 0.5B model by part (long; only when named)
-    python -m benchmarks end_to_end           the main job over several seeds (long; only when named)
 
 Names come first. --results names the folder of the JSON files and plots, --budget the seconds for all together; other
 options go to pytest: --quick --device --threads --only --contenders, and pytest-benchmark's own, such as
@@ -40,9 +39,7 @@ def operators() -> list[str]:
 
 
 def command_of(name: str, options: Sequence[str], results: Path) -> list[str]:
-    """`python -m benchmarks.end_to_end`, or pytest over an operator's file, which writes <results>/<name>.json.tmp."""
-    if name == "end_to_end":
-        return [sys.executable, "-m", "benchmarks.end_to_end", "--results", str(results), *options]
+    """Pytest over an operator's file, which writes <results>/<name>.json.tmp."""
     quiet = [] if any(word.startswith("--benchmark-compare") for word in options) else ["--benchmark-quiet"]
     store = ["--benchmark-json", str(results / f"{name}.json.tmp")]
     words = ["-q", "-rfE", "--disable-warnings", *quiet, *store, *options]
@@ -82,7 +79,7 @@ def keep(name: str, results: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    known = [*operators(), *LONG, "end_to_end"]
+    known = [*operators(), *LONG]
     usage = f"python -m benchmarks [name ...] [--budget SECONDS] [options of pytest]; names: {', '.join(known)}"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.add_argument("--budget", type=float, help="seconds for all together (default 120 each; step 1200)")
@@ -94,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong := [name for name in named if name not in known]:
         parser.error(f"unknown benchmark {', '.join(wrong)}; expected some of {', '.join(known)}")
     names, results = named or operators(), args.results.absolute()
-    if set(names) != {"end_to_end"} and importlib.util.find_spec("pytest_benchmark") is None:
+    if importlib.util.find_spec("pytest_benchmark") is None:
         parser.error("pytest-benchmark is not installed: pip install -e '.[bench]'")
     results.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + (args.budget or sum(LONG.get(name, 120.0) for name in names))
@@ -102,13 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for place, name in enumerate(names):
         share = max((end - time.monotonic()) / (len(names) - place), 1.0)
         print(f"\nbenchmark of {name}, {share:.0f} s ...", flush=True)
-        if name == "end_to_end":
-            limit, options_here = max(3600.0, args.budget or 0.0), options
-        else:
-            # A budget that was asked for is kept: what is left of it is the hard limit of every benchmark.
-            limit = min(share + GRACE, end - time.monotonic()) if args.budget else 3 * share
-            reserve, own = min(GRACE, 0.3 * share), args.budget or name in LONG
-            options_here = [*options, *(("--budget", f"{max(share - reserve, 1.0):.0f}") if own else ())]
+        # A budget that was asked for is kept: what is left of it is the hard limit of every benchmark.
+        limit = min(share + GRACE, end - time.monotonic()) if args.budget else 3 * share
+        reserve, own = min(GRACE, 0.3 * share), args.budget or name in LONG
+        options_here = [*options, *(("--budget", f"{max(share - reserve, 1.0):.0f}") if own else ())]
         codes[name], output = run_one(command_of(name, options_here, results), max(limit, 1.0))
         print(output.strip(), flush=True)
         keep(name, results)
