@@ -24,7 +24,8 @@ NUMBERS = {
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     )
 }
-SIDES = {"left": "x", "right": "x", "top": "y", "upper": "y", "bottom": "y", "lower": "y", "centre": "c", "middle": "c"}
+SIDES = frozenset("left right top upper bottom lower centre middle".split())  # noqa: SIM905
+DEPTHS = frozenset(("front", "back"))  # sides as in "front left", and words of many other uses when alone
 RELATIONS = frozenset(
     """
     above across below under over beside behind inside outside near between
@@ -32,7 +33,7 @@ RELATIONS = frozenset(
 )
 SYNONYMS = {"gray": "grey", "upper": "top", "lower": "bottom", "center": "centre", "violet": "purple", "under": "below"}
 
-_ROWS = ("top", "bottom", "upper", "lower", "middle", "front", "back")
+_ROWS = ("top", "bottom", "upper", "lower", "middle", *sorted(DEPTHS))
 _COLUMNS = ("left", "right", "middle", "centre", "center")
 # Prepositions of many uses ("over", "behind", "between") are left out: alone, they seldom are what an image tells.
 PHRASES: dict[str, tuple[str, ...]] = {

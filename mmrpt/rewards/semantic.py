@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmrpt.masking.words import COLOURS, NUMBERS, RELATIONS, SIDES, SYNONYMS
+from mmrpt.masking.words import COLOURS, DEPTHS, NUMBERS, RELATIONS, SIDES, SYNONYMS
 from mmrpt.rewards.text import completion_text, extract_answer, words_of
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -56,6 +56,6 @@ def _slots(words: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     return (
         tuple(sorted(w for w in words if w in COLOURS)),
         tuple(w for w in words if w.isdigit()),
-        tuple(sorted(w for w in words if w in SIDES)),
+        tuple(sorted(w for w in words if w in SIDES | DEPTHS)),
         tuple(w for w in words if w in RELATIONS),
     )

@@ -60,6 +60,7 @@ def test_prefix_is_strict_and_never_pays_guess_lists():
         ("blue card", "red card", 0.0),
         ("three cats", "two cats", 0.0),
         ("top left", "top right", 0.0),
+        ("front left", "back left", 0.0),
         ("left of", "right of", 0.0),
         ("above", "below", 0.0),
         ("the cats", "a cat", 1.0),
