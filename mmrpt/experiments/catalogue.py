@@ -8,10 +8,11 @@ from mmrpt.experiments.easy_vqa import EASY_VQA
 from mmrpt.experiments.language_bias import LANGUAGE_BIAS
 from mmrpt.experiments.long import LONG
 from mmrpt.experiments.masking import MASKING
+from mmrpt.experiments.rendered import RENDERED
 from mmrpt.experiments.robustness import ROBUSTNESS
 from mmrpt.experiments.sparsity import SPARSITY
 from mmrpt.experiments.visual_reward import VISUAL_REWARD
 from mmrpt.experiments.vppo import VPPO
 
-ALL = (CONTROLS, MASKING, VPPO, VISUAL_REWARD, SPARSITY, LONG, LANGUAGE_BIAS, ROBUSTNESS, EASY_VQA)
+ALL = (CONTROLS, MASKING, VPPO, VISUAL_REWARD, SPARSITY, LONG, LANGUAGE_BIAS, RENDERED, ROBUSTNESS, EASY_VQA)
 EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in ALL}
