@@ -60,7 +60,7 @@ def _experiment(experiment: Experiment, options: argparse.Namespace) -> int:
         failed = run_jobs(experiment, _chosen(experiment, jobs, options.arms), options.out)
     from mmrpt.experiments.page import publish, published, write  # matplotlib and torch are slow to import
 
-    results = collect(experiment, seeds, options.out, overrides)
+    results = collect(experiment, seeds, options.out, overrides, published(experiment) if options.publish else None)
     if not results["seeds"] and options.report_only and not overrides and (known := published(experiment)):
         print(f"{options.out} has no result of {experiment.name}: taking docs/experiments/{experiment.name}.json")
         results = known

@@ -199,10 +199,20 @@ def result_of(job: Job, measured: dict[str, Any], answered: tuple[Rows, Rows] | 
     }
 
 
-def collect(experiment: Experiment, seeds: Iterable[int], out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The results of every arm that has one, at `seeds` and at any other seed that was run with these settings."""
+def collect(
+    experiment: Experiment,
+    seeds: Iterable[int],
+    out: Path,
+    overrides: Sequence[str] = (),
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The results of every arm that has one, at `seeds` and at any other seed that was run with these settings.
+
+    `known`: results from before, of which those of these settings stand in for what is not in `out`.
+    """
     files = (out / experiment.name / "arms").glob("*.json")
     found = {int(match[1]) for file in files if (match := re.search(r"-seed(-?\d+)-\w+\.json$", file.name))}
+    before: dict[str, Any] = known["seeds"] if known else {}
     results: dict[str, Any] = {
         "experiment": experiment.name,
         "question": experiment.question,
@@ -210,12 +220,18 @@ def collect(experiment: Experiment, seeds: Iterable[int], out: Path, overrides: 
         "base": [*experiment.base, *overrides],
         "seeds": {},
     }
-    made: dict[str, list[str]] = {name: [] for name in MADE_WITH}
-    for job in plan(experiment, sorted({*seeds, *found}), out, overrides):
+    made: dict[str, set[str]] = {name: set() for name in MADE_WITH}
+    for job in plan(experiment, sorted({*seeds, *found, *map(int, before)}), out, overrides):
+        result = before.get(str(job.seed), {}).get(job.arm.name)
         if job.result.exists():
             result = json.loads(job.result.read_text())
             for name, value in result.pop("made").items():
-                made[name].append(str(value))
-            results["seeds"].setdefault(str(job.seed), {})[job.arm.name] = result
-    results["made"] = {name: ", ".join(sorted(set(values))) for name, values in made.items()}
+                made[name].add(str(value))
+        elif result is None or result["run"] != job.settings.name:
+            continue
+        else:
+            for name in MADE_WITH:
+                made[name] |= set(known["made"][name].split(", "))
+        results["seeds"].setdefault(str(job.seed), {})[job.arm.name] = result
+    results["made"] = {name: ", ".join(sorted(values)) for name, values in made.items()}
     return results

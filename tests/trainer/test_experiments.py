@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mmrpt.experiments.__main__ import main
 from mmrpt.experiments.arms import Arm, Experiment
 from mmrpt.experiments.catalogue import EXPERIMENTS
 from mmrpt.experiments.page import NOT_RUN, PAGES, evidence, fill, page_block, publish, published
-from mmrpt.experiments.runner import plan, warm_start_of
+from mmrpt.experiments.runner import collect, plan, warm_start_of
 from mmrpt.run_folder import RunError
 from mmrpt.settings import SettingsError
 from tests.trainer.conftest import SMALL_RUN
@@ -204,6 +205,23 @@ def test_what_has_a_result_is_not_run_again(out, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["two", "--report-only", "--out", str(folder), "rl.optimiser.lr=0.5"]) == 2  # results of other settings
     assert "experiment two has no result with these settings in" in capsys.readouterr().err
+
+
+def test_results_from_before_stand_in_for_seeds_that_are_not_there(out, tmp_path):
+    """As when another machine adds a seed to the committed JSON. Results of other settings do not."""
+    folder, _ = out
+    whole = results_in(folder)
+    known = {**whole, "made": whole["made"] | {"cpu": "another"}}
+    shutil.copytree(folder / "two" / "arms", tmp_path / "two" / "arms")
+    for path in (tmp_path / "two" / "arms").glob("*-seed4-*"):
+        path.unlink()
+    assert [*collect(TWO, [3], tmp_path)["seeds"]] == ["3"]
+    joined = collect(TWO, [3], tmp_path, (), known)
+    assert joined["seeds"] == whole["seeds"] and joined["made"]["cpu"] == f"{whole['made']['cpu']}, another"
+    for arms in known["seeds"].values():
+        arms["four steps"]["run"] = "seed4-0123456789"
+    joined = collect(TWO, [3], tmp_path, (), known)
+    assert [*joined["seeds"]["3"]] == [*whole["seeds"]["3"]] and [*joined["seeds"]["4"]] == ["warm start", "two steps"]
 
 
 def test_a_run_that_fails_leaves_the_others_their_results(out, monkeypatch, capsys, tmp_path):
