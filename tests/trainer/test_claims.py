@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageColor, ImageDraw
 
 from mmrpt.captions import masked_batch
-from mmrpt.corpus import read_jsonl
+from mmrpt.corpus import read_jsonl, write_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import open_run
 from mmrpt.experiments import easy_vqa as easy
 from mmrpt.experiments import robustness
 from mmrpt.experiments.arms import Arm
+from mmrpt.experiments.controls import which_card
 from mmrpt.experiments.masking import masks
 from mmrpt.experiments.page import page_block
 from mmrpt.experiments.robustness import AFTER, BIASED, CLEAN, NOISY, PAIRS, ROBUSTNESS, tune, tuning_samples
@@ -45,6 +46,36 @@ def run(tmp_path_factory):
         patch.setattr(native, "report", lambda run: None)  # which takes longer than all else
         native.train(run)
     return run
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def test_answers_of_another_card_are_told_from_other_wrong_ones(tmp_path):
+    """Of each scene four answers on its first card's colour: right, another card's, one on no card, and none."""
+    world, rows, several = World(), [], 0
+    for index in range(12):
+        cards = world.scene("new_scenes", index).cards
+        own, other = cards[0].colour, next((c.colour for c in cards if c.colour != cards[0].colour), "white")
+        several += other != "white"
+        for given in (own, other, "white", None):
+            completion = "<think> it" if given is None else f"<think> it</think><answer> {given}</answer>"
+            row = {"model": "rl", "condition": "image", "kind": "colour", "answer": own, "completion": completion}
+            rows.append(row | {"example_id": f"new_scenes/{index:06d}", "exact": given == own})
+    rows += [
+        row | change for row in rows for change in ({"model": "warmup"}, {"condition": "blanked"}, {"kind": "count"})
+    ]
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    run = SimpleNamespace(folder=tmp_path, sources=SimpleNamespace(world=world))
+    count = sum(len(world.scene("new_scenes", index).cards) > 1 for index in range(12))
+    assert 0 < several <= count < 12
+    shares = which_card(run, Arm("RL"))
+    assert shares == {
+        "right, of one card": 0.25,
+        "right, of several": 0.25,
+        "another card's, of several": pytest.approx(several / (4 * count)),
+    }
+    assert which_card(run, Arm("other", model="grpo")) == {}
 
 
 # ------------------------------------------------------------------------------------------------ masking
