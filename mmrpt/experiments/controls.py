@@ -55,3 +55,7 @@ CONTROLS = Experiment(
     method="RL",
     by_kind=True,
 )
+
+# What RL is first compared with, on images of another kind too.
+FIRST_ASKED = ("warmup", "rl", "captions_seconds", "supervised_masks")
+AT_EQUAL_SECONDS = tuple(arm for arm in CONTROLS.arms if arm.model in FIRST_ASKED)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mmrpt.experiments.arms import Arm, Experiment, Rows
-from mmrpt.experiments.controls import CONTROLS
+from mmrpt.experiments.controls import AT_EQUAL_SECONDS, CONTROLS
 from mmrpt.types import Example, Word
 
 if TYPE_CHECKING:
@@ -120,12 +120,7 @@ EASY_VQA = Experiment(
     name="easy-vqa",
     question="Does what the model learnt to see on drawn cards serve on images of another kind, without training?",
     base=CONTROLS.base,
-    arms=(
-        Arm("warm start", model="warmup"),
-        Arm("RL"),
-        Arm("captions for RL's seconds", model="captions_seconds"),
-        Arm("supervised on RL's masks for RL's seconds", model="supervised_masks"),
-    ),
+    arms=AT_EQUAL_SECONDS,
     baseline="warm start",
     method="RL",
     answer=zero_shot,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from mmrpt.experiments.arms import QUESTIONS, Arm, Experiment
+from mmrpt.experiments.arms import QUESTIONS, Experiment
+from mmrpt.experiments.controls import AT_EQUAL_SECONDS
 
 RENDERED = Experiment(
     name="rendered",
     question="Does what holds on drawn cards hold on rendered scenes, for which nothing was tuned?",
     base=(QUESTIONS, "demo.world.kind=rendered", "control.kinds=[captions_seconds, supervised_masks]"),
-    arms=(
-        Arm("warm start", model="warmup"),
-        Arm("RL"),
-        Arm("captions for RL's seconds", model="captions_seconds"),
-        Arm("supervised on RL's masks for RL's seconds", model="supervised_masks"),
-    ),
+    arms=AT_EQUAL_SECONDS,
     baseline="warm start",
     method="RL",
     by_kind=True,
