@@ -191,7 +191,7 @@ def trainer_views(here: Held, *, of_rollout: bool = False) -> tuple[torch.Tensor
         if number == len(clean):
             clean.append(clean_view(here, batch))
         states, own = clean[number]
-        scores = token_perception(here.policy, batch, here.blackened.select(part.prompts), states)
+        scores = token_perception(here.policy, batch, here.blackened.select(part.prompts), states).scores
         divergence[part.rows, : scores.shape[1]], logps[part.rows, : own.shape[1]] = scores, own
     return divergence, logps
 
