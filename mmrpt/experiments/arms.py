@@ -25,6 +25,15 @@ class Arm:
     against: str | None = None  # name of the arm that this one is compared with; None: the experiment's baseline
 
 
+def logged_steps(run: Run, arm: Arm) -> Rows:
+    """What metrics.jsonl has of the steps of the arm's own phase; of the warm start, which is not measured, nothing."""
+    from mmrpt.corpus import iter_jsonl
+
+    if arm.model == "warmup":
+        return []
+    return [row for row in iter_jsonl(run.folder / "metrics.jsonl") if row["phase"] == arm.model]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """`measure` gives further numbers of an arm from its finished run: {"Gini": 0.9} is a column of the tables, and

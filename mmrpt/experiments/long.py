@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from mmrpt.experiments.arms import NO_CONTROL, Arm, Experiment
+from mmrpt.experiments.arms import NO_CONTROL, Arm, Experiment, logged_steps
 
 if TYPE_CHECKING:
     from mmrpt.engines.run import Run
@@ -22,11 +22,7 @@ WATCHED = {
 
 def course(run: Run, arm: Arm) -> dict[str, Any]:
     """Means of what RL logged, over windows of its steps; a step without rounds of its own logs no reward."""
-    from mmrpt.corpus import iter_jsonl
-
-    if arm.model == "warmup":
-        return {}
-    rows = [row for row in iter_jsonl(run.folder / "metrics.jsonl") if row["phase"] == arm.model]
+    rows = logged_steps(run, arm)
     found: dict[str, dict[str, float]] = {}
     for first in range(0, len(rows), WINDOW):
         window = rows[first : first + WINDOW]

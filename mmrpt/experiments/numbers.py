@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmrpt.report.numbers import CONDITIONS_AND_GAP
 from mmrpt.report.statistics import Interval, paired_difference_interval
+from mmrpt.report.tally import UNSEEN_ART
 
 Results = dict[str, Any]
-# What a column adds up, by condition.
-COLUMNS = {"image": {"image": 1}, "blanked": {"blanked": 1}, "swapped": {"swapped": 1}}
-COLUMNS |= {"gap": {"image": 1, "swapped": -1}}
-UNSEEN_ART = ("new_style", "object")  # set and kind of word: no training image shows the artwork that is asked for
 
 
 class Difference(NamedTuple):
@@ -29,7 +27,7 @@ class Difference(NamedTuple):
 def per_question(result: dict[str, Any], column: str) -> NDArray[np.float64]:
     """(N,) over all held-out sets: 1, 0 or, of the gap, also -1."""
     total = 0
-    for condition, sign in COLUMNS[column].items():
+    for condition, sign in CONDITIONS_AND_GAP[column].items():
         text = "".join(hits[condition] for hits in result["hits"].values())
         total = total + sign * (np.frombuffer(text.encode(), np.uint8).astype(np.float64) - ord("0"))
     return total
@@ -56,7 +54,9 @@ def difference(results: Results, arm: str, other: str, column: str) -> Differenc
         return Difference(fmean(by_seed.values()), None, by_seed)
     by_question = {seed: per_question(one, column) - per_question(two, column) for seed, (one, two) in pairs.items()}
     by_seed = {seed: float(values.mean()) for seed, values in by_question.items()}
-    interval = paired_difference_interval(np.concatenate([*by_question.values()]), bound=len(COLUMNS[column]))
+    interval = paired_difference_interval(
+        np.concatenate([*by_question.values()]), bound=len(CONDITIONS_AND_GAP[column])
+    )
     return Difference(fmean(by_seed.values()), interval, by_seed)
 
 

@@ -10,19 +10,14 @@ from statistics import fmean
 
 from mmrpt.corpus import write_text
 from mmrpt.experiments.arms import Arm, Experiment
-from mmrpt.experiments.numbers import COLUMNS, Difference, Results, by_kind, difference, measured, rates, seconds
+from mmrpt.experiments.numbers import Difference, Results, by_kind, difference, measured, rates, seconds
 from mmrpt.experiments.plot import draw
 from mmrpt.report.markdown import code, duration, escape, figure, interval_of, percent, points, table
 from mmrpt.report.read import CONDITIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "experiments"
-HEADS = {
-    "image": "with image",
-    "blanked": "image blanked",
-    "swapped": "another's image",
-    "gap": "gap: image − another's",
-}
+HEADS = CONDITIONS | {"gap": "gap: image − another's"}
 NOT_RUN = "Not run yet."
 HOW = (
     "Held-out accuracy over all sets: mean over the seeds and, in brackets, each seed. Differences are in points, "
@@ -49,7 +44,7 @@ def evidence(experiment: Experiment, results: Results) -> str:
     """The two tables that README.md may show: accuracies, and what they differ by."""
     rows = []
     for arm in _run(experiment, results):
-        shown = [_rates(rates(results, arm.name, column), points if column == "gap" else percent) for column in COLUMNS]
+        shown = [_rates(rates(results, arm.name, column), points if column == "gap" else percent) for column in HEADS]
         rows.append([escape(arm.name), *shown, duration(seconds(results, arm.name))])
     accuracies = table(["accuracy", *HEADS.values(), "time of its phase"], rows, range(1, 6))
     return "\n\n".join(part for part in (accuracies, _differences(experiment, results)) if part)
@@ -61,10 +56,10 @@ def _differences(experiment: Experiment, results: Results) -> str:
         pairs += [(experiment.method, arm.name) for arm in experiment.arms]
     rows = []
     for one, other in dict.fromkeys([*pairs, *experiment.compared]):
-        found = {column: difference(results, one, other, column) for column in COLUMNS if column != "swapped"}
+        found = {column: difference(results, one, other, column) for column in HEADS if column != "swapped"}
         if one != other and all(found.values()):
             rows.append([f"{escape(one)} − {escape(other)}", *map(_change, found.values())])
-    header = ["difference", *(HEADS[column] for column in COLUMNS if column != "swapped")]
+    header = ["difference", *(HEADS[column] for column in HEADS if column != "swapped")]
     return table(header, rows, range(1, 4)) if rows else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmrpt.experiments.arms import NO_CONTROL, Arm, Experiment
+from mmrpt.experiments.arms import NO_CONTROL, Arm, Experiment, logged_steps
 
 if TYPE_CHECKING:
     from mmrpt.engines.run import Run
@@ -12,11 +12,8 @@ if TYPE_CHECKING:
 
 def speed(run: Run, arm: Arm) -> dict[str, Any]:
     """Response tokens that RL trained on, over the seconds of its steps and over those of their updates alone."""
-    from mmrpt.corpus import iter_jsonl
-
-    if arm.model == "warmup":
+    if not (rows := logged_steps(run, arm)):
         return {}
-    rows = [row for row in iter_jsonl(run.folder / "metrics.jsonl") if row["phase"] == arm.model]
     parts: dict[str, float] = {}
     for name, value in (item for row in rows for item in row.items() if item[0].startswith("seconds_")):
         parts[name] = parts.get(name, 0.0) + value
