@@ -17,12 +17,13 @@ from mmrpt_kernels.lm_head import gemm
 SURROGATES = {"clip": ("clip", "token"), "gspo": ("clip", "sequence"), "cispo": ("cispo", "token")}
 
 
-def supervised_loss(policy: Policy, batch: Batch) -> Tensor:
+def supervised_loss(policy: Policy, batch: Batch, *, padded: bool = False) -> Tensor:
     """Negative log-probability of the response tokens through the fused head: mean over rows of their token means.
 
     A caption has five times the tokens of a restored span; with a plain token mean the spans would hardly count.
+    `padded` as in `Policy.hidden`.
     """
-    hidden, targets, mask = response_slices(policy.hidden(batch), batch)
+    hidden, targets, mask = response_slices(policy.hidden(batch, padded=padded), batch)
     shares = (mask / mask.sum(-1, keepdim=True) / mask.shape[0]).flatten()
     with policy.autocast():
         return linear_token_loss(

@@ -24,11 +24,11 @@ TOKENIZER_CAPTIONS = 1_000
 
 @dataclass(frozen=True)
 class Sources:
-    """`train` is sampled from, `one_card` (scenes of one card or solid, in the demo's worlds) by the first lessons;
-    `held_out` names sets never trained on, and `validation` is neither trained nor evaluated on."""
+    """`train` is sampled from, `facts` (in the demo's worlds its scenes, with captions of facts alone) by the first
+    lessons; `held_out` names sets never trained on, and `validation` is neither trained nor evaluated on."""
 
     train: PairSource
-    one_card: PairSource
+    facts: PairSource
     held_out: dict[str, PairSource]
     world: World | RenderedWorld | None
     rejected: RejectedRows | None = None  # where the bad rows of a corpus are named
@@ -55,9 +55,9 @@ def open_sources(settings: Settings) -> Sources:
     if settings.data.pairs is None:
         world = open_world(settings.demo.world)
         held_out = {name: world.source(name, 2 * settings.evaluation.samples) for name in world.HELD_OUT}
-        first = world.first_lessons(settings.demo.size)
+        facts = world.source("train", settings.demo.size, facts_only=True)
         validation = world.source("validation", count, held_out.values()) if count else None
-        return Sources(world.source("train", settings.demo.size), first, held_out, world, validation=validation)
+        return Sources(world.source("train", settings.demo.size), facts, held_out, world, validation=validation)
     corpus = open_given(settings)
     try:
         parts = split_held_out(corpus, settings.data.held_out, count)

@@ -20,7 +20,7 @@ ROWS = {
 }
 LAST_ROW = {
     "drawn": {"new_style": "new art style, never trained on"},
-    "rendered": {"one_solid": "one solid, for the first lessons"},
+    "rendered": {"one_solid": "one solid"},
 }
 INK, NEEDS, PAPER = (40, 40, 46), (196, 40, 92), (255, 255, 255)
 

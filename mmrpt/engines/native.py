@@ -38,6 +38,7 @@ from mmrpt.settings import TIMED_CONTROLS, OptimiserSettings, Settings
 from mmrpt.stopwatch import Stopwatch
 from mmrpt.types import Batch, MaskedSample, PairSource
 from mmrpt.validation import Validation
+from mmrpt.world.grounding import grounded_backward, names_of
 from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
 
 
@@ -85,6 +86,10 @@ def warm_up(run: Run) -> None:
     def backward(step: int) -> float:
         lesson = lesson_at(step, settings, run.sources)
         rows = supervised_rows(run, "warmup", step, lesson, step * lesson.batch_size)
+        if settings.demo.grounding and run.sources.world is not None:
+            shown = lesson_items(run, lesson, step * lesson.batch_size)
+            names = [names_of(lesson.source, lesson.source[i]) for i in shown]
+            return grounded_backward(run.policy, rows, names, settings.model.batch_tokens, settings.demo.grounding)
         return supervised_backward(run.policy, rows, settings.model.batch_tokens)
 
     descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, backward)
@@ -237,12 +242,17 @@ def supervised_rows(run: Run, phase: str, step: int, lesson: Lesson, first: int)
     return caption_batch(
         run.policy,
         source,
-        items_at(first, lesson.batch_size, len(source), settings.seed, "supervised", lesson.name),
+        lesson_items(run, lesson, first),
         settings.prompts,
-        restore_fraction=settings.warmup.restore_fraction,
+        restore_fraction=settings.warmup.restore_fraction if lesson.restore else 0.0,
         seed=seed_of(settings.seed, phase, step),
         cut=lesson.cut,
     )
+
+
+def lesson_items(run: Run, lesson: Lesson, first: int) -> list[int]:
+    """Which of the lesson's pairs a step shows."""
+    return items_at(first, lesson.batch_size, len(lesson.source), run.settings.seed, "supervised", lesson.name)
 
 
 def evaluate(run: Run) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class DemoSettings:
 
     size: int = Field(20_000, ge=1, description="pairs of the training split of demo.world")
     vision_steps: int = Field(
-        200, ge=0, description="optimiser steps of the vision tower's pre-training; always 0 with model.path"
+        100, ge=0, description="optimiser steps of the vision tower's pre-training; always 0 with model.path"
     )
     vision_batch_size: int = Field(32, ge=1, description="images in a step of the vision pre-training")
     vision_lr: float = Field(3e-3, gt=0, description="peak learning rate of the vision pre-training")
@@ -146,9 +146,19 @@ class DemoSettings:
         ge=0,
         description="first steps of the warm-up, without the vision tower; always 0 with model.path",
     )
-    sentence_steps: int = Field(
-        140, ge=0, description="first steps of the warm-up, on single sentences of one card; always 0 with data.pairs"
+    fact_steps: int = Field(
+        160,
+        ge=0,
+        description="first steps of the warm-up, on captions that tell facts and nothing else; always 0 with data.pairs",
     )
-    sentence_batch_size: int = Field(32, ge=1, description="sentences in a step of the warm-up that trains on them")
+    lesson_batch_size: int = Field(
+        48, ge=1, description="rows in a step of the warm-up that trains on facts alone or on 1 to 3 sentences"
+    )
+    grounding: float = Field(
+        0.3,
+        ge=0,
+        description="weight in the warm-up of the loss that shows attention where the things are that words name, 0: "
+        "none; always 0 with data.pairs or model.path",
+    )
     world: WorldConfig = field(default_factory=demo_world)
     tiny: TinyVLMConfig = field(default_factory=demo_model)

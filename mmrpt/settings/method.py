@@ -94,7 +94,7 @@ class OptimiserSettings:
 class WarmupSettings:
     """Supervised training before RL: captions, and hidden words to restore in the format of an answer."""
 
-    steps: int = Field(500, ge=0, description="optimiser steps of the warm-up")
+    steps: int = Field(420, ge=0, description="optimiser steps of the warm-up")
     batch_size: int = Field(16, ge=1, description="rows in a step, also in those of supervised controls")
     restore_fraction: float = Field(
         0.7,

@@ -32,8 +32,8 @@ TINY_CAPS: dict[str, int] = {
     "demo.vision_steps": 2,
     "demo.vision_batch_size": 4,
     "demo.vision_frozen_steps": 1,
-    "demo.sentence_steps": 1,
-    "demo.sentence_batch_size": 2,
+    "demo.fact_steps": 1,
+    "demo.lesson_batch_size": 2,
 }
 LEFT_NULL = ("model.min_pixels", "model.max_pixels")  # as the folder of the tiny model says
 

@@ -80,9 +80,9 @@ class Settings:
         )
         demo = self.demo
         if self.model.path is not None:  # its vision tower can see already
-            demo = replace(demo, vision_steps=0, vision_frozen_steps=0)
+            demo = replace(demo, vision_steps=0, vision_frozen_steps=0, grounding=0.0)
         if self.data.pairs is not None:
-            demo = replace(demo, sentence_steps=0)
+            demo = replace(demo, fact_steps=0, grounding=0.0)
         object.__setattr__(self, "demo", demo)
 
     def captions_to_score(self, available: int) -> int:

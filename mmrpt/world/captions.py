@@ -15,6 +15,7 @@ from mmrpt.world.scene import Card, Scene
 
 REPEAT = 0.12  # how often a fact may be about what another sentence already names
 FAMILY_WEIGHTS = {"link": 0.62, "relation": 0.16, "count": 0.08, "colour count": 0.06, "category": 0.08}
+Boxes = tuple[tuple[int, int, int, int], ...]  # (left, top, right, bottom) in pixels, right and bottom exclusive
 _TOKEN = re.compile(r"\{(\d)\}|\[(\w+) ([^\]]+)\]")
 
 
@@ -74,6 +75,12 @@ def write_caption(scene: Any, draws: Draws, language: Language, sentences: Seque
         caption = _set_words(_compose(scene, draws, language, 3 + draws.weighted(sentences)), language)
         if any(word.needs_image for word in caption.words):
             return caption
+
+
+def write_facts(scene: Any, draws: Draws, language: Language) -> Caption:
+    """A caption of the scene that tells as many facts as one may, and nothing else."""
+    facts = choose_facts(scene, draws, language, language.most_facts(scene))
+    return _set_words([language.piece(fact, draws) for fact in facts], language)
 
 
 def _compose(scene: Any, draws: Draws, language: Language, count: int) -> list[Piece]:
@@ -156,6 +163,29 @@ def facts_of(scene: Scene) -> dict[str, list[Fact]]:
 def _handles(card: Card, counts: dict[str, int]) -> list[tuple[str, str]]:
     """How a card may be named: by its object, and by its colour when no other card has it."""
     return [("object", card.object)] + ([("colour", card.colour)] if counts[card.colour] == 1 else [])
+
+
+def boxes_told(caption: Caption, things: Sequence[Any], forms: Mapping[str, tuple[str, ...]]) -> tuple[Boxes, ...]:
+    """For each word of a true caption the boxes of the cards or solids that it speaks of; none for plain words.
+
+    Of "the red card is left of the bear" that of the red card for "red", both for "left of", the bear's for "bear"; of
+    a number the boxes of all that are counted.
+    """
+    return tuple(
+        () if tells is None else tuple(thing.box for thing in _things_told(*tells, things, forms[tells[0].form]))
+        for tells in caption.told
+    )
+
+
+def _things_told(fact: Fact, slot: int, things: Sequence[Any], kinds: Sequence[str]) -> list[Any]:
+    def named(slot: int) -> list[Any]:
+        return [thing for thing in things if getattr(thing, kinds[slot]) == fact.values[slot]]
+
+    if kinds[0] == "count":
+        return named(1) if len(kinds) > 1 else list(things)
+    if "relation" in kinds:
+        return [thing for end in ((0, 2) if slot == 1 else (slot,)) for thing in named(end)]
+    return named(0)
 
 
 def _links(card: Card, colour_is_unique: bool, alone: bool) -> list[Fact]:

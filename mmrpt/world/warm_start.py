@@ -53,41 +53,42 @@ class VisionPretraining:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a warm-up step trains on: `cut` shortens captions, None leaves them whole."""
+    """What a warm-up step trains on: `cut` shortens captions, None leaves them whole; `restore` hides words of some."""
 
     name: str
     source: PairSource
     batch_size: int
     cut: Callable[[Example, np.random.Generator], Example] | None = None
+    restore: bool = True
 
 
 def lesson_at(step: int, settings: Settings, sources: Sources) -> Lesson:
-    """Single sentences of scenes with one card first, then more and more whole captions.
+    """Facts first, which need the image in every sentence; then more and more whole captions.
 
-    A sudden change from sentences to captions undoes what the sentences taught, so after `demo.sentence_steps` the
-    share of captions rises from a quarter to three quarters, and single sentences stay in between.
+    A sudden change to captions undoes what the first lessons taught, so after `demo.fact_steps` the share of captions
+    rises from a quarter to three quarters, and facts and short captions of 1 to 3 sentences stay in between.
     """
-    steps, sentence_steps = settings.warmup.steps, settings.demo.sentence_steps
-    name = lesson_of(step, steps=steps, sentence_steps=sentence_steps, seed=settings.seed)
+    steps, fact_steps = settings.warmup.steps, settings.demo.fact_steps
+    name = lesson_of(step, steps=steps, fact_steps=fact_steps, seed=settings.seed)
     if name == "captions":
         return Lesson(name, sources.train, settings.warmup.batch_size)
-    first = name == "first sentences"
-    source = sources.one_card if first else sources.train
-    return Lesson(name, source, settings.demo.sentence_batch_size, partial(sentence_example, most=1 if first else 3))
+    if name == "facts":
+        return Lesson(name, sources.facts, settings.demo.lesson_batch_size, restore=False)
+    return Lesson(name, sources.train, settings.demo.lesson_batch_size, partial(sentence_example, most=3))
 
 
-def lesson_of(step: int, *, steps: int, sentence_steps: int, seed: int) -> str:
-    """ "first sentences", "sentences" or "captions", drawn from the seed and the step alone."""
-    if sentence_steps == 0:
+def lesson_of(step: int, *, steps: int, fact_steps: int, seed: int) -> str:
+    """ "facts", "sentences" or "captions", drawn from the seed and the step alone."""
+    if fact_steps == 0:
         return "captions"
-    if step < sentence_steps:
-        return "first sentences"
-    done = (step - sentence_steps) / max(1, steps - sentence_steps)
+    if step < fact_steps:
+        return "facts"
+    done = (step - fact_steps) / max(1, steps - fact_steps)
     draw = np.random.default_rng(seed_of(seed, "lesson", step)).random()
     captions = min(0.75, 0.25 + done)
     if draw < captions:
         return "captions"
-    return "sentences" if draw < captions + 0.75 * (1 - captions) else "first sentences"
+    return "sentences" if draw < captions + 0.75 * (1 - captions) else "facts"
 
 
 def sentence_example(example: Example, rng: np.random.Generator, most: int = 1) -> Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
@@ -14,10 +14,10 @@ from PIL import Image
 from mmrpt.settings import WorldConfig
 from mmrpt.types import Example, PairSource
 from mmrpt.world import grammar
-from mmrpt.world.captions import drawn_language, write_caption
+from mmrpt.world.captions import Boxes, Caption, boxes_told, drawn_language, write_caption, write_facts
 from mmrpt.world.concepts import COLOUR_NAMES, Concept, all_concepts
 from mmrpt.world.draws import Draws
-from mmrpt.world.logic import CATEGORIES, COUNTS, RELATIONS, Rules
+from mmrpt.world.logic import CATEGORIES, COUNTS, FORMS, RELATIONS, Rules
 from mmrpt.world.scene import POSITIONS, Card, Scene, place, render
 from mmrpt.world.sprites import BACKGROUNDS
 
@@ -45,19 +45,22 @@ class World:
         rules = Rules(self.config.min_cards, self.config.max_cards, {c.name: c.category for c in self.concepts})
         self._language = drawn_language(rules)
         self._weights = [(k + 1) ** -self.config.object_zipf for k in range(len(self.concepts))]
-        self._example = lru_cache(maxsize=65_536)(self._make_example)
+        self._caption = lru_cache(maxsize=65_536)(self._write_caption)
 
     def __reduce__(self) -> tuple[type[World], tuple[WorldConfig]]:
         return World, (self.config,)  # loader processes draw for themselves; the memory of pairs stays here
 
-    def source(self, split: str, size: int, without: Iterable[WorldPairs] = ()) -> WorldPairs:
+    def source(
+        self, split: str, size: int, without: Iterable[WorldPairs] = (), *, facts_only: bool = False
+    ) -> WorldPairs:
         """The first `size` pairs of a split, those left out whose arrangement one of `without` shows. A longer source
-        starts with the same pairs."""
+        starts with the same pairs. `facts_only`: of the same scenes, captions without a sentence that needs no image.
+        """
         self._number(split)
         if size < 1:
             raise ValueError(f"a source of {size} pairs was asked for: expected 1 or more.")
         if not (shown := {self.scene(other.split, i).signature() for other in without for i in other.indices}):
-            return WorldPairs(self, split, range(size))
+            return WorldPairs(self, split, range(size), facts_only)
         fresh = (i for i in range(_PATIENCE) if self.scene(split, i).signature() not in shown)
         indices = tuple(islice(fresh, size))
         if len(indices) < size:
@@ -65,11 +68,7 @@ class World:
                 f"of {_PATIENCE} scenes {len(indices)} are not among the held-out ones, but {size} were asked for: "
                 "lower data.validation or evaluation.samples, or raise demo.world.concepts or max_cards."
             )
-        return WorldPairs(self, split, indices)
-
-    def first_lessons(self, size: int) -> WorldPairs:
-        """Pairs of scenes with one card, which the warm-up begins with."""
-        return World(replace(self.config, min_cards=1, max_cards=1)).source("train", size)
+        return WorldPairs(self, split, indices, facts_only)
 
     def scene(self, split: str, index: int) -> Scene:
         """The truth of the image of a pair."""
@@ -86,16 +85,19 @@ class World:
         cards: tuple[Card, ...] = tuple(place(draws, *part, size, self.config.jitter) for part in plan)
         return Scene(cards, "fluent" if split == "new_style" else "noto", draws.below(BACKGROUNDS), size)
 
-    def example(self, split: str, index: int) -> Example:
+    def example(self, split: str, index: int, *, facts_only: bool = False) -> Example:
         """The pair of a split at an index, its words with their truth. Kept in memory once made."""
-        return self._example(split, index)
+        caption = self._caption(split, index, facts_only)
+        return Example(f"{split}/{index:06d}", caption.text, caption.words)
 
     def image(self, example_id: str) -> Image.Image:
         """The RGB image of an example of any split, by its id."""
-        split, _, number = example_id.partition("/")
-        if split not in self.SPLITS or not number.isdecimal():
-            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
-        return render(self.scene(split, int(number)))
+        return render(self.scene(*self._key(example_id)))
+
+    def word_boxes(self, example_id: str, *, facts_only: bool = False) -> tuple[Boxes, ...]:
+        """For each of the example's words the boxes of the cards that it speaks of (`boxes_told`)."""
+        split, index = self._key(example_id)
+        return boxes_told(self._caption(split, index, facts_only), self.scene(split, index).cards, FORMS)
 
     def vocabulary(self) -> tuple[str, ...]:
         """Every word a caption of this world can contain, without stops, sorted."""
@@ -104,10 +106,17 @@ class World:
             words.update(phrase.split())
         return tuple(sorted(words))
 
-    def _make_example(self, split: str, index: int) -> Example:
-        draws = Draws(self.config.seed, self._number(split), index, 1)
-        caption = write_caption(self.scene(split, index), draws, self._language, self.config.sentence_weights)
-        return Example(f"{split}/{index:06d}", caption.text, caption.words)
+    def _write_caption(self, split: str, index: int, facts_only: bool) -> Caption:
+        scene, draws = self.scene(split, index), Draws(self.config.seed, self._number(split), index, 1 + facts_only)
+        if facts_only:
+            return write_facts(scene, draws, self._language)
+        return write_caption(scene, draws, self._language, self.config.sentence_weights)
+
+    def _key(self, example_id: str) -> tuple[str, int]:
+        split, _, number = example_id.partition("/")
+        if split not in self.SPLITS or not number.isdecimal():
+            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
+        return split, int(number)
 
     def _number(self, split: str) -> int:
         if split not in self.SPLITS:
@@ -152,6 +161,7 @@ class WorldPairs(PairSource):
     world: World | RenderedWorld
     split: str
     indices: Sequence[int]
+    facts_only: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -159,10 +169,14 @@ class WorldPairs(PairSource):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a source of {len(self)} pairs")
-        return self.world.example(self.split, self.indices[index])
+        return self.world.example(self.split, self.indices[index], facts_only=self.facts_only)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     def image(self, example_id: str) -> Image.Image:
         return self.world.image(example_id)
+
+    def word_boxes(self, example_id: str) -> tuple[Boxes, ...]:
+        """For each of the example's words the boxes of what it speaks of."""
+        return self.world.word_boxes(example_id, facts_only=self.facts_only)

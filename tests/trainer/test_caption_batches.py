@@ -118,13 +118,13 @@ def test_single_sentences_are_rows_of_their_own(policy, pairs):
     assert said == ["a red card.", "the card is green."]
 
 
-def test_lessons_go_from_sentences_to_captions():
-    lessons, again = ([lesson_of(s, steps=2000, sentence_steps=500, seed=0) for s in range(2000)] for _ in range(2))
+def test_lessons_go_from_facts_to_captions():
+    lessons, again = ([lesson_of(s, steps=2000, fact_steps=500, seed=0) for s in range(2000)] for _ in range(2))
     assert lessons == again
-    assert set(lessons[:500]) == {"first sentences"}
+    assert set(lessons[:500]) == {"facts"}
     early, late = lessons[500:800].count("captions") / 300, lessons[1700:].count("captions") / 300
     assert 0.25 < early < 0.5 and 0.65 < late < 0.85  # of a quarter that rises to three quarters
-    assert {lesson_of(step, steps=10, sentence_steps=0, seed=0) for step in range(10)} == {"captions"}
+    assert {lesson_of(step, steps=10, fact_steps=0, seed=0) for step in range(10)} == {"captions"}
 
 
 def test_each_row_shows_the_image_of_its_own_pair(policy, pairs):

@@ -265,7 +265,7 @@ def test_settings_choose_the_world(tmp_path: Path) -> None:
     settings = load_settings(None, ["demo.world.kind=rendered", f"output={tmp_path}"])
     sources = open_sources(settings)
     assert isinstance(sources.world, RenderedWorld) and set(sources.held_out) == {"new_scenes", "new_combinations"}
-    assert len(sources.train) == settings.demo.size and sources.one_card[0].id.startswith("one_solid/")
+    assert len(sources.train) == settings.demo.size and sources.facts[0].id == sources.train[0].id
     assert type(open_world(WorldConfig())) is World
     words = set(" ".join(sources.texts()).replace(".", "").split())
     assert set(sources.world.vocabulary()) <= words

@@ -74,8 +74,13 @@ FITTING = {
 }
 # What else a setting changes: a given model has other defaults; the demo's own training is not for it and given pairs.
 ALSO = {
-    "model.path": {"demo.vision_steps": 0, "demo.vision_frozen_steps": 0, **flatten(WITH_MODEL_PATH)},
-    "data.pairs": {"demo.sentence_steps": 0},
+    "model.path": {
+        "demo.vision_steps": 0,
+        "demo.vision_frozen_steps": 0,
+        "demo.grounding": 0.0,
+        **flatten(WITH_MODEL_PATH),
+    },
+    "data.pairs": {"demo.fact_steps": 0, "demo.grounding": 0.0},
     "scale": {
         **{name: cap if (v := DEFAULTS[name][0]) is None else min(v, cap) for name, cap in TINY_CAPS.items()},
         **{name: DEFAULTS[name][0] for name in LEFT_NULL},

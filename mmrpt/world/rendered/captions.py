@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from itertools import product
 
 from mmrpt.world import grammar
 from mmrpt.world.captions import Language, Piece, name_colours
 from mmrpt.world.draws import Draws
 from mmrpt.world.logic import Fact
-from mmrpt.world.rendered.logic import FORMS, VALUES, Rules, named, needs_image, truths
-from mmrpt.world.rendered.scene import RenderedScene, Solid
+from mmrpt.world.rendered.logic import FORMS, VALUES, Rules, needs_image, truths
+from mmrpt.world.rendered.scene import RenderedScene
 
 # How a solid is named by its object, colour or position, and what is told of it. No article stands before a slot that
 # would give its first letter away, and a slot's place tells its kind.
@@ -136,15 +135,3 @@ def _rests(values: tuple[str, ...]) -> list[tuple[str | None, ...]]:
 def _piece(fact: Fact, draws: Draws) -> Piece:
     template = draws.pick(FACT_TEMPLATES["relation" if " relation " in fact.form else fact.form])
     return Piece(name_colours(template, fact, FORMS, "solid"), fact)
-
-
-def solids_told(fact: Fact, slot: int, solids: Sequence[Solid]) -> list[Solid]:
-    """The solids that a slot of a true fact speaks of: those it names, both of a relation, those that are counted."""
-    kinds, values = FORMS[fact.form], fact.values
-    if kinds == ("count",):
-        return list(solids)
-    if kinds[0] == "count":
-        return named(solids, kinds[1], values[1])
-    if kinds[1] != "relation":
-        return named(solids, kinds[0], values[0])
-    return [solid for end in ((0, 2) if slot == 1 else (slot,)) for solid in named(solids, kinds[end], values[end])]

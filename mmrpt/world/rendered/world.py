@@ -11,11 +11,11 @@ from PIL import Image
 
 from mmrpt.settings import WorldConfig
 from mmrpt.types import Example
-from mmrpt.world.captions import Caption, write_caption
+from mmrpt.world.captions import Boxes, Caption, boxes_told, write_caption, write_facts
 from mmrpt.world.draws import Draws
 from mmrpt.world.rendered.atlas import Atlas, shipped_atlas
-from mmrpt.world.rendered.captions import rendered_language, solids_told, vocabulary
-from mmrpt.world.rendered.logic import Rules
+from mmrpt.world.rendered.captions import rendered_language, vocabulary
+from mmrpt.world.rendered.logic import FORMS, Rules
 from mmrpt.world.rendered.scene import MAX_SOLIDS, MIN_SOLIDS, RenderedScene
 from mmrpt.world.world import WorldPairs
 
@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and
 class RenderedWorld:
     """Scenes and captions by (split, index). The same config gives the same pairs in every process.
 
-    Splits: "train"; "one_solid", scenes of one solid for first lessons; "new_scenes", arrangements that train never
+    Splits: "train"; "one_solid", scenes of one solid, which no run uses; "new_scenes", arrangements that train never
     shows; "new_combinations", scenes made only of (object, colour) pairs that no other split shows; "validation",
     drawn as new_scenes are. Scenes do not depend on the seed, captions do. A split has so many scenes; after the last
     a source goes on with the first, under new captions.
@@ -44,19 +44,18 @@ class RenderedWorld:
         own = None if self.atlas is shipped_atlas() else self.atlas
         return RenderedWorld, (self.config, own)  # loader processes open the package's scenes for themselves
 
-    def source(self, split: str, size: int, without: Iterable[WorldPairs] = ()) -> WorldPairs:
-        """The first `size` pairs of a split. A longer source starts with the same pairs.
+    def source(
+        self, split: str, size: int, without: Iterable[WorldPairs] = (), *, facts_only: bool = False
+    ) -> WorldPairs:
+        """The first `size` pairs of a split. A longer source starts with the same pairs. `facts_only`: of the same
+        scenes, captions without a sentence that needs no image.
 
         `without` is as in the drawn world, and changes nothing: no two splits share an arrangement of several solids.
         """
         self._number(split)
         if size < 1:
             raise ValueError(f"a source of {size} pairs was asked for: expected 1 or more.")
-        return WorldPairs(self, split, range(size))
-
-    def first_lessons(self, size: int) -> WorldPairs:
-        """Pairs of scenes with one solid, which the warm-up begins with."""
-        return self.source("one_solid", size)
+        return WorldPairs(self, split, range(size), facts_only)
 
     def scene(self, split: str, index: int) -> RenderedScene:
         """The truth of the image of a pair."""
@@ -67,9 +66,9 @@ class RenderedWorld:
             tuple(replace(s, box=_scaled(s.box, scale / scene.image_size)) for s in scene.solids), scale
         )
 
-    def example(self, split: str, index: int) -> Example:
+    def example(self, split: str, index: int, *, facts_only: bool = False) -> Example:
         """The pair of a split at an index, its words with their truth. Kept in memory once made."""
-        caption = self._caption(split, index)
+        caption = self._caption(split, index, facts_only)
         return Example(f"{split}/{index:06d}", caption.text, caption.words)
 
     def image(self, example_id: str) -> Image.Image:
@@ -78,25 +77,21 @@ class RenderedWorld:
         image, size = self.atlas.image(split, self._place(split, index)), self.config.image_size
         return image if image.width == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
-    def word_boxes(self, example_id: str) -> tuple[tuple[Box, ...], ...]:
-        """For each of the example's words the boxes of the solids that it speaks of; none for plain words.
-
-        Of "the red solid is left of the cube" that of the red solid for "red", both for "left of", the cube's for
-        "cube"; of a number the boxes of all that are counted.
-        """
+    def word_boxes(self, example_id: str, *, facts_only: bool = False) -> tuple[Boxes, ...]:
+        """For each of the example's words the boxes of the solids that it speaks of (`boxes_told`)."""
         split, index = self._key(example_id)
-        solids = self.scene(split, index).solids
-        told = self._caption(split, index).told
-        return tuple(() if tells is None else tuple(s.box for s in solids_told(*tells, solids)) for tells in told)
+        return boxes_told(self._caption(split, index, facts_only), self.scene(split, index).solids, FORMS)
 
     def vocabulary(self) -> tuple[str, ...]:
         """Every word a caption of this world can contain, without stops, sorted."""
         return vocabulary()
 
-    def _write_caption(self, split: str, index: int) -> Caption:
-        rules = Rules(1, 1) if split == "one_solid" else Rules(MIN_SOLIDS, MAX_SOLIDS)
-        draws = Draws(self.config.seed, self._number(split), index, 1)
-        return write_caption(self.scene(split, index), draws, rendered_language(rules), self.config.sentence_weights)
+    def _write_caption(self, split: str, index: int, facts_only: bool) -> Caption:
+        language = rendered_language(Rules(1, 1) if split == "one_solid" else Rules(MIN_SOLIDS, MAX_SOLIDS))
+        scene, draws = self.scene(split, index), Draws(self.config.seed, self._number(split), index, 1 + facts_only)
+        if facts_only:
+            return write_facts(scene, draws, language)
+        return write_caption(scene, draws, language, self.config.sentence_weights)
 
     def _place(self, split: str, index: int) -> int:
         self._number(split)
