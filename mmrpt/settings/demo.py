@@ -149,7 +149,7 @@ class DemoSettings:
     fact_steps: int = Field(
         160,
         ge=0,
-        description="first steps of the warm-up, on captions that tell facts and nothing else; always 0 with data.pairs",
+        description="first steps of the warm-up, on captions that tell facts alone; always 0 with data.pairs",
     )
     lesson_batch_size: int = Field(
         48, ge=1, description="rows in a step of the warm-up that trains on facts alone or on 1 to 3 sentences"
