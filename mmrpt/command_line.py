@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,18 +52,27 @@ def option_parser(prog: str, description: str, *, resume: bool = True) -> argpar
     return parser
 
 
-def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int:
+def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None]) -> int:
     """Opens the run that the options name and does `work` on it: 0 when it ended, 2 at an error that a user can mend.
 
-    One process at a time works in a run's folder. The traceback of an error after the start goes to error.txt there.
+    One process at a time works in a run's folder, or all those that torchrun started together. The traceback of an
+    error after the start goes to error.txt there.
     """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         settings = load_settings(options.config, options.overrides)
         if options.show:
             print(to_yaml(settings), end="")
             return 0
         given = flatten(given_settings(options.config, options.overrides))
-        settings = resolve_run(settings, resume=options.resume, given=given)
+        if several and settings.engine != "trl":
+            raise SettingsError(
+                f"{os.environ['WORLD_SIZE']} processes were started and engine is {settings.engine}, which is one: set "
+                "engine=trl, or start one process."
+            )
+        from mmrpt.mask import joined_run
+
+        settings = joined_run(settings, given) if several else resolve_run(settings, resume=options.resume, given=given)
     except (OSError, ValueError) as error:
         return tell(error)
     # Only now: torch takes seconds to load, and a misspelt setting is told before.
@@ -72,11 +83,13 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
 
     folder = RunFolder(settings.run_dir)
     try:
-        folder.lock()
+        if not several or os.environ["RANK"] == "0":
+            folder.lock()
         try:
-            run = open_run(settings)
+            with _first_process_first(settings, several):
+                run = open_run(settings)
         except (OSError, ValueError) as error:
-            if not options.resume:  # the mended command must find its name free
+            if not (options.resume or several):  # the mended command must find its name free
                 give_back(settings.run_dir)
             return tell(error)
         # What torch and transformers keep is never garbage: without this, looking through it takes 4 % of a small run.
@@ -84,7 +97,8 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
         run.stop.install()
         (folder / ERROR_FILE).unlink(missing_ok=True)
         try:
-            print(f"report: {work(run)}")
+            if report := work(run):
+                print(f"report: {report}")
         finally:
             run.folder.trackers.close()
         return 0
@@ -95,6 +109,21 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path]) -> int
         return tell(error, f" (traceback in {folder / ERROR_FILE}; go on with --resume)")
     finally:
         folder.unlock()
+
+
+@contextmanager
+def _first_process_first(settings: Settings, several: bool) -> Iterator[None]:
+    """Starts the process group of several processes, and lets the first of them make what is in the run's folder."""
+    if not several:
+        yield
+        return
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    # The first process may warm up or evaluate for hours while the others wait; torchrun ends all when one fails.
+    with PartialState(cpu=on_cpu, timeout=timedelta(days=2)).main_process_first():
+        yield
 
 
 def tell(error: BaseException, where: str = "") -> int:

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part, parts = _part(options.shard)
         given = flatten(given_settings(options.config, options.overrides))
         settings = (
-            _joined_run(settings, given) if parts > 1 else resolve_run(settings, resume=options.resume, given=given)
+            joined_run(settings, given) if parts > 1 else resolve_run(settings, resume=options.resume, given=given)
         )
         try:
             job = _open(settings, part, parts)
@@ -86,11 +86,11 @@ class Job:
 def _open(settings: Settings, part: int, parts: int) -> Job:
     """Opens pairs and model. Raises OSError or ValueError with the remedy."""
 
-    from mmrpt.engines.run import prepare_machine
+    from mmrpt.engines.run import device_of_process, prepare_machine
     from mmrpt.masking.select import SUMMARY
     from mmrpt.masking.shards import Shards
 
-    device = prepare_machine(settings, _of_this_process(settings.device))
+    device = prepare_machine(settings, device_of_process(settings.device))
     source = _open_source(settings)
     shards = Shards(settings.run_dir / "scores", settings.captions_to_score(len(source)))
     needed = bool(shards.missing(part, parts)) or settings.masking.max_blind is not None
@@ -149,7 +149,7 @@ def _part(shard: str | None) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _joined_run(settings: Settings, given: Collection[str]) -> Settings:
+def joined_run(settings: Settings, given: Collection[str]) -> Settings:
     """The run that several processes work on: the first makes its folder, all must have been given its settings."""
     if "name" not in given:
         raise SettingsError("several processes need the name of their common run: add name=...")
@@ -167,15 +167,6 @@ def _open_source(settings: Settings) -> PairSource:
     from mmrpt.sources import open_given, open_sources
 
     return open_sources(settings).train if settings.data.pairs is None else open_given(settings)
-
-
-def _of_this_process(device: str) -> str:
-    """ "cuda" or "auto" as the GPU that torchrun gives this process."""
-    import torch
-
-    own = os.environ.get("LOCAL_RANK")
-    shared = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return f"cuda:{own}" if own is not None and shared else device
 
 
 def _open_model(settings: Settings, source: PairSource, device: torch.device) -> CaptionModel:

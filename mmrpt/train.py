@@ -46,7 +46,11 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def whole_method(run: Run) -> Path:
+def whole_method(run: Run) -> Path | None:
+    if run.settings.engine == "trl":
+        from mmrpt.engines import trl  # an extra
+
+        return trl.train(run)
     from mmrpt.engines import native
 
     return native.train(run)

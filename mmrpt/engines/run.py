@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -113,11 +114,15 @@ class Run:
 
 
 def open_run(settings: Settings) -> Run:
-    """Opens pairs, model and folder. Raises SettingsError, OSError or ValueError with the remedy."""
+    """Opens pairs, model and folder. Raises SettingsError, OSError or ValueError with the remedy.
+
+    Of processes that torchrun started the first records environment and progress, and each takes its own GPU.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     check_lora(settings)
     check_dtype(settings)
-    device = prepare_machine(settings, settings.device)
-    rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track)
+    device = prepare_machine(settings, device_of_process(settings.device))
+    rewards, trackers = load_rewards(settings.reward.custom), Trackers(settings.track if first else ())
     sources = open_sources(settings)
     settings = with_tiny_model(settings)
     policy = start_policy(settings, sources, device)
@@ -128,8 +133,9 @@ def open_run(settings: Settings) -> Run:
         )
     folder = RunFolder(settings.run_dir)
     folder.trackers = trackers
-    trackers.start(settings, folder.path)
-    folder.record_environment(device_name(device))
+    if first:
+        trackers.start(settings, folder.path)
+        folder.record_environment(device_name(device))
     print(f"device: {device_name(device)}", flush=True)
     images = ImageCache(sources.train, settings.data.cache_mb << 20)
     start = {name: weights.cpu() for name, weights in copied(policy.model).items()}
@@ -186,6 +192,13 @@ def prepare_machine(settings: Settings, device: str) -> torch.device:
     for switch in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{switch}_sdp")(settings.model.attention == "sdpa")
     return resolve_device(device)
+
+
+def device_of_process(name: str) -> str:
+    """ "cuda" or "auto" as the GPU that torchrun gives this process."""
+    own = os.environ.get("LOCAL_RANK")
+    shared = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return f"cuda:{own}" if own is not None and shared else name
 
 
 def resolve_device(name: str) -> torch.device:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 from trl import GRPOTrainer
 
-from mmrpt.corpus import read_jsonl, seed_of
+from mmrpt.corpus import items_at, read_jsonl, seed_of
 from mmrpt.families import blacken_pixels
+from mmrpt.integrations.trl_refill import replaced_rows
 from mmrpt.perception import shape_and_filter
 from mmrpt.perturbation import blacken_patches
 from mmrpt.policy import QwenVLPolicy
@@ -111,19 +112,34 @@ class PerceptionGRPOTrainer(GRPOTrainer):
     it; the divergence of the two is the token's perception. Trajectories whose advantage is zero stay out of the
     statistics, as dropped groups do in the method. Evaluation is TRL's.
 
+    With `max_rounds`, groups without signal are sampled again, with other prompts: in all at most so many rounds of the
+    whole generation batch, until each of every rank's groups has one. Groups that have none then count in no
+    normaliser, as if they were not there. What a round has left over is dropped. Without it groups are TRL's own.
+
     Metrics: `perception/score` (mean over response tokens), `perception/kept` (share of tokens with gradient), and,
     where a sampler reports log-probs and TRL itself does not compare them, `sampling/sampling_logp_difference/mean` and
-    `/max`: how far the trainer's log-probs are from the sampler's.
+    `/max`: how far the trainer's log-probs are from the sampler's. `groups/rounds`, `groups/with_signal` (share).
     """
 
-    def __init__(self, *args: Any, perception: PerceptionSettings | None = None, **kwargs: Any) -> None:
-        """As GRPOTrainer. `perception`: divergence, patches, share of tokens kept, lowest weight."""
+    def __init__(
+        self, *args: Any, perception: PerceptionSettings | None = None, max_rounds: int | None = None, **kwargs: Any
+    ) -> None:
+        """As GRPOTrainer. `perception`: divergence, patches, share of tokens kept, lowest weight. `max_rounds`: most
+        rounds of sampling for a generation batch; 1: groups without signal are dropped, None: they stay."""
         _check_overridden()
         self.perception = perception or PerceptionSettings()
         if self.perception.kind == "mass":
             raise ValueError("perception.kind is 'mass', which needs the native trainer: expected kl, k3 or js.")
+        self.max_rounds = max_rounds
         super().__init__(*args, **kwargs)
         unshard_head(self.model)
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if max_rounds is not None and rows % self.num_generations:
+            raise ValueError(
+                f"max_rounds is {max_rounds}, and a rank samples {rows} completions a round in groups of "
+                f"{self.num_generations}, so that groups are torn apart: expected per_device_train_batch_size times "
+                "steps_per_generation as a multiple of num_generations, or max_rounds=None."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer reads tensors by the model's present names and passes over what is missing. transformers saves some
@@ -143,6 +159,8 @@ class PerceptionGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         out = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.max_rounds is not None:
+            out, inputs = self._with_full_groups(out, inputs)
         if not self.model.training or not self.perception.enabled:
             return out
         scores, logps = self._token_perception(out, inputs)
@@ -158,6 +176,52 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         self._log_mean("perception/kept", weights.perception_mask[counted].float())
         self._log_sampler_gap(out, logps, response)
         return out | {"advantages": advantages * weights.trajectory_weights[:, None] * weights.perception_mask}
+
+    def _with_full_groups(
+        self, out: dict[str, Any], inputs: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The batch and its dataset rows, with other groups in the place of those without signal."""
+        size, rounds, good = self.num_generations, 1, self.groups_with_signal(out)
+        while rounds < self.max_rounds and self._of_all_ranks(len(good) - sum(good)):
+            fresh_inputs = self._other_rows(rounds, len(good))
+            fresh = super()._generate_and_score_completions(fresh_inputs)
+            found = [group for group, has in enumerate(self.groups_with_signal(fresh)) if has]
+            holes = [group for group, has in enumerate(good) if not has][: len(found)]
+            pairs = list(zip(holes, found, strict=False))
+            rows = [[group * size + k for group in groups for k in range(size)] for groups in zip(*pairs, strict=True)]
+            if pairs:
+                out = replaced_rows(out, rows[0], fresh, rows[1], self._pad_token_id())
+                inputs = list(inputs)
+                for old, new in zip(*rows, strict=True):
+                    inputs[old] = fresh_inputs[new]
+                good = [has or group in holes for group, has in enumerate(good)]
+            rounds += 1
+        teaches = torch.tensor(good, device=out["advantages"].device).repeat_interleave(size)
+        mask = out["completion_mask"] if "tool_mask" not in out else out["completion_mask"] * out["tool_mask"]
+        self._metrics["train"]["groups/rounds"].append(rounds)
+        self._metrics["train"]["groups/with_signal"].append(
+            self._of_all_ranks(sum(good)) / self._of_all_ranks(len(good))
+        )
+        tokens = self.accelerator.gather((mask * teaches[:, None]).sum()).sum()
+        return out | {"advantages": out["advantages"] * teaches, "num_items_in_batch": tokens}, inputs
+
+    def groups_with_signal(self, out: Mapping[str, Any]) -> list[bool]:
+        """Of each group of this rank, whether it teaches something: by default, whether an advantage is not 0."""
+        return (out["advantages"].view(-1, self.num_generations) != 0).any(-1).tolist()
+
+    def _pad_token_id(self) -> int:
+        return getattr(self.processing_class, "tokenizer", self.processing_class).pad_token_id
+
+    def _of_all_ranks(self, count: int) -> int:
+        return int(self.accelerator.reduce(torch.tensor(float(count), device=self.accelerator.device), "sum"))
+
+    def _other_rows(self, number: int, groups: int) -> list[dict[str, Any]]:
+        """Dataset rows of a further round of this step, a group's equal ones beside each other, other ones on each
+        rank: a function of seed, step and round alone."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        first = (self.state.global_step * self.max_rounds + number) * groups * world + rank * groups
+        items = items_at(first, groups, len(self.train_dataset), self.args.seed, "refill")
+        return [row for row in map(self.train_dataset.__getitem__, items) for _ in range(self.num_generations)]
 
     @torch.no_grad()
     def _token_perception(self, out: dict[str, Any], inputs: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:

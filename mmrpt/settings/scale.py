@@ -44,7 +44,8 @@ ANY_REWARD = "mmrpt.rewards.arbitrary:arbitrary"
 
 def scaled_down(settings: Any) -> dict[str, Any]:
     """The fields of `Settings` that differ with scale=tiny: sizes at most those of `TINY_CAPS`, a reward that differs
-    between any two answers, and groups kept however many of their answers are right."""
+    between any two answers, groups kept however many of their answers are right, and nothing of `trl`, which is about
+    GPUs."""
     fields: dict[str, Any] = {}
     for name, cap in TINY_CAPS.items():
         group, _, key = name.rpartition(".")
@@ -58,4 +59,8 @@ def scaled_down(settings: Any) -> dict[str, Any]:
         else:
             fields[key] = value
     custom = {ANY_REWARD: 1.0} | settings.reward.custom
-    return fields | {"rl": replace(fields["rl"], **ANY_SIGNAL), "reward": replace(settings.reward, custom=custom)}
+    return fields | {
+        "rl": replace(fields["rl"], **ANY_SIGNAL),
+        "reward": replace(settings.reward, custom=custom),
+        "trl": {},
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -33,6 +33,13 @@ class Settings:
     scale: Literal["full", "tiny"] = Field(
         "full",
         description="tiny: few random layers of the model's architecture and a minute's work, to try settings out",
+    )
+    engine: Literal["native", "trl"] = Field(
+        "native", description="what runs RL: native, one process; trl: TRL's GRPOTrainer, any number of them (torchrun)"
+    )
+    trl: dict[str, Any] = Field(
+        default_factory=dict,
+        description="with engine=trl, arguments of its GRPOConfig that no other setting decides: {use_vllm: true}",
     )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints, which --resume goes on from")
     patience: int = Field(
@@ -77,6 +84,10 @@ class Settings:
             not (self.reward.visual and self.perception.kind == "mass"),
             f"reward.visual is {self.reward.visual} and perception.kind is mass, which reads no perturbed view: "
             "expected kl, k3 or js, or reward.visual=0.",
+        )
+        require(
+            self.engine == "trl" or not self.trl,
+            f"trl is {self.trl} and engine is {self.engine}, which reads none of it: set engine=trl, or leave trl out.",
         )
         demo = self.demo
         if self.model.path is not None:  # its vision tower can see already

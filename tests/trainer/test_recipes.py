@@ -22,7 +22,7 @@ from tests.trainer.test_train_cli import write_pairs
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-EXPECTED = {"demo", "rendered", "mask-a-folder", "qwen2.5-vl-7b-lora", "qwen3-vl-4b"}
+EXPECTED = {"demo", "rendered", "mask-a-folder", "qwen2.5-vl-7b-lora", "qwen2.5-vl-7b-8gpu", "qwen3-vl-4b"}
 EXPECTED |= {f"qwen2.5-vl-3b-{size}gb" for size in (24, 48, 80)}
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

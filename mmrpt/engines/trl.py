@@ -1,0 +1,199 @@
+"""The whole method with RL by TRL's GRPOTrainer, on one process or on all that torchrun started.
+
+Every process scores its share of the captions and trains; the first alone warms up, evaluates and reports, and writes
+what is in the run's folder. A phase whose result is there is read back, and RL goes on from TRL's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig
+
+from mmrpt.checkpoint import save_checkpoint
+from mmrpt.corpus import read_jsonl
+from mmrpt.engines import native
+from mmrpt.engines.run import Run, start_policy
+from mmrpt.engines.trl_options import check, grpo_options, reward_weights
+from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
+from mmrpt.masking.forward import PolicyModel
+from mmrpt.masking.pipeline import score_corpus
+from mmrpt.masking.select import MASKED, SUMMARY, select_masks
+from mmrpt.masking.shards import Shards
+from mmrpt.rewards import REWARDS
+from mmrpt.rewards.exact import exact_reward
+from mmrpt.types import MaskedSample
+from mmrpt_kernels.integrations.trl import fused_head
+
+# What TRL logs, by the names that metrics.jsonl has.
+LOGGED = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "reward": "reward",
+    "rewards/exact_reward/mean": "accuracy",
+    "rewards/format_reward/mean": "format",
+    "completions/mean_length": "response_length",
+    "entropy": "entropy_mean",
+    "perception/score": "perception_mean",
+    "perception/kept": "kept_token_rate",
+    "groups/rounds": "rounds",
+    "step_time": "seconds_step",
+}
+
+
+def train(run: Run) -> Path | None:
+    """Runs every phase that is not done yet; the path of the report, on the first process."""
+    processes = PartialState()
+    check(run.settings, processes.num_processes)
+    first_alone(processes, lambda: native.warm_start(run))
+    samples = mask(run, processes)
+    reinforce(run, samples, processes)
+    report: list[Path] = []
+
+    def end() -> None:
+        for phase in run.settings.control.phases:
+            with run.folder.timed(phase):
+                native.train_control(run, phase, samples)
+        with run.folder.timed("evaluation"):
+            native.evaluate(run)
+        report.append(native.report(run))
+
+    first_alone(processes, end)
+    return report[0] if report else None
+
+
+def first_alone(processes: PartialState, work: Callable[[], Any]) -> None:
+    """The first process does the work, and the others go on when it is done."""
+    if processes.is_main_process:
+        work()
+    processes.wait_for_everyone()
+
+
+def mask(run: Run, processes: PartialState) -> list[MaskedSample]:
+    """Masked samples of the training captions, which all processes score under the warm start."""
+    rows, settings, folder = run.sources.rows, run.settings, run.folder
+    shards = Shards(folder / "scores", settings.captions_to_score(len(rows)))
+
+    def select() -> None:
+        with folder.timed("scoring"), run.policy.autocast():
+            select_masks(model, rows, shards, settings, folder.path, run.sources.rejected)
+
+    if not (folder / SUMMARY).exists():
+        run.load("warmup")
+        model = PolicyModel(run.policy)
+        with run.policy.autocast():
+            score_corpus(model, rows, shards, settings, processes.process_index, processes.num_processes)
+        processes.wait_for_everyone()
+        first_alone(processes, select)
+    first_alone(processes, shards.remove)
+    return [MaskedSample(**row) for row in read_jsonl(folder / MASKED)]
+
+
+class Trainer(PerceptionGRPOTrainer):
+    """Groups count as the settings say: by their share of right answers, besides unequal rewards."""
+
+    def __init__(self, *args: Any, limits: tuple[float, float], right: Right, **kwargs: Any) -> None:
+        self.limits, self.right = limits, right
+        super().__init__(*args, **kwargs)
+
+    def groups_with_signal(self, out: Mapping[str, Any]) -> list[bool]:
+        unequal = super().groups_with_signal(out)
+        right = torch.tensor(self.right.last).view(-1, self.num_generations).mean(-1).tolist()
+        low, high = self.limits
+        return [has and low <= share <= high for has, share in zip(unequal, right, strict=True)]
+
+
+class Right:
+    """`exact_reward`, which keeps what it said of the last round."""
+
+    __name__ = exact_reward.__name__
+
+    def __init__(self) -> None:
+        self.last: list[float] = []
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
+        self.last = exact_reward(completions=completions, **columns)
+        return self.last
+
+
+class Log(TrainerCallback):
+    """Rows of metrics.jsonl, and an end where the process was asked for one."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.run.folder.rewind("rl", state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            row = {name: logs[key] for key, name in LOGGED.items() if key in logs}
+            row["groups"] = round(logs["groups/with_signal"] * self.run.settings.rl.groups_per_step)
+            row["skipped"] = not math.isfinite(logs["grad_norm"])
+            self.run.folder.metrics("rl", state.global_step - 1, **row)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        asked = torch.tensor(float(self.run.stop.requested), device=args.device)
+        if dist.is_initialized():  # all processes must stop at the same step
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            self.run.stop.requested = control.should_save = control.should_training_stop = True
+        return control
+
+
+def reinforce(run: Run, samples: list[MaskedSample], processes: PartialState) -> None:
+    """RL of the warm start on the masked samples; leaves checkpoints/rl."""
+    done = run.folder.checkpoints / "rl"
+    if run.settings.rl.steps == 0 or done.exists():
+        return
+    run.load("warmup")
+    run.policy.model.train()
+    started, folder = time.perf_counter(), run.folder / "trl"
+    trainer = make_trainer(run, processes.num_processes)
+    with run.stop.at_a_step(), fused_head():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
+    run.stop.check(f"rl step {trainer.state.global_step}")
+    save(run, trainer, {"step": trainer.state.global_step, "spent": time.perf_counter() - started}, done)
+    first_alone(processes, lambda: None)
+
+
+def make_trainer(run: Run, processes: int) -> Trainer:
+    settings, right = run.settings, Right()
+    own = {"exact": right}
+    functions = [own.get(name) or (REWARDS | run.rewards)[name] for name in reward_weights(settings)]
+    on_cpu = {"use_cpu": True} if run.policy.device.type == "cpu" else {}
+    return Trainer(
+        run.policy.model,
+        functions,
+        args=GRPOConfig(**grpo_options(settings, str(run.folder / "trl"), processes), **on_cpu),
+        train_dataset=masked_dataset(run.folder / MASKED, run.sources.train, settings.prompts),
+        processing_class=getattr(run.policy, "processor", None) or processor_of(run.policy),
+        callbacks=[Log(run)],
+        perception=settings.perception,
+        max_rounds=settings.rl.max_rounds,
+        limits=(settings.rl.min_accuracy, settings.rl.max_accuracy),
+        right=right,
+    )
+
+
+def save(run: Run, trainer: Trainer, state: dict[str, Any], folder: Path) -> None:
+    """checkpoints/rl, of weights gathered from all processes where they are sharded; the optimiser is TRL's alone."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part
+        policy = start_policy(run.settings, run.sources, torch.device("cpu"))
+        run.policy = policy  # the sharded model is of no use to what follows
+        if trainer.accelerator.is_main_process:
+            policy.model.load_state_dict(weights)
+    if trainer.accelerator.is_main_process:
+        save_checkpoint(folder, run.policy, state)
