@@ -43,6 +43,8 @@ def dry_run(
     found = estimate(settings, config, kind)
     print("\n".join(_head(settings, config, found)), "", _table(found), "", sep="\n")
     print(peak_line(found, memory))
+    if settings.engine == "trl":
+        print("engine is trl: this is the native engine's memory on one device; FSDP divides weights and moments.")
     if found.peak > USABLE * memory:
         print("\n".join(_advice(settings, with_overrides, config, kind, found)))
     return found

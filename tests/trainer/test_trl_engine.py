@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'mmrpt[trl]'")
 
@@ -258,36 +259,52 @@ def test_a_run_that_was_cut_off_in_rl_ends_with_the_same_weights(tmp_path, monke
     assert steps == [0, 1, 2]
 
 
-def test_two_processes_make_one_run(tmp_path):
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "mmrpt.train",
-    ]
+ON_SEVERAL = """
+import sys
+from mmrpt.train import main
+from tests.trainer.trl_processes import fsdp_also_on_a_cpu
+fsdp_also_on_a_cpu()
+sys.exit(main(sys.argv[1:]))
+"""
 
-    def run(*arguments):
-        return subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True, timeout=280)
 
-    child = run(f"output={tmp_path}", *RUN)
+def run_on(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [*torchrun, "--no-python", sys.executable, "-c", ON_SEVERAL, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+new_transformers = int(transformers.__version__.split(".")[0]) >= 5  # 4 asks for FSDP in a way that needs a GPU
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    "mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.skipif(not new_transformers, reason="transformers 4"))]
+)
+def test_two_processes_make_one_run(mode, tmp_path):
+    child = run_on(2, f"output={tmp_path}", *RUN, *(["trl={fsdp: true}"] if mode == "fsdp" else []))
     folder = tmp_path / "mine"
     assert child.returncode == 0 and (folder / "report.md").is_file(), (child.stdout + child.stderr)[-6000:]
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "rl"]
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [0, 1, 2] and all(row["grad_norm"] > 0 for row in rows)
+    before, after = (Policy.load(folder / "checkpoints" / name).model.state_dict() for name in ("warmup", "rl"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert main([f"output={tmp_path / 'one'}", *RUN]) == 0
-    one = tmp_path / "one" / "mine"
-    assert (folder / "masked.jsonl").read_bytes() == (one / "masked.jsonl").read_bytes()
-    refused = run(f"output={tmp_path / 'native'}", *SMALL_RUN, "name=other")
-    assert refused.returncode != 0 and "engine=trl" in refused.stderr
+        assert main([f"output={tmp_path / 'one'}", *RUN, "rl.steps=0"]) == 0
+    assert (folder / "masked.jsonl").read_bytes() == (tmp_path / "one" / "mine" / "masked.jsonl").read_bytes()
+
+
+@needs_gloo
+def test_several_processes_of_the_native_engine_are_refused(tmp_path):
+    refused = run_on(2, f"output={tmp_path}", *SMALL_RUN, "name=other")
+    assert refused.returncode != 0 and "engine=trl" in refused.stderr and not (tmp_path / "other").exists()
 
 
 def test_settings_of_trl_travel_through_a_file(tmp_path):
