@@ -23,14 +23,13 @@ from mmrpt.checkpoint import save_checkpoint
 from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import Run, start_policy
-from mmrpt.engines.trl_options import check, grpo_options, reward_weights
+from mmrpt.engines.trl_options import check, grpo_options
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
 from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SUMMARY, select_masks
 from mmrpt.masking.shards import Shards
-from mmrpt.rewards import REWARDS
-from mmrpt.rewards.exact import exact_reward
+from mmrpt.rewards import RewardFunction, combine_rewards, completion_text
 from mmrpt.types import MaskedSample
 from mmrpt_kernels.integrations.trl import fused_head
 
@@ -40,8 +39,8 @@ LOGGED = {
     "grad_norm": "grad_norm",
     "learning_rate": "lr",
     "reward": "reward",
-    "rewards/exact_reward/mean": "accuracy",
-    "rewards/format_reward/mean": "format",
+    "rewards/exact/mean": "accuracy",
+    "rewards/format/mean": "format",
     "completions/mean_length": "response_length",
     "entropy": "entropy_mean",
     "perception/score": "perception_mean",
@@ -102,7 +101,7 @@ def mask(run: Run, processes: PartialState) -> list[MaskedSample]:
 class Trainer(PerceptionGRPOTrainer):
     """Groups count as the settings say: by their share of right answers, besides unequal rewards."""
 
-    def __init__(self, *args: Any, limits: tuple[float, float], right: Right, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: tuple[float, float], right: Reward, **kwargs: Any) -> None:
         self.limits, self.right = limits, right
         super().__init__(*args, **kwargs)
 
@@ -113,16 +112,19 @@ class Trainer(PerceptionGRPOTrainer):
         return [has and low <= share <= high for has, share in zip(unequal, right, strict=True)]
 
 
-class Right:
-    """`exact_reward`, which keeps what it said of the last round."""
+class Reward:
+    """A term of the reward as the native engine computes it: of the text alone, checked, sync or async. `last` is what
+    it said of the last round."""
 
-    __name__ = exact_reward.__name__
+    def __init__(self, name: str, custom: Mapping[str, RewardFunction]) -> None:
+        self.term, self.custom = name, custom
+        self.__name__ = name  # which TRL logs
+        self.last: list[float | None] = []
 
-    def __init__(self) -> None:
-        self.last: list[float] = []
-
-    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
-        self.last = exact_reward(completions=completions, **columns)
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        texts = [completion_text(completion) for completion in completions]
+        _, terms = combine_rewards({self.term: 1.0}, texts, self.custom, **columns)
+        self.last = terms[self.term]
         return self.last
 
 
@@ -169,13 +171,12 @@ def reinforce(run: Run, samples: list[MaskedSample], processes: PartialState) ->
 
 
 def make_trainer(run: Run, processes: int) -> Trainer:
-    settings, right = run.settings, Right()
-    own = {"exact": right}
-    functions = [own.get(name) or (REWARDS | run.rewards)[name] for name in reward_weights(settings)]
+    settings = run.settings
+    rewards = {name: Reward(name, run.rewards) for name in settings.reward.weights()}
     on_cpu = {"use_cpu": True} if run.policy.device.type == "cpu" else {}
     return Trainer(
         run.policy.model,
-        functions,
+        list(rewards.values()),
         args=GRPOConfig(**grpo_options(settings, str(run.folder / "trl"), processes), **on_cpu),
         train_dataset=masked_dataset(run.folder / MASKED, run.sources.train, settings.prompts),
         processing_class=getattr(run.policy, "processor", None) or processor_of(run.policy),
@@ -183,7 +184,7 @@ def make_trainer(run: Run, processes: int) -> Trainer:
         perception=settings.perception,
         max_rounds=settings.rl.max_rounds,
         limits=(settings.rl.min_accuracy, settings.rl.max_accuracy),
-        right=right,
+        right=rewards["exact"],
     )
 
 

@@ -89,7 +89,7 @@ def grpo_options(settings: Settings, folder: str, processes: int) -> dict[str, A
         "epsilon": rl.clip_low,
         "epsilon_high": 1 + rl.clip_high if rl.loss == "cispo" else rl.clip_high,  # there a ratio, not a distance
         "delta": rl.dual_clip,
-        "reward_weights": list(reward_weights(settings).values()),
+        "reward_weights": list(settings.reward.weights().values()),
         "bf16": settings.model.compute == "bfloat16",
         "gradient_checkpointing": settings.model.gradient_checkpointing,
         **LOSSES[rl.loss, rl.advantage, rl.aggregation],
@@ -98,11 +98,6 @@ def grpo_options(settings: Settings, folder: str, processes: int) -> dict[str, A
         raise SettingsError(f"trl gives {', '.join(twice)}, which other settings decide: leave them out of trl.")
     defaults = {"report_to": [], "disable_tqdm": False}
     return defaults | decided | given
-
-
-def reward_weights(settings: Settings) -> dict[str, float]:
-    """The weight of each reward by its name, none left out: one of weight 0 is measured."""
-    return settings.reward.weights()
 
 
 def _accumulated(rows: int, per_device: int, processes: int) -> int:
