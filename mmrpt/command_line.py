@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import shutil
 import sys
@@ -65,6 +66,8 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None])
             print(to_yaml(settings), end="")
             return 0
         given = flatten(given_settings(options.config, options.overrides))
+        if settings.engine == "trl" and importlib.util.find_spec("trl") is None:
+            raise SettingsError("engine is trl, which is not installed: pip install 'mmrpt[trl]', or engine=native.")
         if several and settings.engine != "trl":
             raise SettingsError(
                 f"{os.environ['WORLD_SIZE']} processes were started and engine is {settings.engine}, which is one: set "

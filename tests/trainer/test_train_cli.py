@@ -24,7 +24,8 @@ def started(monkeypatch):
 
     def open_run(settings):
         runs.append(settings)
-        return SimpleNamespace(stop=SimpleNamespace(install=lambda: None), folder=RunFolder(settings.run_dir))
+        stop = SimpleNamespace(install=lambda: None)
+        return SimpleNamespace(settings=settings, stop=stop, folder=RunFolder(settings.run_dir))
 
     monkeypatch.setattr("mmrpt.engines.run.open_run", open_run)
     monkeypatch.setattr("mmrpt.engines.native.train", lambda run: "report.md")

@@ -311,6 +311,12 @@ def test_several_processes_of_the_native_engine_are_refused(tmp_path, monkeypatc
     assert "name=" in capsys.readouterr().err
 
 
+def test_a_machine_without_trl_is_told_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([f"output={tmp_path}", *RUN]) == 2
+    assert "mmrpt[trl]" in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
 def test_settings_of_trl_travel_through_a_file(tmp_path):
     from mmrpt.settings import save_settings
 
