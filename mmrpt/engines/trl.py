@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def train(run: Run) -> Path | None:
     check(run.settings, processes.num_processes)
     first_alone(processes, lambda: native.warm_start(run))
     samples = mask(run, processes)
-    reinforce(run, samples, processes)
+    with run.folder.timed("rl") if processes.is_main_process else nullcontext():
+        reinforce(run, processes)
     report: list[Path] = []
 
     def end() -> None:
@@ -154,7 +156,7 @@ class Log(TrainerCallback):
         return control
 
 
-def reinforce(run: Run, samples: list[MaskedSample], processes: PartialState) -> None:
+def reinforce(run: Run, processes: PartialState) -> None:
     """RL of the warm start on the masked samples; leaves checkpoints/rl."""
     done = run.folder.checkpoints / "rl"
     if run.settings.rl.steps == 0 or done.exists():

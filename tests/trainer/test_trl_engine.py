@@ -260,19 +260,22 @@ def test_a_run_that_was_cut_off_in_rl_ends_with_the_same_weights(tmp_path, monke
 
 
 ON_SEVERAL = """
-import sys
+import os, sys
+from mmrpt.engines import trl
 from mmrpt.train import main
 from tests.trainer.trl_processes import fsdp_also_on_a_cpu
 fsdp_also_on_a_cpu()
+if os.environ.get("DIES") == os.environ["RANK"]:
+    trl.Log.on_step_end = lambda self, args, state, control, **_: os._exit(9)
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def run_on(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+def run_on(processes: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
         [*torchrun, "--no-python", sys.executable, "-c", ON_SEVERAL, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables,
         capture_output=True,
         text=True,
         timeout=280,
@@ -300,6 +303,18 @@ def test_two_processes_make_one_run(mode, tmp_path):
         warnings.simplefilter("ignore")
         assert main([f"output={tmp_path / 'one'}", *RUN, "rl.steps=0"]) == 0
     assert (folder / "masked.jsonl").read_bytes() == (tmp_path / "one" / "mine" / "masked.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(tmp_path):
+    """On three processes, of which each step's six completions are two each."""
+    run = [*RUN[:-1], "rollout.group_size=2", "rollout.prompts=3", "rl.groups_per_step=3", "name=mine"]
+    killed = run_on(3, f"output={tmp_path}", *run, DIES="1")
+    assert killed.returncode != 0 and (tmp_path / "mine" / "masked.jsonl").is_file()
+    assert not (tmp_path / "mine" / "checkpoints" / "rl").exists()
+    again = run_on(3, f"output={tmp_path}", *run)
+    assert again.returncode == 0 and (tmp_path / "mine" / "report.md").is_file(), (again.stdout + again.stderr)[-6000:]
 
 
 def test_several_processes_of_the_native_engine_are_refused(tmp_path, monkeypatch, capsys):
