@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 
 SET_BY_OPTIONS = {"seed": "--seeds", "output": "--out", "name": "--out"}
 NOT_COMPUTED_WITH = ("name", "output", "track")
+# Younger than committed results, with the value that computes what was computed without them.
+YOUNGER = {"engine": "native", "trl": {}}
 # What a warm start does not depend on either. Of evaluation it takes whether validation pairs are kept apart.
 AFTER_WARM_START = ("checkpoint_every", "patience", "evaluation", "masking", "rollout", "reward", "perception", "rl")
-AFTER_WARM_START += ("control",)
+AFTER_WARM_START += ("control", "engine", "trl")
 MADE_WITH = ("date", "commit", "cpu", "threads", "torch", "transformers")  # of environment.json
 
 
@@ -73,7 +75,11 @@ def _job(experiment: Experiment, arm: Arm, seed: int, out: Path, overrides: Sequ
 
 
 def _key(settings: Settings, left_out: Iterable[str], *more: Any) -> str:
-    tree = {name: value for name, value in asdict(settings).items() if name not in left_out}
+    tree = {
+        name: value
+        for name, value in asdict(settings).items()
+        if name not in left_out and not (name in YOUNGER and value == YOUNGER[name])
+    }
     text = json.dumps([tree, *more], sort_keys=True)
     return f"seed{settings.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 

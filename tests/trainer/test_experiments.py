@@ -72,6 +72,7 @@ OF_THE_WARM_START = ("data.cache_mb=1", "model.dtype=bfloat16", "prompts.describ
 OF_THE_WARM_START += ("demo.world.language_bias=0.5", "threads=7", "device=meta", "scale=tiny")
 AFTER_IT = ("masking.captions=7", "rollout.prompts=17", "reward.exact=0.5", "rl.steps=7", "perception.keep_ratio=0.3")
 AFTER_IT += ("control.kinds=[grpo]", "evaluation.samples=7", "patience=7", "checkpoint_every=7")
+AFTER_IT += ("engine=trl", "trl={fsdp:true} engine=trl")
 OF_NO_RUN = ("track=[tensorboard]",)
 
 
@@ -85,7 +86,7 @@ def test_a_warm_start_is_shared_by_runs_that_differ_after_it_alone(tmp_path):
     named = [re.match(r"\w+", override)[0] for override in OF_THE_WARM_START + AFTER_IT + OF_NO_RUN]
     assert {*named, "name", "output"} == asdict(job.settings).keys() and len(named) == len({*named})
     for override in OF_THE_WARM_START + AFTER_IT + OF_NO_RUN:
-        own_warm, own_run = keys(seed=1) if override == "seed=1" else keys(override)
+        own_warm, own_run = keys(seed=1) if override == "seed=1" else keys(*override.split())
         assert (own_warm != warm) == (override in OF_THE_WARM_START), override
         assert (own_run != run) == (override not in OF_NO_RUN), override
     assert keys("evaluation.every=3")[0] != warm  # of given pairs, some are then kept from training
