@@ -24,7 +24,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLProcessor
-from trl import GRPOTrainer
+from trl import GRPOTrainer, prepare_multimodal_messages
 
 from mmrpt.corpus import items_at, read_jsonl, seed_of
 from mmrpt.families import blacken_pixels
@@ -279,24 +279,33 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         """`pixel_values` of the images with black patches. The same image gets the same patches within a step.
 
         Families whose images come as rows of patches with a grid are perturbed after the resize, as the model sees
-        them; the pictures of others before it.
+        them; the pictures of others before it, which then go the way that TRL sends the rows' own: with their prompts
+        through the whole processor, since some options (InternVL's tiles) and the rows' borders (SmolVLM) are its own.
+        Sizes do not change, so masks and counts of the batch's images hold for these too.
         """
-        images = [image for row in inputs for image in _images_of(row)]
-        seeds = [seed_of(self.args.seed, self.state.global_step, zlib.crc32(image.tobytes())) for image in images]
-        patches = {"patch_size": self.perception.patch_size, "probability": self.perception.probability}
-        processor, clean = self.processing_class.image_processor, out["pixel_values"]
+        images = [_images_of(row) for row in inputs]
+        options = {"patch_size": self.perception.patch_size, "probability": self.perception.probability}
+        processor, clean = self.processing_class, out["pixel_values"]
         grid = out.get("image_grid_thw")
         if grid is not None:
-            return blacken_pixels(PixelBatch(clean, grid), processor, seeds, **patches).pixel_values
-        black = [blacken_patches(image, seed=seed, **patches) for image, seed in zip(images, seeds, strict=True)]
-        pixels = processor(images=black, return_tensors="pt")["pixel_values"]
+            seeds = [self._patch_seed(image) for row in images for image in row]
+            return blacken_pixels(PixelBatch(clean, grid), processor.image_processor, seeds, **options).pixel_values
+        black = [[blacken_patches(image, seed=self._patch_seed(image), **options) for image in row] for row in images]
+        prompts = [
+            prepare_multimodal_messages(row["prompt"], images=views) for row, views in zip(inputs, black, strict=True)
+        ]
+        text = processor.apply_chat_template(prompts, tokenize=False, **self.chat_template_kwargs)
+        pixels = processor(images=black, text=text, padding=True, return_tensors="pt")["pixel_values"]
         if pixels.shape != clean.shape:
             raise ValueError(
-                f"perturbed pixel_values have shape {tuple(pixels.shape)}, the batch's {tuple(clean.shape)}: this "
-                "model family processes images together with their text, which perception scoring does not know; "
-                "train with perception=PerceptionSettings(enabled=False)."
+                f"perturbed pixel_values have shape {tuple(pixels.shape)}, the batch's {tuple(clean.shape)}: TRL made "
+                "its own of other images than those under `image` or `images` of the rows (tools and environments add "
+                "some), or by other options of the processor; train with perception=PerceptionSettings(enabled=False)."
             )
         return pixels.to(clean.device, clean.dtype)
+
+    def _patch_seed(self, image: Image.Image) -> int:
+        return seed_of(self.args.seed, self.state.global_step, zlib.crc32(image.tobytes()))
 
     def _log_mean(self, name: str, values: Tensor) -> None:
         """Log the mean over all ranks' values."""
