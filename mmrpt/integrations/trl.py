@@ -23,6 +23,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, Qwen2_5_VLProcessor
 from trl import GRPOTrainer, prepare_multimodal_messages
 
@@ -296,6 +297,9 @@ class PerceptionGRPOTrainer(GRPOTrainer):
         ]
         text = processor.apply_chat_template(prompts, tokenize=False, **self.chat_template_kwargs)
         pixels = processor(images=black, text=text, padding=True, return_tensors="pt")["pixel_values"]
+        if "pixel_attention_mask" in out:  # rows are padded to the longest, which may since have been exchanged
+            missing = [max(old - new, 0) for old, new in zip(clean.shape[::-1], pixels.shape[::-1], strict=False)]
+            pixels = functional.pad(pixels, [side for count in missing for side in (0, count)])
         if pixels.shape != clean.shape:
             raise ValueError(
                 f"perturbed pixel_values have shape {tuple(pixels.shape)}, the batch's {tuple(clean.shape)}: TRL made "

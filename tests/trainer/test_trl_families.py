@@ -195,6 +195,16 @@ def test_the_model_says_something_else_of_the_black_patches(batch):
     assert scores[:, 0].min() > 1e-5
 
 
+@pytest.mark.parametrize("batch", ["smolvlm"], indirect=True)
+def test_rows_stay_padded_to_what_a_longer_row_left(batch):
+    """As when that row's group was exchanged for another."""
+    wanted = batch.trainer._perturbed_pixels(batch.out, batch.rows)
+    kept = [0, 1, 1, 0]
+    out = batch.out | {name: batch.out[name][kept] for name in ("pixel_values", "pixel_attention_mask")}
+    assert out["pixel_attention_mask"].flatten(2).any(-1).sum(-1).tolist() == [5] * 4 and wanted.shape[1] == 8
+    assert torch.equal(batch.trainer._perturbed_pixels(out, [batch.rows[i] for i in kept]), wanted[kept])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_training(family, tmp_path):
     with warnings.catch_warnings():
