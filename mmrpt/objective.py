@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from mmrpt.settings import RLSettings
 from mmrpt.types import Batch, PolicyTargets
 from mmrpt_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, linear_token_loss
 from mmrpt_kernels.common.autocast import cast_for_autocast
+from mmrpt_kernels.integrations.transformers import record_visual_mass
 from mmrpt_kernels.lm_head import gemm
 
 # rl.loss: the operator's surrogate and the level of its ratio.
@@ -34,6 +37,19 @@ def supervised_loss(policy: Policy, batch: Batch, *, padded: bool = False) -> Te
             active_mask=mask,
             bias=policy.head_bias,
         )
+
+
+def supervised_loss_with_masses(
+    policy: Policy, batch: Batch, key_weights: Tensor, layers: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The supervised loss, and the attention masses (L, R, Hq, T, G) of layers on groups of keys, `key_weights`
+    (R, T, G) float32. Both are differentiable."""
+    record = record_visual_mass(
+        policy.model, key_weights=key_weights, layers=layers, head_reduction="none", differentiable=True
+    )
+    with record as found:
+        loss = supervised_loss(policy, batch, padded=True)
+    return loss, found.stacked()
 
 
 def supervised_backward(policy: Policy, batch: Batch, batch_tokens: int, weight: float = 1.0) -> float:

@@ -25,14 +25,13 @@ from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import Run, start_policy
 from mmrpt.engines.trl_options import check, grpo_options
-from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of
+from mmrpt.integrations.trl import PerceptionGRPOTrainer, fused_head, masked_dataset, processor_of
 from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SUMMARY, select_masks
 from mmrpt.masking.shards import Shards
 from mmrpt.rewards import RewardFunction, combine_rewards, completion_text
 from mmrpt.types import MaskedSample
-from mmrpt_kernels.integrations.trl import fused_head
 
 # What TRL logs, by the names that metrics.jsonl has.
 LOGGED = {

@@ -38,9 +38,9 @@ from mmrpt.settings import PerceptionSettings, PromptSettings
 from mmrpt.types import MaskedSample, PairSource, PixelBatch
 from mmrpt_kernels import linear_token_divergence
 from mmrpt_kernels.integrations.guards import UnsupportedError, check_parameters, check_version
-from mmrpt_kernels.integrations.trl import VERSIONS, Head, HeadCall, replaced_head, unshard_head
+from mmrpt_kernels.integrations.trl import VERSIONS, Head, HeadCall, fused_head, replaced_head, unshard_head
 
-__all__ = ["PerceptionGRPOTrainer", "masked_dataset", "processor_of"]
+__all__ = ["PerceptionGRPOTrainer", "fused_head", "masked_dataset", "processor_of"]
 
 # Methods of GRPOTrainer that are overridden, and their parameters in TRL 1.16.
 OVERRIDDEN = {

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from mmrpt.batching import split_rows
-from mmrpt.objective import supervised_loss
+from mmrpt.objective import supervised_loss_with_masses
 from mmrpt.policy import QwenVLPolicy
 from mmrpt.types import Batch, Example
 from mmrpt.world.captions import Boxes
 from mmrpt.world.world import WorldPairs
-from mmrpt_kernels.integrations.transformers import record_visual_mass
 
 LAYERS = (1, 2)  # early enough for later layers to use what was read
 NAMES = ("object", "colour", "material", "position")  # kinds of words that say which thing is meant
@@ -52,12 +51,8 @@ def grounded_backward(
         rows = len(part.input_ids)
         share = rows / len(batch.input_ids)
         tokens, keys = _named_tokens(policy, part, names[first : first + rows])
-        record = record_visual_mass(
-            policy.model, key_weights=keys, layers=_layers(policy), head_reduction="none", differentiable=True
-        )
-        with record as found:
-            loss = supervised_loss(policy, part, padded=True)
-        grounding = _mass_missed(found.stacked(), tokens) if tokens else 0.0
+        loss, masses = supervised_loss_with_masses(policy, part, keys, _layers(policy))
+        grounding = _mass_missed(masses, tokens) if tokens else 0.0
         (share * (loss + weight * grounding)).backward()
         total, first = total + share * loss.item(), first + rows
     return total
