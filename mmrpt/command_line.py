@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmrpt.processes import one_at_a_time
 from mmrpt.settings import (
     Settings,
     SettingsError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 ERROR_FILE = "error.txt"
+JOINING = ".joining.lock"
 
 
 def option_parser(prog: str, description: str, *, resume: bool = True) -> argparse.ArgumentParser:
@@ -73,8 +75,6 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None])
                 f"{os.environ['WORLD_SIZE']} processes were started and engine is {settings.engine}, which is one: set "
                 "engine=trl, or start one process."
             )
-        from mmrpt.mask import joined_run
-
         settings = joined_run(settings, given) if several else resolve_run(settings, resume=options.resume, given=given)
     except (OSError, ValueError) as error:
         return tell(error)
@@ -152,6 +152,22 @@ def resolve_run(settings: Settings, *, resume: bool, given: Collection[str]) -> 
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     save_settings(settings, settings.run_dir / CONFIG_FILE)
     return settings
+
+
+def joined_run(settings: Settings, given: Collection[str], lock: str = JOINING) -> Settings:
+    """The run that several processes work on: the first makes its folder, all must have been given its settings.
+
+    `lock`: the name of the file in the folder that lets one process in at a time.
+    """
+    if "name" not in given:
+        raise SettingsError("several processes need the name of their common run: add name=...")
+    saved = settings.run_dir / CONFIG_FILE
+    if not saved.is_file():
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(settings.run_dir / lock):
+            if not saved.is_file():
+                save_settings(settings, saved)
+    return resolve_run(settings, resume=True, given=given)
 
 
 def _stored_settings(settings: Settings, named: bool, given: Collection[str]) -> Settings:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmrpt.types import Example, MaskedSample, PairSource
 
 Condition = Literal["image", "blanked", "swapped"]
 CONDITIONS: tuple[Condition, ...] = ("image", "blanked", "swapped")
+Sets = Mapping[str, tuple[PairSource, Sequence[MaskedSample]]]  # pairs and questions of each held-out set
 
 
 def held_out_questions(
@@ -68,13 +70,14 @@ def _options(example: Example, mask: str, rng: np.random.Generator) -> list[Mask
     return truth_masks(example, mask=mask) if example.words else random_masks(example, 1, mask=mask, rng=rng)
 
 
-def shown_images(samples: Sequence[MaskedSample], source: PairSource, condition: Condition) -> Iterator[Image.Image]:
-    """The image each sample is shown, decoded when it is its turn: its own, a grey one, or that of the next sample
-    with another image."""
+def shown_images(
+    samples: Sequence[MaskedSample], source: PairSource, condition: Condition, chosen: slice = slice(None)
+) -> Iterator[Image.Image]:
+    """The image each chosen sample is shown, decoded when it is its turn: its own, a grey one, or that of the next of
+    all samples with another image."""
     ids = [s.example_id for s in samples]
-    if condition == "swapped":
-        ids = [ids[_next_other(ids, i)] for i in range(len(ids))]
-    images = map(source.image, ids)
+    shown = [ids[_next_other(ids, i)] for i in range(len(ids))[chosen]] if condition == "swapped" else ids[chosen]
+    images = map(source.image, shown)
     return map(blank, images) if condition == "blanked" else images
 
 
@@ -138,10 +141,43 @@ def _completions(
     return [texts[first : first + count] for first in range(0, len(texts), count)]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Questions that are answered together: what is answered to them depends on no others and on no process."""
+
+    set_name: str
+    condition: Condition
+    chosen: slice  # of the set's samples
+
+
+def question_batches(sets: Sets, settings: Settings) -> list[Batch]:
+    """All questions, `evaluation.batch_size` of one set and condition in each batch or what is left of them."""
+    size = settings.evaluation.batch_size
+    return [
+        Batch(name, condition, slice(first, first + size))
+        for name, (_, samples) in sets.items()
+        for condition in CONDITIONS
+        for first in range(0, len(samples), size)
+    ]
+
+
+def answer_batch(policy: Policy, sets: Sets, batch: Batch, settings: Settings, sampled: int) -> list[list[str]]:
+    """Of each question of a batch the greedy completion, and behind it `sampled` others."""
+    source, samples = sets[batch.set_name]
+    own = samples[batch.chosen]
+    images = list(shown_images(samples, source, batch.condition, batch.chosen))
+    texts = [[text] for text in answer_samples(policy, own, images, settings)]
+    if sampled:
+        seed = seed_of(settings.seed, batch.set_name, batch.condition, batch.chosen.start)
+        drawn = sampled_answers(policy, own, images, settings, count=sampled, seed=seed)
+        texts = [one + several for one, several in zip(texts, drawn, strict=True)]
+    return texts
+
+
 def evaluate_policy(
     policy: Policy,
     name: str,
-    sets: Mapping[str, tuple[PairSource, Sequence[MaskedSample]]],
+    sets: Sets,
     settings: Settings,
     progress: Callable[[], Any] = lambda: None,
     *,
@@ -150,23 +186,37 @@ def evaluate_policy(
     """(rows, answers): accuracy and count per held-out set and condition, and every completion behind them.
 
     With `sampled`, rows also hold the accuracy of so many sampled answers to each question (avg@k), in all and by kind.
+    Several processes share the work by `mmrpt.sharded_evaluation`.
     """
+    texts = []
+    for _, batches in groupby(question_batches(sets, settings), lambda batch: (batch.set_name, batch.condition)):
+        texts += [answer_batch(policy, sets, batch, settings, sampled) for batch in batches]
+        progress()
+    return judged_answers(name, sets, settings, texts, sampled)
+
+
+def judged_answers(
+    name: str, sets: Sets, settings: Settings, texts: Sequence[list[list[str]]], sampled: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `evaluate_policy` returns, of what `answer_batch` gave for each batch of all questions."""
+    completions: dict[tuple[str, Condition], list[list[str]]] = defaultdict(list)
+    for batch, own in zip(question_batches(sets, settings), texts, strict=True):
+        completions[batch.set_name, batch.condition] += own
     rows, answers = [], []
-    for set_name, (source, samples) in sets.items():
+    for set_name, (_, samples) in sets.items():
         for condition in CONDITIONS:
             where = {"model": name, "set": set_name, "condition": condition}
-            texts = answer_samples(policy, samples, shown_images(samples, source, condition), settings)
-            judged = [_judged(sample, text) for sample, text in zip(samples, texts, strict=True)]
+            judged = []
+            for sample, (text, *drawn) in zip(samples, completions[set_name, condition], strict=True):
+                judged.append(_judged(sample, text))
+                if sampled:
+                    right = [is_exact(one, sample.answer) for one in drawn]
+                    judged[-1].update(sampled=drawn, sampled_exact=right)
             rows.append({**where, **_summary(samples, [answer["exact"] for answer in judged])})
             if sampled:
-                images, seed = shown_images(samples, source, condition), seed_of(settings.seed, set_name, condition)
-                several = sampled_answers(policy, samples, images, settings, count=sampled, seed=seed)
-                for sample, answer, drawn in zip(samples, judged, several, strict=True):
-                    answer.update(sampled=drawn, sampled_exact=[is_exact(text, sample.answer) for text in drawn])
                 found = _summary(samples, [sum(answer["sampled_exact"]) / sampled for answer in judged])
                 rows[-1] |= {"sampled": sampled, **{f"sampled_{key}": found[key] for key in ("accuracy", "by_kind")}}
             answers += [where | answer for answer in judged]
-            progress()
     return rows, answers
 
 

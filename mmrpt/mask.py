@@ -10,18 +10,17 @@ leaves masked.jsonl, scores.jsonl, rejected.jsonl, masking.json, card.md and car
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mmrpt.command_line import CONFIG_FILE, give_back, option_parser, resolve_run, tell
-from mmrpt.settings import Settings, SettingsError, flatten, given_settings, load_settings, save_settings, to_yaml
+from mmrpt.command_line import give_back, joined_run, option_parser, resolve_run, tell
+from mmrpt.processes import one_at_a_time, part_of
+from mmrpt.settings import Settings, flatten, given_settings, load_settings, to_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.show:
             print(to_yaml(settings), end="")
             return 0
-        part, parts = _part(options.shard)
+        part, parts = part_of(options.shard)
         given = flatten(given_settings(options.config, options.overrides))
         settings = (
             joined_run(settings, given) if parts > 1 else resolve_run(settings, resume=options.resume, given=given)
@@ -115,7 +114,7 @@ def _work(job: Job, *, parquet: bool) -> None:
             "process that scores the last one goes on. Or run again with --resume and without --shard."
         )
         return
-    with _one_at_a_time(folder / LOCK):
+    with one_at_a_time(folder / LOCK):
         _finish(job, parquet=parquet)
 
 
@@ -137,29 +136,6 @@ def _finish(job: Job, *, parquet: bool) -> None:
     rejected = sum(summary["rejected"].values())
     print(f"{summary['samples']:,} masked samples of {summary['captions']:,} captions ({rejected:,} rows rejected)")
     print(f"samples: {folder / MASKED}\ncard: {folder / PAGE}")
-
-
-def _part(shard: str | None) -> tuple[int, int]:
-    """(i, n) of --shard i/n, else of torchrun's environment, else (0, 1)."""
-    if shard is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise SettingsError(f"--shard is {shard!r}: expected i/n with 0 <= i < n, as 0/4 to 3/4.")
-    return int(part), int(parts)
-
-
-def joined_run(settings: Settings, given: Collection[str]) -> Settings:
-    """The run that several processes work on: the first makes its folder, all must have been given its settings."""
-    if "name" not in given:
-        raise SettingsError("several processes need the name of their common run: add name=...")
-    saved = settings.run_dir / CONFIG_FILE
-    if not saved.is_file():
-        settings.run_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(settings.run_dir / LOCK):
-            if not saved.is_file():
-                save_settings(settings, saved)
-    return resolve_run(settings, resume=True, given=given)
 
 
 def _open_source(settings: Settings) -> PairSource:
@@ -187,14 +163,6 @@ def _open_model(settings: Settings, source: PairSource, device: torch.device) ->
         policy = build_start_policy(settings, Sources(source, source, {}, None))
     policy.model.to(device)
     return PolicyModel(policy)
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits until no other process is inside."""
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":
