@@ -7,7 +7,7 @@ result is there is read back instead of run again, and one that was cut off goes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ from mmrpt.types import Batch, MaskedSample, PairSource
 from mmrpt.validation import Validation
 from mmrpt.world.grounding import grounded_backward, names_of
 from mmrpt.world.warm_start import Lesson, VisionPretraining, lesson_at
+
+Answered = tuple[list[dict[str, Any]], list[dict[str, Any]]]  # rows and answers of a model, of `evaluate_policy`
 
 
 def train(run: Run) -> Path:
@@ -261,17 +263,26 @@ def evaluate(run: Run) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     sets = held_out_questions(run.sources.held_out, settings)
-    models = ["warmup", "rl", *settings.control.phases]
-    rows: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
-    with tqdm(total=3 * len(sets) * len(models), desc="evaluate", unit="set") as bar:
-        for phase in models:
+    found: list[Answered] = []
+    with tqdm(total=3 * len(sets) * len(models(run)), desc="evaluate", unit="set") as bar:
+        for phase in models(run):
             run.load(phase)
-            new_rows, new_answers = evaluate_policy(
-                run.policy, phase, sets, settings, bar.update, sampled=settings.evaluation.sampled
+            found.append(
+                evaluate_policy(run.policy, phase, sets, settings, bar.update, sampled=settings.evaluation.sampled)
             )
-            rows, answers = rows + new_rows, answers + new_answers
-    write_jsonl(run.folder / "answers.jsonl", answers)
+    return write_evaluation(run, found)
+
+
+def models(run: Run) -> list[str]:
+    """The phases whose models are evaluated."""
+    return ["warmup", "rl", *run.settings.control.phases]
+
+
+def write_evaluation(run: Run, found: Sequence[Answered]) -> dict[str, Any]:
+    """Writes and returns evaluation.json, of the rows and answers of each model, and what lies beside it."""
+    path, settings = run.folder / "evaluation.json", run.settings
+    rows = [row for new, _ in found for row in new]
+    write_jsonl(run.folder / "answers.jsonl", [answer for _, new in found for answer in new])
     patches = {"patch_size": settings.perception.patch_size, "probability": settings.perception.probability}
     perturbed = partial(run.policy.perturbed_picture, **patches)
     write_images(run.folder.path, run.sources.train, run.sources.held_out, perturbed)

@@ -1,11 +1,13 @@
 """The whole method with RL by TRL's GRPOTrainer, on one process or on all that torchrun started.
 
-Every process scores its share of the captions and trains; the first alone warms up, evaluates and reports, and writes
-what is in the run's folder. A phase whose result is there is read back, and RL goes on from TRL's last checkpoint.
+Every process scores its share of the captions, trains, and answers its share of the questions; the first alone warms up
+and reports, and writes what is in the run's folder. A phase whose result is there is read back, and RL goes on from
+TRL's last checkpoint.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +27,14 @@ from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import Run, start_policy
 from mmrpt.engines.trl_options import check, grpo_options
+from mmrpt.held_out import held_out_questions
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, fused_head, masked_dataset, processor_of
 from mmrpt.masking.forward import PolicyModel
 from mmrpt.masking.pipeline import score_corpus
 from mmrpt.masking.select import MASKED, SUMMARY, select_masks
 from mmrpt.masking.shards import Shards
 from mmrpt.rewards import RewardFunction, combine_rewards, completion_text
+from mmrpt.sharded_evaluation import Parts
 from mmrpt.types import MaskedSample
 
 # What TRL logs, by the names that metrics.jsonl has.
@@ -58,18 +62,16 @@ def train(run: Run) -> Path | None:
     samples = mask(run, processes)
     with run.folder.timed("rl") if processes.is_main_process else nullcontext():
         reinforce(run, processes)
-    report: list[Path] = []
 
-    def end() -> None:
+    def train_controls() -> None:
         for phase in run.settings.control.phases:
             with run.folder.timed(phase):
                 native.train_control(run, phase, samples)
-        with run.folder.timed("evaluation"):
-            native.evaluate(run)
-        report.append(native.report(run))
 
-    first_alone(processes, end)
-    return report[0] if report else None
+    first_alone(processes, train_controls)
+    with run.folder.timed("evaluation") if processes.is_main_process else nullcontext():
+        evaluate(run, processes)
+    return native.report(run) if processes.is_main_process else None
 
 
 def first_alone(processes: PartialState, work: Callable[[], Any]) -> None:
@@ -97,6 +99,27 @@ def mask(run: Run, processes: PartialState) -> list[MaskedSample]:
         first_alone(processes, select)
     first_alone(processes, shards.remove)
     return [MaskedSample(**row) for row in read_jsonl(folder / MASKED)]
+
+
+def evaluate(run: Run, processes: PartialState) -> None:
+    """Every process answers its share of the questions to each model; the first joins and writes them."""
+    settings, sampled = run.settings, run.settings.evaluation.sampled
+    if (run.folder / "evaluation.json").exists():
+        return
+    sets = held_out_questions(run.sources.held_out, settings)
+    parts = Parts(run.folder / "parts", processes.process_index, processes.num_processes)
+    keys = {}
+    for phase in native.models(run):
+        run.load(phase)
+        keys[phase] = parts.answer(run.policy, sets, settings, sampled=sampled)
+    processes.wait_for_everyone()
+
+    def join() -> None:
+        answered = [parts.joined(key, phase, sets, settings, sampled=sampled) for phase, key in keys.items()]
+        native.write_evaluation(run, answered)
+        parts.remove()
+
+    first_alone(processes, join)
 
 
 class Trainer(PerceptionGRPOTrainer):
@@ -167,8 +190,12 @@ def reinforce(run: Run, processes: PartialState) -> None:
     with run.stop.at_a_step(), fused_head():
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
     run.stop.check(f"rl step {trainer.state.global_step}")
+    device = run.policy.device
     save(run, trainer, {"step": trainer.state.global_step, "spent": time.perf_counter() - started}, done)
-    first_alone(processes, lambda: None)
+    del trainer  # and with it the moments and, where they are sharded, the weights
+    gc.collect()
+    run.policy.model.to(device)
+    processes.wait_for_everyone()
 
 
 def make_trainer(run: Run, processes: int) -> Trainer:

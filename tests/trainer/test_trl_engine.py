@@ -302,6 +302,9 @@ def test_two_processes_make_one_run(mode, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([f"output={tmp_path / 'one'}", *RUN, "rl.steps=0"]) == 0
+    answers = [read_jsonl(path / "answers.jsonl") for path in (folder, tmp_path / "one" / "mine")]
+    first, again = ([row for row in rows if row["model"] == "warmup"] for rows in answers)
+    assert first and first == again and not (folder / "parts").exists()
     assert (folder / "masked.jsonl").read_bytes() == (tmp_path / "one" / "mine" / "masked.jsonl").read_bytes()
 
 
