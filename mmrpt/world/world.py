@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -28,7 +28,30 @@ _RESERVED = 8  # one of so many scenes is kept for the held-out sets
 _PATIENCE = 10_000  # draws before a split is called impossible
 
 
-class World:
+class SplitWorld:
+    """What the worlds share: pairs by (split, index), whose ids are "<split>/<number>"."""
+
+    SPLITS: ClassVar[tuple[str, ...]]
+    _caption: Callable[[str, int, bool], Caption]  # of a split, an index and whether it tells facts alone
+
+    def example(self, split: str, index: int, *, facts_only: bool = False) -> Example:
+        """The pair of a split at an index, its words with their truth. Kept in memory once made."""
+        caption = self._caption(split, index, facts_only)
+        return Example(f"{split}/{index:06d}", caption.text, caption.words)
+
+    def _key(self, example_id: str) -> tuple[str, int]:
+        split, _, number = example_id.partition("/")
+        if split not in self.SPLITS or not number.isdecimal():
+            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
+        return split, int(number)
+
+    def _number(self, split: str) -> int:
+        if split not in self.SPLITS:
+            raise ValueError(f"no split {split!r}: expected one of {', '.join(self.SPLITS)}.")
+        return self.SPLITS.index(split)
+
+
+class World(SplitWorld):
     """Scenes and captions by (split, index). The same config gives the same pairs in every process.
 
     Splits: "train"; "new_scenes", arrangements that train never shows; "new_combinations", scenes made only of
@@ -85,11 +108,6 @@ class World:
         cards: tuple[Card, ...] = tuple(place(draws, *part, size, self.config.jitter) for part in plan)
         return Scene(cards, "fluent" if split == "new_style" else "noto", draws.below(BACKGROUNDS), size)
 
-    def example(self, split: str, index: int, *, facts_only: bool = False) -> Example:
-        """The pair of a split at an index, its words with their truth. Kept in memory once made."""
-        caption = self._caption(split, index, facts_only)
-        return Example(f"{split}/{index:06d}", caption.text, caption.words)
-
     def image(self, example_id: str) -> Image.Image:
         """The RGB image of an example of any split, by its id."""
         return render(self.scene(*self._key(example_id)))
@@ -111,17 +129,6 @@ class World:
         if facts_only:
             return write_facts(scene, draws, self._language)
         return write_caption(scene, draws, self._language, self.config.sentence_weights)
-
-    def _key(self, example_id: str) -> tuple[str, int]:
-        split, _, number = example_id.partition("/")
-        if split not in self.SPLITS or not number.isdecimal():
-            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
-        return split, int(number)
-
-    def _number(self, split: str) -> int:
-        if split not in self.SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(self.SPLITS)}.")
-        return self.SPLITS.index(split)
 
     def _plan(self, draws: Draws, split: str) -> list[tuple[int, Concept, str]]:
         """Which object in which colour stands in which cell, in the order of cells."""

@@ -10,19 +10,18 @@ from typing import ClassVar
 from PIL import Image
 
 from mmrpt.settings import WorldConfig
-from mmrpt.types import Example
 from mmrpt.world.captions import Boxes, Caption, boxes_told, write_caption, write_facts
 from mmrpt.world.draws import Draws
 from mmrpt.world.rendered.atlas import Atlas, shipped_atlas
 from mmrpt.world.rendered.captions import rendered_language, vocabulary
 from mmrpt.world.rendered.logic import FORMS, Rules
 from mmrpt.world.rendered.scene import MAX_SOLIDS, MIN_SOLIDS, RenderedScene
-from mmrpt.world.world import WorldPairs
+from mmrpt.world.world import SplitWorld, WorldPairs
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
 
 
-class RenderedWorld:
+class RenderedWorld(SplitWorld):
     """Scenes and captions by (split, index). The same config gives the same pairs in every process.
 
     Splits: "train"; "one_solid", scenes of one solid, which no run uses; "new_scenes", arrangements that train never
@@ -66,11 +65,6 @@ class RenderedWorld:
             tuple(replace(s, box=_scaled(s.box, scale / scene.image_size)) for s in scene.solids), scale
         )
 
-    def example(self, split: str, index: int, *, facts_only: bool = False) -> Example:
-        """The pair of a split at an index, its words with their truth. Kept in memory once made."""
-        caption = self._caption(split, index, facts_only)
-        return Example(f"{split}/{index:06d}", caption.text, caption.words)
-
     def image(self, example_id: str) -> Image.Image:
         """The RGB image of an example of any split, by its id, `config.image_size` pixels a side."""
         split, index = self._key(example_id)
@@ -96,17 +90,6 @@ class RenderedWorld:
     def _place(self, split: str, index: int) -> int:
         self._number(split)
         return index % len(self.atlas.scenes[split])
-
-    def _key(self, example_id: str) -> tuple[str, int]:
-        split, _, number = example_id.partition("/")
-        if split not in self.SPLITS or not number.isdecimal():
-            raise KeyError(f"{example_id!r} is no id of this world: expected '<split>/<number>', as in 'train/000012'.")
-        return split, int(number)
-
-    def _number(self, split: str) -> int:
-        if split not in self.SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(self.SPLITS)}.")
-        return self.SPLITS.index(split)
 
 
 def _scaled(box: Box, scale: float) -> Box:
