@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmrpt.engines.trl_options import grpo_options
 from mmrpt.processes import one_at_a_time
 from mmrpt.settings import (
     Settings,
@@ -68,9 +69,13 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None])
             print(to_yaml(settings), end="")
             return 0
         given = flatten(given_settings(options.config, options.overrides))
-        if settings.engine == "trl" and importlib.util.find_spec("trl") is None:
-            raise SettingsError("engine is trl, which is not installed: pip install 'mmrpt[trl]', or engine=native.")
-        if several and settings.engine != "trl":
+        if settings.engine == "trl":
+            if importlib.util.find_spec("trl") is None:
+                raise SettingsError(
+                    "engine is trl, which is not installed: pip install 'mmrpt[trl]', or engine=native."
+                )
+            grpo_options(settings, "", int(os.environ.get("WORLD_SIZE", 1)))  # before there is a folder
+        elif several:
             raise SettingsError(
                 f"{os.environ['WORLD_SIZE']} processes were started and engine is {settings.engine}, which is one: set "
                 "engine=trl, or start one process."

@@ -1,1 +1,1 @@
-"""What runs the method: our own loop in one process (`native`)."""
+"""What runs the method: our own loop in one process (`native`), or TRL's GRPOTrainer on any number (`trl`)."""

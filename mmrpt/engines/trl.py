@@ -26,7 +26,7 @@ from mmrpt.checkpoint import save_checkpoint
 from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import Run, start_policy
-from mmrpt.engines.trl_options import check, grpo_options
+from mmrpt.engines.trl_options import grpo_options
 from mmrpt.held_out import held_out_questions
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, fused_head, masked_dataset, processor_of
 from mmrpt.masking.forward import PolicyModel
@@ -57,7 +57,6 @@ LOGGED = {
 def train(run: Run) -> Path | None:
     """Runs every phase that is not done yet; the path of the report, on the first process."""
     processes = PartialState()
-    check(run.settings, processes.num_processes)
     first_alone(processes, lambda: native.warm_start(run))
     samples = mask(run, processes)
     with run.folder.timed("rl") if processes.is_main_process else nullcontext():

@@ -26,7 +26,7 @@ LOSSES = {  # (rl.loss, rl.advantage, rl.aggregation): TRL's loss
 CONTROLS = {"captions"}  # that need neither RL nor its seconds
 
 
-def check(settings: Settings, processes: int) -> None:
+def _check(settings: Settings, processes: int) -> None:
     """Raises SettingsError where the settings ask for what this engine does not do, all of it in one message."""
     wrong = []
     for name, value in NATIVE_ONLY.items():
@@ -52,7 +52,9 @@ def check(settings: Settings, processes: int) -> None:
 
 
 def grpo_options(settings: Settings, folder: str, processes: int) -> dict[str, Any]:
-    """Arguments of GRPOConfig, those of the setting `trl` included. Raises SettingsError where they cannot be met."""
+    """Arguments of GRPOConfig, those of the setting `trl` included. Raises SettingsError where they cannot be met, with
+    all that this engine cannot honour in one message."""
+    _check(settings, processes)
     rl, rollout, optimiser = settings.rl, settings.rollout, settings.rl.optimiser
     size, given = rollout.group_size, dict(settings.trl)
     rows = rl.groups_per_step * size  # of an optimiser step, on all processes

@@ -19,7 +19,7 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'mmrpt[trl]
 from trl import GRPOConfig  # noqa: E402
 
 from mmrpt.corpus import read_jsonl, write_jsonl  # noqa: E402
-from mmrpt.engines.trl_options import check, grpo_options  # noqa: E402
+from mmrpt.engines.trl_options import grpo_options  # noqa: E402
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, masked_dataset, processor_of  # noqa: E402
 from mmrpt.integrations.trl_refill import replaced_rows  # noqa: E402
 from mmrpt.policy import Policy  # noqa: E402
@@ -49,9 +49,7 @@ RUN = (
 
 
 def options(*overrides: str, processes: int = 1) -> dict:
-    settings = load_settings(None, [*TRL, *overrides])
-    check(settings, processes)
-    return grpo_options(settings, "folder", processes)
+    return grpo_options(load_settings(None, [*TRL, *overrides]), "folder", processes)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +325,11 @@ def test_several_processes_of_the_native_engine_are_refused(tmp_path, monkeypatc
     assert "engine=trl" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert main([f"output={tmp_path}", *RUN[:-1]]) == 2
     assert "name=" in capsys.readouterr().err
+
+
+def test_what_trl_cannot_do_is_told_before_there_is_a_folder(tmp_path, capsys):
+    assert main([f"output={tmp_path}", "engine=trl", "name=mine"]) == 2
+    assert "rl.caption_weight" in capsys.readouterr().err and not (tmp_path / "mine").exists()
 
 
 def test_a_machine_without_trl_is_told_what_to_install(tmp_path, monkeypatch, capsys):
