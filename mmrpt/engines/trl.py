@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -164,7 +165,8 @@ class Log(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             row = {name: logs[key] for key, name in LOGGED.items() if key in logs}
-            row["groups"] = round(logs["groups/with_signal"] * self.run.settings.rl.groups_per_step)
+            if "groups/with_signal" in logs:  # not at a step that goes on with the last round
+                row["groups"] = round(logs["groups/with_signal"] * self.run.settings.rl.groups_per_step)
             row["skipped"] = not math.isfinite(logs["grad_norm"])
             self.run.folder.metrics("rl", state.global_step - 1, **row)
 
@@ -194,7 +196,7 @@ def reinforce(run: Run, processes: PartialState) -> None:
     del trainer  # and with it the moments and, where they are sharded, the weights
     gc.collect()
     run.policy.model.to(device)
-    processes.wait_for_everyone()
+    first_alone(processes, lambda: shutil.rmtree(folder, ignore_errors=True))  # TRL's checkpoints, with the moments
 
 
 def make_trainer(run: Run, processes: int) -> Trainer:
