@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import os
 import shutil
 import sys
 import traceback
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmrpt.engines.trl_options import grpo_options
-from mmrpt.processes import one_at_a_time
+from mmrpt.processes import one_at_a_time, part_of
 from mmrpt.settings import (
     Settings,
     SettingsError,
@@ -62,7 +61,8 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None])
     One process at a time works in a run's folder, or all those that torchrun started together. The traceback of an
     error after the start goes to error.txt there.
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    part, parts = part_of(None)
+    several = parts > 1
     try:
         settings = load_settings(options.config, options.overrides)
         if options.show:
@@ -74,10 +74,10 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None])
                 raise SettingsError(
                     "engine is trl, which is not installed: pip install 'mmrpt[trl]', or engine=native."
                 )
-            grpo_options(settings, "", int(os.environ.get("WORLD_SIZE", 1)))  # before there is a folder
+            grpo_options(settings, "", parts)  # before there is a folder
         elif several:
             raise SettingsError(
-                f"{os.environ['WORLD_SIZE']} processes were started and engine is {settings.engine}, which is one: set "
+                f"{parts} processes were started and engine is {settings.engine}, which is one: set "
                 "engine=trl, or start one process."
             )
         settings = joined_run(settings, given) if several else resolve_run(settings, resume=options.resume, given=given)
@@ -91,7 +91,7 @@ def run_command(options: argparse.Namespace, work: Callable[[Run], Path | None])
 
     folder = RunFolder(settings.run_dir)
     try:
-        if not several or os.environ["RANK"] == "0":
+        if not several or part == 0:
             folder.lock()
         try:
             with _first_process_first(settings, several):

@@ -52,9 +52,7 @@ def train(run: Run) -> Path:
         samples = mask(run)
     with run.folder.timed("rl"):
         reinforce(run, samples)
-    for phase in run.settings.control.phases:
-        with run.folder.timed(phase):
-            train_control(run, phase, samples)
+    train_controls(run, samples)
     with run.folder.timed("evaluation"):
         evaluate(run)
     return report(run)
@@ -87,27 +85,34 @@ def warm_up(run: Run) -> None:
 
     def backward(step: int) -> float:
         lesson = lesson_at(step, settings, run.sources)
-        rows = supervised_rows(run, "warmup", step, lesson, step * lesson.batch_size)
+        items = lesson_items(run, lesson, step * lesson.batch_size)
+        rows = supervised_rows(run, "warmup", step, lesson, items)
         if settings.demo.grounding and run.sources.world is not None:
-            shown = lesson_items(run, lesson, step * lesson.batch_size)
-            names = [names_of(lesson.source, lesson.source[i]) for i in shown]
+            names = [names_of(lesson.source, lesson.source[i]) for i in items]
             return grounded_backward(run.policy, rows, names, settings.model.batch_tokens, settings.demo.grounding)
         return supervised_backward(run.policy, rows, settings.model.batch_tokens)
 
     descend(run, "warmup", settings.warmup.steps, settings.warmup.optimiser, backward)
 
 
-def mask(run: Run) -> list[MaskedSample]:
-    """Masked samples of the training captions, whose sentences are scored under the warm start."""
+def mask(run: Run, part: int = 0, parts: int = 1, wait: Callable[[], Any] = lambda: None) -> list[MaskedSample]:
+    """Masked samples of the training captions, whose sentences are scored under the warm start.
+
+    Of several processes each scores its part; the first selects, when `wait` says that all are as far.
+    """
     rows = run.sources.rows
     shards = Shards(run.folder / "scores", run.settings.captions_to_score(len(rows)))
     if not (run.folder / SUMMARY).exists():
         run.load("warmup")
         model = PolicyModel(run.policy)
         with run.policy.autocast():
-            score_corpus(model, rows, shards, run.settings)
-            select_masks(model, rows, shards, run.settings, run.folder.path, run.sources.rejected)
-    shards.remove()
+            score_corpus(model, rows, shards, run.settings, part, parts)
+            wait()
+            if part == 0:
+                select_masks(model, rows, shards, run.settings, run.folder.path, run.sources.rejected)
+    wait()
+    if part == 0:
+        shards.remove()
     return [MaskedSample(**row) for row in read_jsonl(run.folder / MASKED)]
 
 
@@ -163,6 +168,13 @@ def reinforce(
     validation.settle(phase.total)
     if validation.rows:
         print(validation.summary(), flush=True)
+
+
+def train_controls(run: Run, samples: list[MaskedSample]) -> None:
+    """Every control that the settings name."""
+    for phase in run.settings.control.phases:
+        with run.folder.timed(phase):
+            train_control(run, phase, samples)
 
 
 def train_control(run: Run, phase: str, samples: list[MaskedSample]) -> None:
@@ -235,16 +247,17 @@ def later_captions(run: Run, step: int, pairs: PairSource | None = None) -> Batc
     place of the run's."""
     warmup = run.settings.warmup
     lesson = Lesson("captions", run.sources.train if pairs is None else pairs, warmup.batch_size)
-    return supervised_rows(run, "control", step, lesson, (warmup.steps + step) * warmup.batch_size)
+    items = lesson_items(run, lesson, (warmup.steps + step) * warmup.batch_size)
+    return supervised_rows(run, "control", step, lesson, items)
 
 
-def supervised_rows(run: Run, phase: str, step: int, lesson: Lesson, first: int) -> Batch:
-    """The rows of a step: items `first` and on of the lesson's own order, drawn from the phase and the step."""
-    settings, source = run.settings, lesson.source
+def supervised_rows(run: Run, phase: str, step: int, lesson: Lesson, items: list[int]) -> Batch:
+    """The rows of a step, of these items of the lesson, drawn from the phase and the step."""
+    settings = run.settings
     return caption_batch(
         run.policy,
-        source,
-        lesson_items(run, lesson, first),
+        lesson.source,
+        items,
         settings.prompts,
         restore_fraction=settings.warmup.restore_fraction if lesson.restore else 0.0,
         seed=seed_of(settings.seed, phase, step),
@@ -253,7 +266,7 @@ def supervised_rows(run: Run, phase: str, step: int, lesson: Lesson, first: int)
 
 
 def lesson_items(run: Run, lesson: Lesson, first: int) -> list[int]:
-    """Which of the lesson's pairs a step shows."""
+    """A step's items of the lesson: `first` and on in its own order."""
     return items_at(first, lesson.batch_size, len(lesson.source), run.settings.seed, "supervised", lesson.name)
 
 

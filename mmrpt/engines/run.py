@@ -19,6 +19,7 @@ from mmrpt.corpus import ImageCache
 from mmrpt.families import freeze_parts
 from mmrpt.lora import adapter_weights, add_adapters, check_adapters, check_lora, copied, put_back, with_weights
 from mmrpt.policy import Policy
+from mmrpt.processes import part_of
 from mmrpt.rewards import RewardFunction, load_rewards
 from mmrpt.rollout.collect import Reference
 from mmrpt.run_folder import RunFolder
@@ -118,7 +119,7 @@ def open_run(settings: Settings) -> Run:
 
     Of processes that torchrun started the first records environment and progress, and each takes its own GPU.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = part_of(None)[0] == 0
     check_lora(settings)
     check_dtype(settings)
     device = prepare_machine(settings, device_of_process(settings.device))

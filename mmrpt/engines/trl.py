@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from mmrpt.checkpoint import save_checkpoint
-from mmrpt.corpus import read_jsonl
 from mmrpt.engines import native
 from mmrpt.engines.run import Run, start_policy
 from mmrpt.engines.trl_options import grpo_options
 from mmrpt.held_out import held_out_questions
 from mmrpt.integrations.trl import PerceptionGRPOTrainer, fused_head, masked_dataset, processor_of
-from mmrpt.masking.forward import PolicyModel
-from mmrpt.masking.pipeline import score_corpus
-from mmrpt.masking.select import MASKED, SUMMARY, select_masks
-from mmrpt.masking.shards import Shards
+from mmrpt.masking.select import MASKED
 from mmrpt.rewards import RewardFunction, combine_rewards, completion_text
 from mmrpt.sharded_evaluation import Parts
-from mmrpt.types import MaskedSample
 
 # What TRL logs, by the names that metrics.jsonl has.
 LOGGED = {
@@ -59,17 +54,12 @@ def train(run: Run) -> Path | None:
     """Runs every phase that is not done yet; the path of the report, on the first process."""
     processes = PartialState()
     first_alone(processes, lambda: native.warm_start(run))
-    samples = mask(run, processes)
-    with run.folder.timed("rl") if processes.is_main_process else nullcontext():
+    with timed(run, processes, "scoring"):
+        samples = native.mask(run, processes.process_index, processes.num_processes, processes.wait_for_everyone)
+    with timed(run, processes, "rl"):
         reinforce(run, processes)
-
-    def train_controls() -> None:
-        for phase in run.settings.control.phases:
-            with run.folder.timed(phase):
-                native.train_control(run, phase, samples)
-
-    first_alone(processes, train_controls)
-    with run.folder.timed("evaluation") if processes.is_main_process else nullcontext():
+    first_alone(processes, lambda: native.train_controls(run, samples))
+    with timed(run, processes, "evaluation"):
         evaluate(run, processes)
     return native.report(run) if processes.is_main_process else None
 
@@ -81,24 +71,9 @@ def first_alone(processes: PartialState, work: Callable[[], Any]) -> None:
     processes.wait_for_everyone()
 
 
-def mask(run: Run, processes: PartialState) -> list[MaskedSample]:
-    """Masked samples of the training captions, which all processes score under the warm start."""
-    rows, settings, folder = run.sources.rows, run.settings, run.folder
-    shards = Shards(folder / "scores", settings.captions_to_score(len(rows)))
-
-    def select() -> None:
-        with folder.timed("scoring"), run.policy.autocast():
-            select_masks(model, rows, shards, settings, folder.path, run.sources.rejected)
-
-    if not (folder / SUMMARY).exists():
-        run.load("warmup")
-        model = PolicyModel(run.policy)
-        with run.policy.autocast():
-            score_corpus(model, rows, shards, settings, processes.process_index, processes.num_processes)
-        processes.wait_for_everyone()
-        first_alone(processes, select)
-    first_alone(processes, shards.remove)
-    return [MaskedSample(**row) for row in read_jsonl(folder / MASKED)]
+def timed(run: Run, processes: PartialState, phase: str) -> AbstractContextManager[None]:
+    """The first process adds the phase's wall time to seconds.json."""
+    return run.folder.timed(phase) if processes.is_main_process else nullcontext()
 
 
 def evaluate(run: Run, processes: PartialState) -> None:

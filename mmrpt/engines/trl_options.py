@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from mmrpt.settings import Settings, SettingsError
@@ -30,7 +31,7 @@ def _check(settings: Settings, processes: int) -> None:
     """Raises SettingsError where the settings ask for what this engine does not do, all of it in one message."""
     wrong = []
     for name, value in NATIVE_ONLY.items():
-        if (given := _value(settings, name)) != value:
+        if (given := attrgetter(name)(settings)) != value:
             wrong.append(f"{name} is {given}: expected {'null' if value is None else value}")
     if settings.perception.kind == "mass":
         wrong.append("perception.kind is mass: expected kl, k3 or js")
@@ -59,12 +60,12 @@ def grpo_options(settings: Settings, folder: str, processes: int) -> dict[str, A
     size, given = rollout.group_size, dict(settings.trl)
     rows = rl.groups_per_step * size  # of an optimiser step, on all processes
     per_device = given.setdefault("per_device_train_batch_size", _largest_part(rl.groups_per_step, processes) * size)
-    if rows % (per_device * processes) or per_device * processes * _accumulated(rows, per_device, processes) != rows:
+    if rows % (per_device * processes):
         raise SettingsError(
             f"rl.groups_per_step * rollout.group_size is {rows}: expected a multiple of {processes} processes times "
             f"per_device_train_batch_size, {per_device}."
         )
-    steps = _accumulated(rows, per_device, processes)
+    steps = rows // (per_device * processes)
     decided = {
         "output_dir": folder,
         "seed": settings.seed,
@@ -102,16 +103,6 @@ def grpo_options(settings: Settings, folder: str, processes: int) -> dict[str, A
     return defaults | decided | given
 
 
-def _accumulated(rows: int, per_device: int, processes: int) -> int:
-    return max(1, rows // (per_device * processes))
-
-
 def _largest_part(groups: int, processes: int) -> int:
     """Groups of a micro-batch: all of a process's share where the processes divide a step's groups, else one."""
     return groups // processes if groups % processes == 0 else 1
-
-
-def _value(settings: Settings, name: str) -> Any:
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,8 @@ from mmrpt.processes import one_at_a_time
 from mmrpt.sharded_evaluation import MissingParts, Parts
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_looking_policy, masked_colour
 from tests.trainer.test_train_cli import add_bad_rows, write_pairs
+from tests.trainer.torchrun import torchrun
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ("evaluation.md", "evaluation.json", "answers.jsonl", "rejected.jsonl", "corpus.json")
 ASKED = ("data.held_out=25", "--samples", "10", "--sampled", "2")  # batches of 3: 12 a model, the last of each small
 
@@ -89,16 +85,7 @@ def test_any_number_of_processes_leaves_the_bytes_of_one(evaluate, alone, tmp_pa
 
 
 def test_torchrun_shares_the_questions_of_one_command(given, alone, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    child = subprocess.run(
-        [*command, "-m", "mmrpt.evaluate", *SMALL_RUN, *given, "--out", str(tmp_path / "out")],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
+    child = torchrun(2, "-m", "mmrpt.evaluate", *SMALL_RUN, *given, "--out", str(tmp_path / "out"))
     assert child.returncode == 0, child.stdout[-6000:]
     assert "evaluate 0/2" in child.stdout and "evaluate 1/2" in child.stdout
     assert child.stdout.count(alone["evaluation.md"].decode()) == 1

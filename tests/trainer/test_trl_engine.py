@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +25,8 @@ from mmrpt.settings import SettingsError, load_settings  # noqa: E402
 from mmrpt.settings.scale import ANY_REWARD  # noqa: E402
 from mmrpt.train import main  # noqa: E402
 from tests.trainer.conftest import SMALL_RUN, ColourPairs, make_looking_policy, masked_colour  # noqa: E402
+from tests.trainer.torchrun import torchrun  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 # The tiny model trains with captions mixed in by default, which TRL's engine does not.
 TRL = ("engine=trl", "rl.caption_weight=0", "control.kinds=[]", "rollout.prompts=12")
 RUN = (
@@ -278,15 +276,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def run_on(processes: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [*torchrun, "--no-python", sys.executable, "-c", ON_SEVERAL, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def run_on(processes: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return torchrun(processes, "--no-python", sys.executable, "-c", ON_SEVERAL, *arguments, **variables)
 
 
 new_transformers = int(transformers.__version__.split(".")[0]) >= 5
@@ -301,7 +292,7 @@ def test_two_processes_make_one_run(mode, tmp_path):
         pytest.skip("transformers 4 asks accelerate for FSDP in a way that needs a GPU")
     child = run_on(2, f"output={tmp_path}", *RUN, *(["trl={fsdp: true}"] if mode == "fsdp" else []))
     folder = tmp_path / "mine"
-    assert child.returncode == 0 and (folder / "report.md").is_file(), (child.stdout + child.stderr)[-6000:]
+    assert child.returncode == 0 and (folder / "report.md").is_file(), child.stdout[-6000:]
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "rl"]
     assert [row["step"] for row in rows] == [0, 1] and all(row["grad_norm"] > 0 for row in rows)
     before, after = (Policy.load(folder / "checkpoints" / name).model.state_dict() for name in ("warmup", "rl"))
@@ -324,7 +315,7 @@ def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(tmp_path):
     assert killed.returncode != 0 and (tmp_path / "mine" / "masked.jsonl").is_file()
     assert not (tmp_path / "mine" / "checkpoints" / "rl").exists()
     again = run_on(3, f"output={tmp_path}", *run)
-    assert again.returncode == 0 and (tmp_path / "mine" / "report.md").is_file(), (again.stdout + again.stderr)[-6000:]
+    assert again.returncode == 0 and (tmp_path / "mine" / "report.md").is_file(), again.stdout[-6000:]
 
 
 def test_several_processes_of_the_native_engine_are_refused(tmp_path, monkeypatch, capsys):

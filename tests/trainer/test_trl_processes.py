@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +15,9 @@ if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("transformers 4 asks accelerate for FSDP in a way that needs a GPU", allow_module_level=True)
 
 from tests.trainer import trl_processes  # noqa: E402
+from tests.trainer.torchrun import torchrun  # noqa: E402
 from tests.trainer.trl_processes import CASES, STEPS, Fixed, make_trainer, new_policy, trained  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -29,17 +25,7 @@ EPS = torch.finfo(torch.float32).eps
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found, by one torchrun for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("MMRPT_KERNELS_BACKEND", None)
-    child = subprocess.run(
-        [*command, trl_processes.__file__, str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
+    child = torchrun(2, trl_processes.__file__, str(folder))
     assert child.returncode == 0, child.stdout[-6000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
